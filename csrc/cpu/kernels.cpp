@@ -1,0 +1,247 @@
+// The CPU drivers: they cut tensors into blocks and know nothing of Adam or of bytes. Compiled once per instruction
+// set, with BNBOPS_ISA, BNBOPS_LANES_HEADER, BNBOPS_LANES and BNBOPS_KERNELS defined by the build.
+#include "cpu/kernels.h"
+
+#include <algorithm>
+#include <utility>
+
+#include BNBOPS_LANES_HEADER
+#include "cpu/blocks.h"
+#include "rules.h"
+
+namespace bnbops {
+inline namespace BNBOPS_ISA {
+namespace {
+
+using namespace bnbops::cpu;
+using Lanes = BNBOPS_LANES;
+constexpr int64_t kPiece = 256;  // elements converted to fp32 at a time
+
+bool same_codebook(const float* a, const float* b) { return memcmp(a, b, kCodebookSize * sizeof(float)) == 0; }
+
+NearestEncoder make_nearest_encoder(const float* codebook) {
+  NearestEncoder encoder;
+  for (int i = 0; i + 1 < kCodebookSize; ++i) encoder.midpoint[i] = 0.5F * codebook[i] + 0.5F * codebook[i + 1];
+  encoder.midpoint[kCodebookSize - 1] = __builtin_inff();
+  return encoder;
+}
+
+// The rare elements that need care before encoding: non-finite ones, and negative ones under an unsigned map.
+void make_encodable(const float* from, int64_t n, bool is_signed, float* to) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = encodable(from[i]);
+    to[i] = is_signed || x > 0 ? x : 0.0F;
+  }
+}
+
+// Reads the pieces of one block of a job in the form that encoders take.
+struct BlockReader {
+  const QuantizeJob& job;
+  int64_t begin, end;
+  bool is_signed, careful;
+  alignas(64) float scratch[kPiece];
+
+  template <class Visit>
+  void each_piece(const Visit& visit) {
+    for (int64_t i = begin; i < end; i += kPiece) {
+      const int64_t n = std::min(kPiece, end - i);
+      const float* x = read<Lanes>(job.values, job.dtype, i, n, scratch);
+      if (careful) make_encodable(x, n, is_signed, scratch);
+      visit(careful ? scratch : x, n, i);
+    }
+  }
+
+  float absmax() {
+    uint32_t largest = 0;
+    const auto take = [&](const float* x, int64_t n, int64_t) {
+      largest = std::max(largest, largest_magnitude_bits<Lanes, true>(x, n));
+    };
+    careful = false;
+    each_piece(take);
+    if (largest >= kInfinityBits) {
+      careful = true;
+      largest = 0;
+      const bool map_is_signed = std::exchange(is_signed, true);  // negative elements count
+      each_piece(take);
+      is_signed = map_is_signed;
+    }
+    return float_from_bits(largest);
+  }
+};
+
+// Quantizes blocks [first, last): `encode(x, n, inverse_absmax, codes)` is the codec.
+template <class Encode>
+void quantize_blocks(const QuantizeJob& job, int64_t first, int64_t last, bool is_signed, const Encode& encode) {
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t begin = block * job.blocksize;
+    BlockReader reader{job, begin, std::min(job.numel, begin + job.blocksize), is_signed, false, {}};
+    job.absmax[block] = reader.absmax();
+    const float inverse = inverse_scale(job.absmax[block]);
+    reader.careful |= !is_signed;
+    reader.each_piece([&](const float* x, int64_t n, int64_t i) { encode(x, n, inverse, job.codes + i); });
+  }
+}
+
+void quantize(const QuantizeJob& job, int64_t first, int64_t last) {
+  if (same_codebook(job.codebook, kDynamicSigned)) {
+    quantize_blocks(job, first, last, true, encode_dynamic<Lanes, true>);
+  } else if (same_codebook(job.codebook, kDynamicUnsigned)) {
+    quantize_blocks(job, first, last, false, encode_dynamic<Lanes, false>);
+  } else {
+    const NearestEncoder encoder = make_nearest_encoder(job.codebook);
+    quantize_blocks(job, first, last, true, [&](const float* x, int64_t n, float inverse, uint8_t* codes) {
+      encode_nearest<Lanes>(x, n, inverse, codes, encoder);
+    });
+  }
+}
+
+void dequantize(const DequantizeJob& job, int64_t first, int64_t last) {
+  const Lanes::Codebook codebook(job.codebook);
+  alignas(64) float scratch[kPiece];
+  const int64_t end = std::min(job.numel, last * kChunk);
+  for (int64_t i = first * kChunk; i < end;) {
+    const int64_t block = i / job.blocksize;
+    const int64_t n = std::min({end, (block + 1) * job.blocksize, i + kPiece}) - i;
+    float* out = job.dtype == DType::kFloat32 ? static_cast<float*>(job.values) + i : scratch;
+    decode<Lanes>(codebook, job.codes + i, n, job.absmax[block], out);
+    write<Lanes>(job.values, job.dtype, i, n, out);
+    i += n;
+  }
+}
+
+// The elementwise loop of a step. No two arrays overlap, so the compiler vectorizes the rule.
+template <class Rule>
+BNBOPS_HD void update_elements(const float* g, float* p, float* const (&state)[Rule::kStates], int64_t n,
+                               const typename Rule::Hyper h) {  // by value: then no store can change it
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    float s[Rule::kStates];
+    for (int k = 0; k < Rule::kStates; ++k) s[k] = state[k][i];
+    guarded_update<Rule>(g[i], p[i], s, h);
+    for (int k = 0; k < Rule::kStates; ++k) state[k][i] = s[k];
+  }
+}
+
+struct Span {  // elements of a parameter that make a block of its states
+  int64_t begin, n;
+};
+
+Span span_of(const StepJob& job, int64_t block) {
+  const int64_t row = block / job.blocks_per_row, column = (block % job.blocks_per_row) * kStateBlock;
+  return {row * job.inner + column, std::min<int64_t>(kStateBlock, job.inner - column)};
+}
+
+template <class Rule>
+void step_float32(const StepJob& job, int64_t first, int64_t last) {
+  alignas(64) float param_scratch[kStateBlock], grad_scratch[kStateBlock];
+  const auto& hyper = *static_cast<const typename Rule::Hyper*>(job.hyper);
+  for (int64_t block = first; block < last; ++block) {
+    const auto [begin, n] = span_of(job, block);
+    float* state[Rule::kStates];
+    for (int k = 0; k < Rule::kStates; ++k) state[k] = static_cast<float*>(job.state[k]) + begin;
+    const float* grad = read<Lanes>(job.grad, job.grad_dtype, begin, n, grad_scratch);
+    auto* param = const_cast<float*>(read<Lanes>(job.param, job.param_dtype, begin, n, param_scratch));
+    update_elements<Rule>(grad, param, state, n, hyper);
+    write<Lanes>(job.param, job.param_dtype, begin, n, param);
+  }
+}
+
+// One block of a step with 8-bit states, in three stages: open, update any part, close; then encode any part.
+template <class Rule>
+struct QuantizedBlock {
+  static constexpr int kStates = Rule::kStates;
+  alignas(64) float state[kStates][kStateBlock];
+  alignas(64) float param_scratch[kStateBlock], grad_scratch[kStateBlock];
+  const StepJob* job;
+  const float* grad;
+  float* param;
+  float absmax[kStates], inverse[kStates];
+  int64_t block;
+  Span span;
+
+  void open(const StepJob& from, int64_t number) {
+    job = &from;
+    block = number;
+    span = span_of(from, number);
+    grad = read<Lanes>(from.grad, from.grad_dtype, span.begin, span.n, grad_scratch);
+    param = const_cast<float*>(read<Lanes>(from.param, from.param_dtype, span.begin, span.n, param_scratch));
+    for (int k = 0; k < kStates; ++k) absmax[k] = decodable(from.absmax[k][number]);
+  }
+
+  BNBOPS_HD uint8_t* codes(int k, int64_t i) const { return static_cast<uint8_t*>(job->state[k]) + span.begin + i; }
+
+  BNBOPS_HD void update(int64_t i, int64_t n, const Lanes::Codebook (&codebooks)[2]) {
+    float* part[kStates];
+    for (int k = 0; k < kStates; ++k) {
+      part[k] = state[k] + i;
+      decode<Lanes>(codebooks[Rule::kStateSpecs[k].is_signed], codes(k, i), n, absmax[k], part[k]);
+    }
+    update_elements<Rule>(grad + i, param + i, part, n, *static_cast<const typename Rule::Hyper*>(job->hyper));
+  }
+
+  template <int k = 0>
+  void close() {
+    if constexpr (k == 0) write<Lanes>(job->param, job->param_dtype, span.begin, span.n, param);
+    constexpr bool kSigned = Rule::kStateSpecs[k].is_signed;
+    uint32_t largest = largest_magnitude_bits<Lanes, kSigned>(state[k], span.n);
+    if (largest >= kInfinityBits) {
+      make_encodable(state[k], span.n, kSigned, state[k]);
+      largest = largest_magnitude_bits<Lanes, kSigned>(state[k], span.n);
+    }
+    absmax[k] = float_from_bits(largest);
+    inverse[k] = inverse_scale(absmax[k]);
+    job->absmax[k][block] = absmax[k];
+    if constexpr (k + 1 < kStates) close<k + 1>();
+  }
+
+  template <int k = 0>
+  BNBOPS_HD void encode(int64_t i, int64_t n) const {
+    encode_dynamic<Lanes, Rule::kStateSpecs[k].is_signed>(state[k] + i, n, inverse[k], codes(k, i));
+    if constexpr (k + 1 < kStates) encode<k + 1>(i, n);
+  }
+};
+
+// A block can be encoded only once all of it is updated. Its encoding is interleaved with the next block's update: the
+// one keeps the shuffle unit busy, the other the divider.
+template <class Rule>
+void step_quantized(const StepJob& job, int64_t first, int64_t last) {
+  static const Lanes::Codebook codebooks[2] = {Lanes::Codebook(kDynamicUnsigned), Lanes::Codebook(kDynamicSigned)};
+  constexpr int kPart = kGroup<Lanes>;
+  QuantizedBlock<Rule> buffers[2];
+  QuantizedBlock<Rule>*next = &buffers[0], *previous = &buffers[1];
+  for (int64_t block = first; block < last; ++block) {
+    next->open(job, block);
+    if (block > first && next->span.n == kStateBlock && previous->span.n == kStateBlock) {
+      for (int64_t i = 0; i < kStateBlock; i += kPart) {
+        next->update(i, kPart, codebooks);
+        previous->encode(i, kPart);
+      }
+    } else {
+      next->update(0, next->span.n, codebooks);
+      if (block > first) previous->encode(0, previous->span.n);
+    }
+    next->close();
+    std::swap(next, previous);
+  }
+  if (first < last) previous->encode(0, previous->span.n);
+}
+
+template <class Rule>
+void step(const StepJob& job, int64_t first, int64_t last) {
+  (job.absmax[0] != nullptr ? step_quantized<Rule> : step_float32<Rule>)(job, first, last);
+}
+
+template <class... Rules>
+constexpr Kernels make_kernels(RuleList<Rules...>) {
+  static_assert(sizeof...(Rules) <= kMaxRules);
+  return {quantize, dequantize, {step<Rules>...}};
+}
+
+}  // namespace
+}  // namespace BNBOPS_ISA
+
+namespace cpu {
+extern const Kernels BNBOPS_KERNELS;
+const Kernels BNBOPS_KERNELS = BNBOPS_ISA::make_kernels(AllRules{});
+}  // namespace cpu
+}  // namespace bnbops

@@ -1,0 +1,109 @@
+// Eight lanes of AVX2 + FMA + F16C. Each operation means what its namesake in lanes_scalar.h means.
+#pragma once
+
+#include <immintrin.h>
+
+#include "portable.h"
+
+BNBOPS_NAMESPACE_BEGIN
+
+struct Avx2Lanes {
+  static constexpr int kWidth = 8;
+  using Float = __m256;
+  using Int = __m256i;
+
+  struct Table32 {
+    const float* values;
+    BNBOPS_HD explicit Table32(const uint32_t* table) : values(reinterpret_cast<const float*>(table)) {}
+    BNBOPS_HD Float operator[](Int i) const { return gather(values, _mm256_and_si256(i, splat_int(31))); }
+  };
+  struct Table16 {
+    const float* values;
+    BNBOPS_HD explicit Table16(const float* table) : values(table) {}
+    BNBOPS_HD Float operator[](Int i) const { return gather(values, _mm256_and_si256(i, splat_int(15))); }
+  };
+
+  BNBOPS_HD static Float splat(float x) { return _mm256_set1_ps(x); }
+  BNBOPS_HD static Int splat_int(int x) { return _mm256_set1_epi32(x); }
+  BNBOPS_HD static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
+  BNBOPS_HD static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  BNBOPS_HD static Float abs(Float x) { return _mm256_andnot_ps(splat(-0.0F), x); }
+  BNBOPS_HD static Float min(Float a, Float b) { return _mm256_min_ps(a, b); }
+  BNBOPS_HD static Int max(Int a, Int b) { return _mm256_max_epi32(a, b); }
+  BNBOPS_HD static Int as_int(Float x) { return _mm256_castps_si256(x); }
+  BNBOPS_HD static Int exponent(Float x) { return _mm256_srli_epi32(as_int(x), 23); }
+  BNBOPS_HD static Int increment_if_not_less(Int i, Float a, Float b) {
+    return _mm256_sub_epi32(i, as_int(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
+  }
+  BNBOPS_HD static Int add_if_less(Int i, int step, Float a, Float b) {
+    return _mm256_add_epi32(i, _mm256_and_si256(as_int(_mm256_cmp_ps(a, b, _CMP_LT_OQ)), splat_int(step)));
+  }
+  BNBOPS_HD static Float gather(const float* table, Int i) { return _mm256_i32gather_ps(table, i, 4); }
+  BNBOPS_HD static Int round(Float x) { return _mm256_cvtps_epi32(x); }
+  BNBOPS_HD static Int round_with_sign(Float x, Float sign) {
+    return round(_mm256_or_ps(x, _mm256_and_ps(sign, splat(-0.0F))));
+  }
+
+  // Packing works within 128-bit halves: quarter r of half j comes out at dword 4 * j + r and belongs at 2 * r + j.
+  BNBOPS_HD static Int in_order(Int packed) {
+    return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  }
+  BNBOPS_HD static void store_signed(const Int (&k)[4], uint8_t* codes) {
+    const Int one = _mm256_set1_epi16(1);
+    const Int low = _mm256_sub_epi16(_mm256_packs_epi32(k[0], k[1]), one);
+    const Int high = _mm256_sub_epi16(_mm256_packs_epi32(k[2], k[3]), one);
+    const Int bytes = _mm256_xor_si256(_mm256_packs_epi16(low, high), _mm256_set1_epi8(-128));
+    _mm256_storeu_si256(reinterpret_cast<Int*>(codes), in_order(bytes));
+  }
+  BNBOPS_HD static void store_unsigned(const Int (&k)[4], uint8_t* codes) {
+    const Int one = _mm256_set1_epi16(1);
+    const Int low = _mm256_sub_epi16(_mm256_packs_epi32(k[0], k[1]), one);
+    const Int high = _mm256_sub_epi16(_mm256_packs_epi32(k[2], k[3]), one);
+    _mm256_storeu_si256(reinterpret_cast<Int*>(codes), in_order(_mm256_packus_epi16(low, high)));
+  }
+  BNBOPS_HD static void store_codes(const Int (&k)[4], uint8_t* codes) {
+    const Int bytes = _mm256_packus_epi16(_mm256_packs_epi32(k[0], k[1]), _mm256_packs_epi32(k[2], k[3]));
+    _mm256_storeu_si256(reinterpret_cast<Int*>(codes), in_order(bytes));
+  }
+
+  struct Codebook {
+    const float* values;
+    explicit Codebook(const float* table) : values(table) {}
+    BNBOPS_HD void decode(const uint8_t* codes, float scale, float* out) const {
+      for (int i = 0; i < 4; ++i) {
+        const Int index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + 8 * i)));
+        store(out + 8 * i, mul(gather(values, index), splat(scale)));
+      }
+    }
+  };
+
+  BNBOPS_HD static Float load(const float* x) { return _mm256_loadu_ps(x); }
+  BNBOPS_HD static void store(float* out, Float x) { _mm256_storeu_ps(out, x); }
+  BNBOPS_HD static int32_t reduce_max(Int x) {
+    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4E));
+    return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xB1)));
+  }
+
+  BNBOPS_HD static Float load_bfloat16(const uint16_t* x) {
+    const Int wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
+  BNBOPS_HD static void store_bfloat16(uint16_t* out, Float x) {
+    const Int bits = as_int(x), top = _mm256_srli_epi32(bits, 16);
+    const Int bias = _mm256_add_epi32(_mm256_and_si256(top, splat_int(1)), splat_int(0x7FFF));
+    const Int rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, bias), 16);
+    const Int quiet = _mm256_or_si256(top, splat_int(0x40));
+    const Int result = _mm256_blendv_epi8(rounded, quiet, as_int(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+    const Int words = _mm256_permute4x64_epi64(_mm256_packus_epi32(result, result), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(words));
+  }
+  BNBOPS_HD static Float load_float16(const uint16_t* x) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+  }
+  BNBOPS_HD static void store_float16(uint16_t* out, Float x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+};
+
+BNBOPS_NAMESPACE_END

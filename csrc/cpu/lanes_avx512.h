@@ -1,0 +1,131 @@
+// Sixteen lanes of AVX-512 (F, BW, DQ, VL, VBMI). Each operation means what its namesake in lanes_scalar.h means.
+#pragma once
+
+#include <immintrin.h>
+
+#include "portable.h"
+
+BNBOPS_NAMESPACE_BEGIN
+
+struct Avx512Lanes {
+  static constexpr int kWidth = 16;
+  using Float = __m512;
+  using Int = __m512i;
+
+  struct Table32 {  // in two registers: vpermi2ps takes the low 5 bits of an index
+    __m512 low, high;
+    BNBOPS_HD explicit Table32(const uint32_t* table)
+        : low(_mm512_loadu_ps(table)), high(_mm512_loadu_ps(table + 16)) {}
+    BNBOPS_HD Float operator[](Int i) const { return _mm512_permutex2var_ps(low, i, high); }
+  };
+  struct Table16 {  // in one register: vpermps takes the low 4 bits
+    __m512 values;
+    BNBOPS_HD explicit Table16(const float* table) : values(_mm512_loadu_ps(table)) {}
+    BNBOPS_HD Float operator[](Int i) const { return _mm512_permutexvar_ps(i, values); }
+  };
+
+  BNBOPS_HD static Float splat(float x) { return _mm512_set1_ps(x); }
+  BNBOPS_HD static Int splat_int(int x) { return _mm512_set1_epi32(x); }
+  BNBOPS_HD static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
+  BNBOPS_HD static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  BNBOPS_HD static Float abs(Float x) { return _mm512_abs_ps(x); }
+  BNBOPS_HD static Float min(Float a, Float b) { return _mm512_min_ps(a, b); }
+  BNBOPS_HD static Int max(Int a, Int b) { return _mm512_max_epi32(a, b); }
+  BNBOPS_HD static Int as_int(Float x) { return _mm512_castps_si512(x); }
+  BNBOPS_HD static Int exponent(Float x) { return _mm512_srli_epi32(as_int(x), 23); }
+  BNBOPS_HD static Int increment_if_not_less(Int i, Float a, Float b) {
+    return _mm512_mask_add_epi32(i, _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), i, splat_int(1));
+  }
+  BNBOPS_HD static Int add_if_less(Int i, int step, Float a, Float b) {
+    return _mm512_mask_add_epi32(i, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), i, splat_int(step));
+  }
+  BNBOPS_HD static Float gather(const float* table, Int i) { return _mm512_i32gather_ps(i, table, 4); }
+  BNBOPS_HD static Int round(Float x) { return _mm512_cvtps_epi32(x); }
+  BNBOPS_HD static Int round_with_sign(Float x, Float sign) {
+    constexpr int kSelect = 0xB8;  // the bit of `sign` where the mask is set, the bit of x elsewhere
+    return round(
+        _mm512_castsi512_ps(_mm512_ternarylogic_epi32(as_int(x), splat_int(INT32_MIN), as_int(sign), kSelect)));
+  }
+
+  // Packing and unpacking work within 128-bit quarters: dword 4 * j + r of one order is dword 4 * r + j of the other.
+  BNBOPS_HD static Int transposed(Int dwords) {
+    const Int index = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_epi32(index, dwords);
+  }
+  BNBOPS_HD static void store_signed(const Int (&k)[4], uint8_t* codes) {
+    const Int one = _mm512_set1_epi16(1);
+    const Int low = _mm512_sub_epi16(_mm512_packs_epi32(k[0], k[1]), one);
+    const Int high = _mm512_sub_epi16(_mm512_packs_epi32(k[2], k[3]), one);
+    const Int bytes = _mm512_xor_si512(_mm512_packs_epi16(low, high), _mm512_set1_epi8(-128));
+    _mm512_storeu_si512(codes, transposed(bytes));
+  }
+  BNBOPS_HD static void store_unsigned(const Int (&k)[4], uint8_t* codes) {
+    const Int one = _mm512_set1_epi16(1);
+    const Int low = _mm512_sub_epi16(_mm512_packs_epi32(k[0], k[1]), one);
+    const Int high = _mm512_sub_epi16(_mm512_packs_epi32(k[2], k[3]), one);
+    _mm512_storeu_si512(codes, transposed(_mm512_packus_epi16(low, high)));
+  }
+  BNBOPS_HD static void store_codes(const Int (&k)[4], uint8_t* codes) {
+    const Int bytes = _mm512_packus_epi16(_mm512_packs_epi32(k[0], k[1]), _mm512_packs_epi32(k[2], k[3]));
+    _mm512_storeu_si512(codes, transposed(bytes));
+  }
+
+  // The codebook as four planes of bytes: a lookup of 64 bytes in 256 is two vpermi2b and a blend, cheaper than
+  // gathering floats, and exact for every codebook.
+  struct Codebook {
+    Int plane[4][4];
+    explicit Codebook(const float* table) {
+      alignas(64) uint8_t bytes[4][256];
+      for (int i = 0; i < 256; ++i) {
+        const uint32_t bits = bits_of(table[i]);
+        for (int b = 0; b < 4; ++b) bytes[b][i] = static_cast<uint8_t>(bits >> (8 * b));
+      }
+      for (int b = 0; b < 4; ++b) {
+        for (int q = 0; q < 4; ++q) plane[b][q] = _mm512_load_si512(bytes[b] + 64 * q);
+      }
+    }
+    BNBOPS_HD Int lookup(int b, Int codes, __mmask64 upper_half) const {
+      const Int low = _mm512_permutex2var_epi8(plane[b][0], codes, plane[b][1]);
+      const Int high = _mm512_permutex2var_epi8(plane[b][2], codes, plane[b][3]);
+      return _mm512_mask_mov_epi8(low, upper_half, high);
+    }
+    BNBOPS_HD void decode(const uint8_t* source, float scale, float* out) const {
+      const Int codes = transposed(_mm512_loadu_si512(source));
+      const __mmask64 upper_half = _mm512_movepi8_mask(codes);
+      const Int byte0 = lookup(0, codes, upper_half), byte1 = lookup(1, codes, upper_half);
+      const Int byte2 = lookup(2, codes, upper_half), byte3 = lookup(3, codes, upper_half);
+      const Int low01 = _mm512_unpacklo_epi8(byte0, byte1), high01 = _mm512_unpackhi_epi8(byte0, byte1);
+      const Int low23 = _mm512_unpacklo_epi8(byte2, byte3), high23 = _mm512_unpackhi_epi8(byte2, byte3);
+      const Float factor = splat(scale);
+      const auto put = [&](int i, Int bits) { store(out + 16 * i, mul(_mm512_castsi512_ps(bits), factor)); };
+      put(0, _mm512_unpacklo_epi16(low01, low23));
+      put(1, _mm512_unpackhi_epi16(low01, low23));
+      put(2, _mm512_unpacklo_epi16(high01, high23));
+      put(3, _mm512_unpackhi_epi16(high01, high23));
+    }
+  };
+
+  BNBOPS_HD static Float load(const float* x) { return _mm512_loadu_ps(x); }
+  BNBOPS_HD static void store(float* out, Float x) { _mm512_storeu_ps(out, x); }
+  BNBOPS_HD static int32_t reduce_max(Int x) { return _mm512_reduce_max_epi32(x); }
+
+  BNBOPS_HD static Float load_bfloat16(const uint16_t* x) {
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))), 16));
+  }
+  BNBOPS_HD static void store_bfloat16(uint16_t* out, Float x) {
+    const Int bits = as_int(x), top = _mm512_srli_epi32(bits, 16);
+    const Int bias = _mm512_add_epi32(_mm512_and_si512(top, splat_int(1)), splat_int(0x7FFF));
+    const Int rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
+    const Int result = _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), top, splat_int(0x40));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(result));
+  }
+  BNBOPS_HD static Float load_float16(const uint16_t* x) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+  }
+  BNBOPS_HD static void store_float16(uint16_t* out, Float x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+};
+
+BNBOPS_NAMESPACE_END

@@ -1,0 +1,84 @@
+// One lane: plain C++ for any machine, and the meaning of every operation that the SIMD lanes have.
+#pragma once
+
+#include "portable.h"
+
+BNBOPS_NAMESPACE_BEGIN
+
+struct ScalarLanes {
+  static constexpr int kWidth = 1;
+  using Float = float;
+  using Int = int32_t;
+
+  struct Table32 {
+    const uint32_t* bits;
+    BNBOPS_HD explicit Table32(const uint32_t* table) : bits(table) {}
+    BNBOPS_HD Float operator[](Int i) const { return float_from_bits(bits[i & 31]); }
+  };
+  struct Table16 {
+    const float* values;
+    BNBOPS_HD explicit Table16(const float* table) : values(table) {}
+    BNBOPS_HD Float operator[](Int i) const { return values[i & 15]; }
+  };
+
+  BNBOPS_HD static Float splat(float x) { return x; }
+  BNBOPS_HD static Int splat_int(int x) { return x; }
+  BNBOPS_HD static Float mul(Float a, Float b) { return a * b; }
+  BNBOPS_HD static Float fma(Float a, Float b, Float c) { return fused_multiply_add(a, b, c); }
+  BNBOPS_HD static Float abs(Float x) { return float_from_bits(bits_of(x) & 0x7FFFFFFFU); }
+  BNBOPS_HD static Float min(Float a, Float b) { return a < b ? a : b; }
+  BNBOPS_HD static Int max(Int a, Int b) { return a > b ? a : b; }
+  BNBOPS_HD static Int as_int(Float x) { return static_cast<Int>(bits_of(x)); }
+  BNBOPS_HD static Int exponent(Float x) { return static_cast<Int>(bits_of(x) >> 23); }  // of a positive x
+  BNBOPS_HD static Int increment_if_not_less(Int i, Float a, Float b) { return a >= b ? i + 1 : i; }
+  BNBOPS_HD static Int add_if_less(Int i, int step, Float a, Float b) { return a < b ? i + step : i; }
+  BNBOPS_HD static Float gather(const float* table, Int i) { return table[i]; }
+  // To nearest, ties to even, by the float adder: 0 <= x < 2^22.
+  BNBOPS_HD static Int round(Float x) { return as_int(x + 12582912.0F) - 0x4B400000; }
+  BNBOPS_HD static Int round_with_sign(Float x, Float sign) { return (bits_of(sign) >> 31) ? -round(x) : round(x); }
+
+  // Four vectors of magnitude numbers to codes; numbers beyond the map saturate.
+  BNBOPS_HD static void store_signed(const Int (&k)[4], uint8_t* codes) {
+    for (int i = 0; i < 4; ++i)
+      codes[i] = static_cast<uint8_t>((k[i] < -127 ? -128 : k[i] > 128 ? 127 : k[i] - 1) + 128);
+  }
+  BNBOPS_HD static void store_unsigned(const Int (&k)[4], uint8_t* codes) {
+    for (int i = 0; i < 4; ++i) codes[i] = static_cast<uint8_t>(k[i] > 256 ? 255 : k[i] - 1);
+  }
+  BNBOPS_HD static void store_codes(const Int (&k)[4], uint8_t* codes) {
+    for (int i = 0; i < 4; ++i) codes[i] = static_cast<uint8_t>(k[i]);
+  }
+
+#if !defined(__CUDACC__)
+  // A codebook prepared for decoding 4 * kWidth codes at a time.
+  struct Codebook {
+    const float* values;
+    explicit Codebook(const float* table) : values(table) {}
+    BNBOPS_HD void decode(const uint8_t* codes, float scale, float* out) const {
+      for (int i = 0; i < 4; ++i) out[i] = values[codes[i]] * scale;
+    }
+  };
+
+  BNBOPS_HD static Float load(const float* x) { return *x; }
+  BNBOPS_HD static void store(float* out, Float x) { *out = x; }
+  BNBOPS_HD static int32_t reduce_max(Int x) { return x; }
+
+  BNBOPS_HD static Float load_bfloat16(const uint16_t* x) { return float_from_bits(static_cast<uint32_t>(*x) << 16); }
+  BNBOPS_HD static void store_bfloat16(uint16_t* out, Float x) {
+    const uint32_t bits = bits_of(x);
+    const uint32_t rounded = (bits + 0x7FFFU + ((bits >> 16) & 1U)) >> 16;  // to nearest, ties to even
+    *out = static_cast<uint16_t>(x != x ? (bits >> 16) | 0x40U : rounded);
+  }
+  BNBOPS_HD static Float load_float16(const uint16_t* x) {
+    _Float16 half;
+    memcpy(&half, x, sizeof(half));
+    return static_cast<float>(half);
+  }
+  BNBOPS_HD static void store_float16(uint16_t* out, Float x) {
+    const auto half = static_cast<_Float16>(x);
+    memcpy(out, &half, sizeof(half));
+  }
+#endif
+};
+
+BNBOPS_NAMESPACE_END

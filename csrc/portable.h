@@ -1,0 +1,49 @@
+// What lets one source build for the host, per instruction set, and for CUDA devices.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__) || defined(CUSIM)
+#define BNBOPS_HD __host__ __device__ __forceinline__
+#else
+#define BNBOPS_HD inline __attribute__((always_inline))
+#endif
+
+// The same inline function is compiled once per instruction set. Each copy lives in its own namespace, or the linker
+// would merge them and might hand AVX-512 code to a machine that lacks it.
+#ifndef BNBOPS_ISA
+#define BNBOPS_ISA portable
+#endif
+#define BNBOPS_NAMESPACE_BEGIN \
+  namespace bnbops {           \
+  inline namespace BNBOPS_ISA {
+#define BNBOPS_NAMESPACE_END \
+  }                          \
+  }
+
+BNBOPS_NAMESPACE_BEGIN
+
+constexpr float kFloatMax = 3.40282346638528859812e+38F;
+
+BNBOPS_HD float float_from_bits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+BNBOPS_HD uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+// One rounding, on every backend. The library is built without contraction, so this is the only fused operation.
+BNBOPS_HD float fused_multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+
+BNBOPS_HD float square_root(float x) { return __builtin_sqrtf(x); }
+
+// False for infinities and NaN.
+BNBOPS_HD bool is_finite(float x) { return (bits_of(x) & 0x7FFFFFFFU) < 0x7F800000U; }
+
+BNBOPS_NAMESPACE_END
