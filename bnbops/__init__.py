@@ -1,0 +1,21 @@
+"""8-bit optimizers and quantization as PyTorch operators, so that a whole train step compiles into one graph."""
+
+from bnbops._library import isa, load_cuda_operators, load_operators
+
+load_operators(__path__)
+has_cuda = load_cuda_operators(__path__)
+
+from bnbops import functional, meta_kernels, optim  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "compiled_train_step", "functional", "has_cuda", "isa", "meta_kernels", "optim"]
+
+isa()  # a wrong BNBOPS_ISA fails here, not in the middle of training
+
+
+def __getattr__(name: str):
+    if name == "compiled_train_step":  # on first use: it brings in the compiler, which doubles the import's time
+        from bnbops.compile import compiled_train_step
+
+        return compiled_train_step
+    raise AttributeError(f"module 'bnbops' has no attribute '{name}'")

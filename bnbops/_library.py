@@ -1,0 +1,59 @@
+"""Finds and loads the compiled operators."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+
+def library_path(name: str, search: list[str]) -> Path | None:
+    """The file `lib/lib<name>.*` beside the package. An editable install has it in site-packages, not beside the
+    sources, so all of the package's `__path__` is searched."""
+    for folder in search:
+        for suffix in (".so", ".dylib", ".dll"):
+            path = Path(folder) / "lib" / f"lib{name}{suffix}"
+            if path.exists():
+                return path
+    return None
+
+
+def load_operators(search: list[str]) -> None:
+    """Registers `torch.ops.bnbops.*`.
+
+    Raises:
+        ImportError: the library is not built, or this torch is too old for it.
+    """
+    path = library_path("bnbops_cpu", search)
+    if path is None:
+        raise ImportError(
+            "bnbops is not built: libbnbops_cpu is missing. Install it with `pip install .` (or `pip install -e .` to "
+            f"work on it) in the folder of its pyproject.toml. Looked in: {', '.join(f'{p}/lib' for p in search)}"
+        )
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise ImportError(
+            f"{path.name} does not load under torch {torch.__version__} (bnbops needs torch >= 2.13): {error}"
+        ) from error
+
+
+def load_cuda_operators(search: list[str]) -> bool:
+    """Registers the CUDA kernels where torch has CUDA and the library was built; tells whether it did."""
+    path = library_path("bnbops_cuda", search)
+    if path is None or torch.version.cuda is None:
+        return False
+    torch.ops.load_library(str(path))
+    return True
+
+
+def isa() -> str:
+    """The CPU instruction set in use: "baseline", "avx2" or "avx512".
+
+    The best one of this machine, unless the environment variable `BNBOPS_ISA` named another before the import. All of
+    them give the same bits.
+
+    Raises:
+        RuntimeError: `BNBOPS_ISA` names one that this machine or build lacks.
+    """
+    return torch.ops.bnbops.isa()

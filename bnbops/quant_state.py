@@ -1,0 +1,168 @@
+"""QuantState: what it takes, beside the codes, to undo a quantization."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PACKED_PREFIX = "quant_state.bitsandbytes__"
+
+
+def _pack(values: dict[str, Any]) -> Tensor:
+    """JSON text as a uint8 tensor, so that a state dict holds tensors only."""
+    return torch.tensor(list(json.dumps(values).encode("utf-8")), dtype=torch.uint8)
+
+
+def _unpack(packed: Tensor) -> dict[str, Any]:
+    return json.loads(bytes(packed.cpu().tolist()).decode("utf-8"))
+
+
+def _dtype_from_name(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"'{name}' is not the name of a torch dtype")
+    return dtype
+
+
+class QuantState:
+    """Scales and description of a quantized tensor, attribute for attribute as bitsandbytes has it.
+
+    Attributes:
+        absmax: fp32 scales, one a block; uint8 codes of them where `nested`.
+        shape: shape of the original tensor, or None.
+        code: fp32 codebook.
+        blocksize: elements that share a scale.
+        quant_type: "nf4", "fp4" or None (8-bit blocks).
+        dtype: dtype of the original tensor.
+        offset: 0-dim fp32 mean that was subtracted from the scales before they were quantized (nested), or None.
+        state2: QuantState of the scales (nested), or None.
+    """
+
+    valid_quant_types = ("fp4", "nf4")
+    valid_qs_keys = (
+        *("absmax", "quant_map", "quant_state", "quant_type", "blocksize", "dtype", "shape"),
+        *("nested_absmax", "nested_quant_map", "nested_blocksize", "nested_dtype", "nested_offset"),
+    )
+
+    def __init__(
+        self,
+        absmax: Tensor,
+        shape: torch.Size | None = None,
+        code: Tensor | None = None,
+        blocksize: int | None = None,
+        quant_type: str | None = None,
+        dtype: torch.dtype | None = None,
+        offset: Tensor | None = None,
+        state2: QuantState | None = None,
+    ) -> None:
+        self.absmax = absmax
+        self.shape = shape
+        self.code = code
+        self.blocksize = blocksize
+        self.quant_type = quant_type
+        self.dtype = dtype
+        self.offset = offset
+        self.state2 = state2
+        self.nested = state2 is not None
+
+    @classmethod
+    def from_dict(cls, qs_dict: dict[str, Any], device: torch.device | str) -> QuantState:
+        """The inverse of `as_dict`, packed or not. Keys may carry a prefix ("weight.absmax"); the dict is not changed.
+
+        Raises:
+            ValueError: keys that do not make a quantization state.
+        """
+        values = dict(qs_dict)
+        packed = [k for k, v in values.items() if "quant_state" in k and isinstance(v, Tensor)]
+        if len(packed) > 1 or (not packed and "quant_type" not in {k.split(".")[-1] for k in values}):
+            raise ValueError(
+                f"expected exactly one packed item ending in {_PACKED_PREFIX}nf4 or ...fp4, or unpacked items with "
+                f"'quant_type'; got the keys {sorted(values)}"
+            )
+        for key in packed:
+            values.update(_unpack(values.pop(key)))
+        values = {k.split(".")[-1]: v for k, v in values.items()}
+        if unknown := values.keys() - set(cls.valid_qs_keys):
+            raise ValueError(f"unknown keys in a quantization state: {sorted(unknown)}")
+
+        offset = state2 = None
+        if "nested_absmax" in values:
+            offset = torch.tensor(float(values["nested_offset"])).to(device)
+            state2 = cls(
+                absmax=values["nested_absmax"].to(device),
+                blocksize=values["nested_blocksize"],
+                code=values["nested_quant_map"].to(device),
+                dtype=_dtype_from_name(values["nested_dtype"]),
+            )
+        shape = values["shape"]
+        return cls(
+            absmax=values["absmax"].to(device),
+            shape=None if shape is None else torch.Size(shape),
+            code=values["quant_map"].to(device),
+            blocksize=values["blocksize"],
+            quant_type=values["quant_type"],
+            dtype=_dtype_from_name(values["dtype"]),
+            offset=offset,
+            state2=state2,
+        )
+
+    def as_dict(self, packed: bool = False) -> dict[str, Any]:
+        """Tensors and plain values by bitsandbytes' names; `packed` puts the plain values into one uint8 tensor."""
+        values: dict[str, Any] = {
+            "quant_type": self.quant_type,
+            "absmax": self.absmax,
+            "blocksize": self.blocksize,
+            "quant_map": self.code,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": None if self.shape is None else tuple(self.shape),
+        }
+        if self.state2 is not None:
+            values |= {
+                "nested_absmax": self.state2.absmax,
+                "nested_blocksize": self.state2.blocksize,
+                "nested_quant_map": self.state2.code.clone(),  # safetensors refuses tensors that share memory
+                "nested_dtype": str(self.state2.dtype).removeprefix("torch."),
+                "nested_offset": self.offset.item(),
+            }
+        if not packed or self.quant_type is None:
+            return values
+        tensors = {k: v for k, v in values.items() if isinstance(v, Tensor)}
+        plain = {k: v for k, v in values.items() if not isinstance(v, Tensor)}
+        return tensors | {_PACKED_PREFIX + self.quant_type: _pack(plain)}
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves all tensors, in place."""
+        self.code = self.code.to(device)
+        self.absmax = self.absmax.to(device)
+        if self.state2 is not None:
+            self.offset = self.offset.to(device)
+            self.state2.to(device)
+
+    def __getattr__(self, name: str) -> Any:
+        # FSDP resolves the dotted state-dict key "quant_state.bitsandbytes__nf4" attribute by attribute.
+        if name.startswith("bitsandbytes__"):
+            packed = self.as_dict(packed=True)
+            if (key := "quant_state." + name) in packed:
+                return packed[key]
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+
+    def __getitem__(self, index: int) -> Any:
+        """The older form of a state, a list."""
+        nested = [self.offset, self.state2] if self.nested else None
+        return [self.absmax, self.shape, self.dtype, self.blocksize, nested, self.quant_type][index]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, QuantState):
+            return NotImplemented
+
+        def same(a: Any, b: Any) -> bool:
+            if isinstance(a, Tensor) and isinstance(b, Tensor):
+                return torch.equal(a, b)
+            return type(a) is type(b) and a == b
+
+        return all(same(getattr(self, name), getattr(other, name)) for name in vars(self))
+
+    __hash__ = None  # type: ignore[assignment]  # mutable

@@ -1,0 +1,121 @@
+"""Fakes of the optimizer steps: one for all of them, since their schemas are made alike."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from .checks import (
+    check,
+    check_contiguous,
+    check_device,
+    check_dtype,
+    check_float,
+    check_one_element,
+    name_of,
+)
+
+_BLOCK = 256
+
+
+def _check_lengths(
+    op: str, params: list[Tensor], lists: dict[str, list[Tensor]], states: list[str], quantized: bool
+) -> None:
+    in_order = ["grads", "steps", *chain.from_iterable((name, f"{name}_absmax") for name in states)]
+    for name in in_order:
+        tensors = lists[name]
+        is_absmax = name.endswith("_absmax")
+        if is_absmax and not quantized and not tensors:
+            continue
+        remark = " (one each for 8-bit states, none at all for float32 states)" if is_absmax else ""
+        check(
+            len(tensors) == len(params),
+            f"{op}: {name} has {len(tensors)} tensors for {len(params)} params{remark}",
+        )
+
+
+def _check_absmax(what: str, absmax: Tensor, param: Tensor) -> None:
+    check_dtype(what, absmax, torch.float32)
+    check_device(what, absmax, param)
+    check_contiguous(what, absmax)
+    rows = param.shape[0] if param.dim() else 1
+    per_row = -((param.numel() // rows if rows else 0) // -_BLOCK)
+    flat = -(param.numel() // -_BLOCK)
+    by_rows = absmax.dim() == 2 and absmax.shape[0] == rows and (absmax.shape[1] == per_row or param.numel() == 0)
+    check(
+        by_rows or (absmax.dim() == 1 and absmax.shape[0] == flat),
+        f"{what} has shape {list(absmax.shape)}, but params of shape {list(param.shape)} need [{rows}, {per_row}] "
+        f"(blocks of {_BLOCK} in each row) or [{flat}] (flat blocks)",
+    )
+
+
+def _check_param(op: str, i: int, params: list[Tensor], lists: dict[str, list[Tensor]], states: list[str]) -> None:
+    param, grad, step = params[i], lists["grads"][i], lists["steps"][i]
+
+    def check_shape(what: str, tensor: Tensor) -> None:
+        message = f"{what} has shape {list(tensor.shape)}, but its parameter has {list(param.shape)}"
+        check(tensor.shape == param.shape, message)
+
+    what = f"{op}: params[{i}]"
+    check_float(what, param)
+    check_device(what, param, params[0])
+    check_contiguous(what, param)
+    what = f"{op}: grads[{i}]"
+    expected = f"{name_of(param.dtype)} (its parameter's dtype) or float32"
+    check(grad.dtype in (param.dtype, torch.float32), f"{what} must be {expected}, got {name_of(grad.dtype)}")
+    check_device(what, grad, param)
+    check_shape(what, grad)
+    quantized = bool(lists[f"{states[0]}_absmax"])
+    for name in states:
+        state, what = lists[name][i], f"{op}: {name}[{i}]"
+        check_dtype(what, state, torch.uint8 if quantized else torch.float32)
+        check_device(what, state, param)
+        check_contiguous(what, state)
+        check_shape(what, state)
+        if quantized:
+            absmax, what = lists[f"{name}_absmax"][i], f"{op}: {name}_absmax[{i}]"
+            _check_absmax(what, absmax, param)
+            check(
+                absmax.dim() == lists[f"{states[0]}_absmax"][i].dim(),
+                f"{what} is laid out by rows and another by flat blocks; use one layout for all states of a parameter",
+            )
+    what = f"{op}: steps[{i}]"
+    check_dtype(what, step, torch.float32)
+    check_one_element(what, step)
+    check_device(what, step, param)
+
+
+def _check_scalars(
+    op: str, params: list[Tensor], lr: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    check(lr.dtype in (torch.float32, torch.float64), f"{op}: lr must be float32 or float64, got {name_of(lr.dtype)}")
+    check_one_element(f"{op}: lr", lr)
+    for name, tensor in (("grad_scale", grad_scale), ("found_inf", found_inf)):
+        if tensor is not None:
+            check_dtype(f"{op}: {name}", tensor, torch.float32)
+            check_one_element(f"{op}: {name}", tensor)
+    for name, tensor in (("lr", lr), ("grad_scale", grad_scale), ("found_inf", found_inf)):
+        if tensor is not None and params and tensor.device.type != "cpu":
+            check_device(f"{op}: {name}", tensor, params[0])
+
+
+def _register(op: str) -> None:
+    schema = getattr(torch.ops.bnbops, op).default._schema
+    names = [a.name for a in schema.arguments if not a.kwarg_only]
+    states = [name.removesuffix("_absmax") for name in names if name.endswith("_absmax")]
+
+    def fake(params, *args, lr, grad_scale=None, found_inf=None, **options):
+        lists = dict(zip(names[1:], args, strict=True))
+        quantized = any(lists[f"{name}_absmax"] for name in states)
+        _check_lengths(op, params, lists, states, quantized)
+        for i in range(len(params)):
+            _check_param(op, i, params, lists, states)
+        _check_scalars(op, params, lr, grad_scale, found_inf)
+
+    torch.library.register_fake(f"bnbops::{op}", fake)
+
+
+for _op in torch.ops.bnbops.step_ops():
+    _register(_op)
