@@ -1,0 +1,333 @@
+"""One graph per train step: forward, backward and optimizer compiled together.
+
+Dynamo (torch 2.13) can trace ``loss.backward()`` and an optimizer's operators, but only under conditions that a user
+would have to know, and it trains nothing, silently, when some of them are missed. `compiled_train_step` establishes
+them, and checks after every compilation that the optimizer really advanced.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Generic, ParamSpec, TypeVar, overload
+
+import torch
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
+from torch._dynamo.variables import ConstantVariable
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+
+__all__ = ["CompiledTrainStep", "GraphBreakError", "NothingTrainedError", "compiled_train_step"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_ADVICE = """\
+Nothing was run: parameters, optimizer state and gradients are unchanged. What to do:
+  - print, log, save or plot after the call: return the tensors from the step function (they come back detached);
+  - no Python decision on a tensor's value (`if loss > 3`, `error_if_nonfinite=True`): torch.where, or decide outside;
+  - no module backward hooks, no GradScaler, no code that leaves torch (NumPy, C extensions without custom operators);
+  - to see whether the step itself is at fault, run it eagerly: torch.compiler.set_stance("force_eager").
+docs/compile.md has the list. Dynamo's own report is the exception above this one."""
+
+
+class GraphBreakError(RuntimeError):
+    """The step function cannot be captured as one graph. Dynamo's exception is its ``__cause__``."""
+
+
+class NothingTrainedError(RuntimeError):
+    """A freshly compiled step ran and no parameter of some optimizer was updated."""
+
+
+class CompiledTrainStep(Generic[P, R]):
+    """A train step compiled as one graph; made by `compiled_train_step`, called like the function it wraps.
+
+    `graph_count` is the number of graphs compiled so far, `recompiles` what exceeds one: both stay as they are
+    while a training run is healthy. `step_fn` and `optimizers` are what it was made from.
+    """
+
+    def __init__(
+        self, step_fn: Callable[P, R], optimizers: tuple[Optimizer, ...], *, accumulate: bool, **compile_options: Any
+    ) -> None:
+        functools.update_wrapper(self, step_fn)
+        self.step_fn = step_fn
+        self.optimizers = optimizers
+        self.accumulate = accumulate
+        self.graph_count = 0
+        self._optimizer_steps = [_TraceableStep(optimizer) for optimizer in optimizers]
+        self._steps_before: list[list[float]] | None = None  # set while a call that compiles is under way
+        # Isolated: the compile cache hangs on the code object, which all instances of this class share.
+        self._compiled = torch.compile(self._traced(), fullgraph=True, isolate_recompiles=True, **compile_options)
+        self._prepare()
+
+    @property
+    def recompiles(self) -> int:
+        """Graphs compiled beyond the first."""
+        return max(0, self.graph_count - 1)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        leaves = self._prepare()
+        _reject_unseen_hooks(leaves, self.step_fn)
+        self._steps_before = None
+        try:
+            with (
+                torch._dynamo.config.patch(trace_autograd_ops=True),
+                _shared_constants_protected(),
+                self._traceable_optimizers(),
+            ):
+                result = self._compiled(leaves, *args, **kwargs)
+        except BackendCompilerFailed:
+            raise  # the graph was captured; its compiler failed and says why
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            raise GraphBreakError(_explain(error, _name(self.step_fn))) from error
+        finally:
+            if self._steps_before is not None:
+                _allow_as_graph_inputs(leaves)
+        if self._steps_before is not None:
+            self.graph_count += 1
+            self._check_progress(self._steps_before, leaves)
+        return result
+
+    def _prepare(self) -> list[torch.Tensor]:
+        """Make state and learning rates what a graph can hold; return the parameters to train, in order."""
+        for optimizer in self.optimizers:
+            optimizer.init_state()
+            for group in optimizer.param_groups:
+                # A float would be a constant of the graph. torch's schedulers fill_ a tensor in place; a float that
+                # somebody assigns later, or that load_state_dict brings back, ends up here again.
+                if not isinstance(group["lr"], torch.Tensor):
+                    group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
+        groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
+        return [p for group in groups for p in group["params"] if p.requires_grad]
+
+    def _traced(self) -> Callable[..., R]:
+        step_fn = self.step_fn
+
+        @torch.compiler.assume_constant_result
+        def on_trace() -> None:  # Dynamo runs this as plain Python whenever it traces, and never afterwards
+            leaves = self._prepare()
+            _allow_as_graph_inputs(leaves)
+            self._steps_before = self._steps()
+
+        def train_step(leaves: list[torch.Tensor], /, *args: Any, **kwargs: Any) -> R:
+            if torch.compiler.is_dynamo_compiling():
+                on_trace()
+            # Dynamo's backward() differentiates with respect to the graph inputs that it has met so far. A parameter
+            # that it meets through optimizer.param_groups becomes a constant instead and gets no gradient, without
+            # a word: so they all come in as inputs, first.
+            tuple(leaf.requires_grad for leaf in leaves)
+            # backward() consumed the graph behind the loss: what leaves must not refer to it.
+            return tree_map_only(torch.Tensor, torch.Tensor.detach, step_fn(*args, **kwargs))
+
+        return train_step
+
+    @contextmanager
+    def _traceable_optimizers(self) -> Iterator[None]:
+        """LR schedulers put a wrapper around `optimizer.step` that Dynamo refuses; set it aside during the call."""
+        wrappers = [optimizer.__dict__.get("step") for optimizer in self.optimizers]
+        for step in self._optimizer_steps:
+            step.called = False
+            step.optimizer.__dict__["step"] = step
+        try:
+            yield
+        finally:
+            for optimizer, step, wrapper in zip(self.optimizers, self._optimizer_steps, wrappers, strict=True):
+                if step.called:
+                    optimizer._opt_called = True  # as the wrapper does: schedulers warn without it
+                if wrapper is None:
+                    del optimizer.__dict__["step"]
+                else:
+                    optimizer.__dict__["step"] = wrapper
+
+    def _steps(self) -> list[list[float]]:
+        """Every parameter's step counter, per optimizer. Synchronises with the device: for compiling calls only."""
+        return [[float(state["step"]) for state in optimizer.state.values() if state] for optimizer in self.optimizers]
+
+    def _check_progress(self, before: list[list[float]], leaves: Iterable[torch.Tensor]) -> None:
+        for step, old, new in zip(self._optimizer_steps, before, self._steps(), strict=True):
+            if old != new or _skipped(step.optimizer):
+                continue
+            who = f"{_name(self.step_fn)}() ran, but"
+            optimizer = type(step.optimizer).__name__
+            if step.called:
+                raise NothingTrainedError(
+                    f"{who} {optimizer}.step() found no gradient and updated nothing: backward() is missing or comes "
+                    "later, zero_grad() comes between backward() and step(), or the loss does not depend on the "
+                    "optimizer's parameters."
+                )
+            if not self.accumulate:
+                raise NothingTrainedError(
+                    f"{who} never called step() on the {optimizer} that compiled_train_step was given. If it is meant "
+                    "to accumulate gradients only, say so: compiled_train_step(step_fn, optimizer, accumulate=True)."
+                )
+            if all(leaf.grad is None for leaf in leaves):
+                raise NothingTrainedError(
+                    f"{who} left no gradient in any parameter: backward() is missing, or the loss does not depend on "
+                    "the optimizer's parameters."
+                )
+
+
+@overload
+def compiled_train_step(
+    step_fn: Callable[P, R],
+    optimizer: Optimizer | Iterable[Optimizer],
+    *,
+    accumulate: bool = ...,
+    backend: str | Callable[..., Any] = ...,
+    mode: str | None = ...,
+    options: dict[str, Any] | None = ...,
+    dynamic: bool | None = ...,
+) -> CompiledTrainStep[P, R]: ...
+@overload
+def compiled_train_step(
+    step_fn: None = ...,
+    *,
+    optimizer: Optimizer | Iterable[Optimizer],
+    accumulate: bool = ...,
+    backend: str | Callable[..., Any] = ...,
+    mode: str | None = ...,
+    options: dict[str, Any] | None = ...,
+    dynamic: bool | None = ...,
+) -> Callable[[Callable[P, R]], CompiledTrainStep[P, R]]: ...
+def compiled_train_step(
+    step_fn: Callable[..., Any] | None = None,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    *,
+    accumulate: bool = False,
+    backend: str | Callable[..., Any] = "inductor",
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    dynamic: bool | None = None,
+) -> Any:
+    """Compile a whole train step (forward, backward, optimizer) into one graph.
+
+    ``step = compiled_train_step(step_fn, optimizer)``, or as a decorator ``@compiled_train_step(optimizer=optimizer)``.
+
+    Args:
+        step_fn: a plain train step: it computes a loss, calls ``loss.backward()``, ``optimizer.step()`` and
+            ``optimizer.zero_grad()``, and returns tensors (alone, in a tuple, list or dict) or None. Tensors come back
+            detached.
+        optimizer: the bnbops optimizer that `step_fn` uses, or several. Its state is created here, and every
+            ``group["lr"]`` becomes a 0-dim float64 tensor, which schedulers update in place.
+        accumulate: `step_fn` may leave the optimizer alone and only add to the gradients.
+        backend, mode, options, dynamic: as for `torch.compile`.
+
+    Returns:
+        A `CompiledTrainStep`: call it like `step_fn`; ``.graph_count`` and ``.recompiles`` tell what was compiled.
+
+    Raises:
+        TypeError: no function, no optimizer, or an optimizer without ``init_state()`` (torch.optim's).
+        GraphBreakError: (when called) `step_fn` cannot be one graph; nothing was run.
+        NothingTrainedError: (when called) the new graph ran and updated no parameter of some optimizer.
+    """
+    optimizers = _as_optimizers(optimizer, step_fn)
+    if step_fn is not None and not callable(step_fn):
+        raise TypeError(f"compiled_train_step: step_fn must be a function, got {type(step_fn).__name__}")
+    make = functools.partial(
+        CompiledTrainStep,
+        optimizers=optimizers,
+        accumulate=accumulate,
+        backend=backend,
+        mode=mode,
+        options=options,
+        dynamic=dynamic,
+    )
+    return make if step_fn is None else make(step_fn)
+
+
+def _as_optimizers(optimizer: Any, step_fn: Any) -> tuple[Optimizer, ...]:
+    if isinstance(step_fn, Optimizer):
+        raise TypeError("compiled_train_step: the optimizer goes second or by name, e.g. optimizer=opt")
+    optimizers = (optimizer,) if isinstance(optimizer, Optimizer) or optimizer is None else tuple(optimizer)
+    if not optimizers or any(not isinstance(each, Optimizer) for each in optimizers):
+        raise TypeError("compiled_train_step: pass the optimizer (or a list of them) that the step function uses")
+    for each in optimizers:
+        if not callable(getattr(each, "init_state", None)):
+            raise TypeError(
+                f"compiled_train_step: {type(each).__name__} has no init_state(), so it cannot be part of one graph; "
+                "use an optimizer from bnbops.optim"
+            )
+    return optimizers
+
+
+class _TraceableStep:
+    """Stands in for `optimizer.step` during a call: Dynamo traces the class's own step, and `called` tells that it did.
+
+    The note is kept here because Dynamo drops what a graph assigns to an attribute of an optimizer.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.called = False
+
+    def __call__(self, closure: Callable[[], Any] | None = None) -> Any:
+        self.called = True
+        return type(self.optimizer).step(self.optimizer, closure)
+
+
+@contextmanager
+def _shared_constants_protected() -> Iterator[None]:
+    """Keep Dynamo from noting where it read a `p.grad` that is None on the one None that all its graphs share.
+
+    It does so when a step clears gradients before backward(), and from then on every graph of the process may load
+    that parameter's gradient where None is meant (pytorch pull request 193725; torch 2.13 and 2.14 are affected).
+    """
+    shared = [ConstantVariable.create(value) for value in (None, True, False)]
+
+    def set_attribute(self: ConstantVariable, name: str, value: Any) -> None:
+        if name != "source" or all(self is not constant for constant in shared):
+            object.__setattr__(self, name, value)
+
+    for constant in shared:
+        constant.source = None
+    ConstantVariable.__setattr__ = set_attribute
+    try:
+        yield
+    finally:
+        del ConstantVariable.__setattr__
+
+
+def _allow_as_graph_inputs(leaves: Iterable[torch.Tensor]) -> None:
+    """Undo Dynamo's mark on an optimizer's parameters, which makes the next trace take them for constants."""
+    for leaf in leaves:
+        torch._dynamo.mark_static_address(leaf, guard=False)
+
+
+def _reject_unseen_hooks(leaves: Iterable[torch.Tensor], step_fn: Callable[..., Any]) -> None:
+    if any(leaf._post_accumulate_grad_hooks for leaf in leaves):
+        raise GraphBreakError(
+            f"{_name(step_fn)}() cannot be compiled into one graph: a parameter has a post-accumulate-grad hook, which "
+            "a compiled backward() would leave out without a word. Remove it; Tensor.register_hook works."
+        )
+
+
+def _skipped(optimizer: Optimizer) -> bool:
+    """Whether a gradient scaler told this step to do nothing."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
+
+
+def _name(step_fn: Callable[..., Any]) -> str:
+    return getattr(step_fn, "__name__", type(step_fn).__name__)
+
+
+def _explain(error: Exception, name: str) -> str:
+    """Dynamo's report in three lines, and what to do about it."""
+    if isinstance(error, FailOnRecompileLimitHit):
+        return (
+            f"{name}() was compiled too often (torch._dynamo.config.recompile_limit): something that is a constant of "
+            "the graph differs from call to call. Batches of many shapes: pad them, or pass dynamic=True. A Python "
+            "number or flag among the arguments: pass a tensor. A scheduler that changes more than lr: "
+            'OneCycleLR(..., cycle_momentum=False). TORCH_LOGS="recompiles" names it.'
+        )
+    report = str(error)
+    what = [report.splitlines()[0]]
+    if explanation := re.search(r"^\s*Explanation: (.+)$", report, re.MULTILINE):
+        what.append(explanation[1])
+    if raised := re.search(r"raised exception (.+)$", report, re.MULTILINE):
+        what = [f"the code raised {raised[1]}"]
+    if stack := getattr(error, "real_stack", None):
+        what.append(f"at {stack[-1].filename}:{stack[-1].lineno}, in {stack[-1].name}: {stack[-1].line}")
+    return f"{name}() cannot be compiled into one graph:\n  " + "\n  ".join(what) + f"\n{_ADVICE}"
