@@ -1,0 +1,197 @@
+"""Runs every operator on its samples and compares with plain torch computations: is this build right on this machine?
+
+The computations here are short and slow; the tests have finer ones.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnbops.codebooks import create_dynamic_map
+from bnbops.op_samples import SAMPLED, Sample, operator, samples, step_states
+
+__all__ = ["REFERENCES", "check", "run"]
+
+_BLOCK = 256  # of optimizer states
+_FLOAT_MAX = torch.finfo(torch.float32).max
+
+
+class _Difference(Exception):
+    """What an operator did and should not have done."""
+
+
+def _expect(condition: Tensor | bool, what: str) -> None:
+    if not condition:
+        raise _Difference(what)
+
+
+def _expect_close(actual: Tensor, expected: Tensor, what: str) -> None:
+    """Equal up to a few fp32 roundings, and one rounding to `actual`'s dtype. The samples' values are around 1."""
+    expected = expected.double()
+    allowed = (torch.finfo(actual.dtype).eps / 2 + 1e-5) * expected.abs() + 1e-6
+    off = torch.where(actual == expected, 0.0, (actual.double() - expected).abs())
+    wrong = ~(off <= allowed)
+    if wrong.any():
+        raise _Difference(f"{what} off by up to {off[wrong].max().item():.3g}")
+
+
+def _expect_nearest(codes: Tensor, normalised: Tensor, code: Tensor, what: str) -> None:
+    """Each code is the nearest entry to its value in [-1, 1]; in a tie within rounding, either neighbour."""
+    x, code = normalised.reshape(-1, 1).double(), code.double()
+    chosen = (x - code[codes.flatten().long()].unsqueeze(1)).abs().squeeze(1)
+    nearest = torch.cdist(x, code.unsqueeze(1)).amin(dim=1)
+    _expect((chosen <= nearest + 1e-5 * x.abs().squeeze(1)).all(), f"{what} not the nearest codebook entry")
+
+
+def _blocked(x: Tensor, size: int) -> Tensor:
+    """Cuts the last dimension into blocks: [..., n] -> [..., ceil(n / size), size], padded with zeros."""
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % size))
+    return padded.view(*x.shape[:-1], padded.shape[-1] // size, size)
+
+
+def _absmax(blocks: Tensor) -> Tensor:
+    return blocks.abs().nan_to_num(nan=0.0, posinf=_FLOAT_MAX).amax(dim=-1)
+
+
+def _normalised(blocks: Tensor) -> Tensor:
+    return (blocks / _absmax(blocks).unsqueeze(-1)).nan_to_num(nan=0.0).clamp(-1, 1)
+
+
+# ---- one reference an operator: gets the arguments before the call, the result, and the arguments after ---------
+
+
+def _isa(_before: dict[str, Any], result: str, _after: dict[str, Any]) -> None:
+    _expect(result in ("baseline", "avx2", "avx512"), f"unknown instruction set {result}")
+    _expect(result == (os.environ.get("BNBOPS_ISA") or result), f"{result} in use although BNBOPS_ISA is set")
+
+
+def _step_ops(_before: dict[str, Any], result: list[str], _after: dict[str, Any]) -> None:
+    _expect(sorted(result) == sorted(_RULES), f"{result} instead of {list(_RULES)}")
+
+
+def _quantize(before: dict[str, Any], result: tuple[Tensor, Tensor], _after: dict[str, Any]) -> None:
+    A, (codes, absmax) = before["A"].detach().double(), result
+    size = min(before["blocksize"], max(A.numel(), 1))
+    blocks = _blocked(A.flatten(), size)
+    _expect(codes.shape == A.shape and codes.dtype == torch.uint8, "codes of the wrong shape or dtype")
+    _expect(torch.equal(absmax.double(), _absmax(blocks)), "absmax wrong")
+    _expect_nearest(codes, _normalised(blocks).flatten()[: A.numel()], before["code"], "codes")
+
+
+def _dequantized(before: dict[str, Any]) -> Tensor:
+    A, absmax, code = before["A"], before["absmax"].detach(), before["code"].detach()
+    block = torch.arange(A.numel(), device=A.device) // before["blocksize"]
+    return (code[A.long()] * absmax.flatten()[block].view(A.shape)).to(before["dtype"])
+
+
+def _dequantize(before: dict[str, Any], result: Tensor, _after: dict[str, Any]) -> None:
+    _expect(torch.equal(result.detach(), _dequantized(before)), "values wrong")
+
+
+def _dequantize_out(before: dict[str, Any], _result: None, after: dict[str, Any]) -> None:
+    _expect(torch.equal(after["out"], _dequantized(before)), "values wrong")
+
+
+def _adam(p: Tensor, g: Tensor, states: list[Tensor], step: Tensor, option: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Kingma & Ba 2015, algorithm 1, with the decoupled weight decay of Loshchilov & Hutter 2019, algorithm 2."""
+    m = option["beta1"] * states[0] + (1 - option["beta1"]) * g
+    v = option["beta2"] * states[1] + (1 - option["beta2"]) * g * g
+    denominator = (v / (1 - option["beta2"] ** step)).sqrt() + option["eps"]
+    update = m / (1 - option["beta1"] ** step) / denominator
+    return p - option["lr"] * (update + option["weight_decay"] * p), m, v
+
+
+# By operator: its update rule, from (param, grad, states, step, options) in float64 to the new param and states; and
+# which states are signed.
+_RULES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[bool, ...]]] = {"adam_step_": (_adam, (True, False))}
+
+
+def _step(name: str, before: dict[str, Any], _result: None, after: dict[str, Any]) -> None:
+    skip = before.get("found_inf") is not None and bool(before["found_inf"].item())
+    for i in range(len(before["params"])):
+        if skip:
+            for key in ("params", "steps", *step_states(name)):
+                _expect(torch.equal(after[key][i], before[key][i]), f"{key}[{i}] changed although found_inf is set")
+        else:
+            _expect(torch.equal(after["steps"][i], before["steps"][i] + 1), f"steps[{i}] is not one more")
+            _step_of_one(name, i, before, after)
+
+
+def _step_of_one(name: str, i: int, before: dict[str, Any], after: dict[str, Any]) -> None:
+    rule, signs = _RULES[name]
+    states = step_states(name)
+    p, g, step = before["params"][i].double(), before["grads"][i].double(), after["steps"][i].double()
+    if before.get("grad_scale") is not None:
+        g = g / before["grad_scale"].double()
+    if before.get("maximize"):
+        g = -g
+    maps = [create_dynamic_map(signed).to(p.device) for signed in signs]
+    scales = [before[f"{state}_absmax"] for state in states]
+    old = [_decoded(before[s][i], a[i] if a else None, m) for s, a, m in zip(states, scales, maps, strict=True)]
+    new = rule(p, g, old, step, before | {"lr": before["lr"].item()})
+    new_p, *new_states = (torch.where(g.isfinite(), n, o) for n, o in zip(new, (p, *old), strict=True))
+
+    _expect_close(after["params"][i], new_p, f"params[{i}]")
+    for state, x, code, quantized in zip(states, new_states, maps, scales, strict=True):
+        actual = after[state][i]
+        if not quantized:
+            _expect_close(actual, x, f"{state}[{i}]")
+            continue
+        absmax = after[f"{state}_absmax"][i]
+        blocks = _blocked(_rows(x, absmax), _BLOCK)
+        _expect_close(absmax.view(blocks.shape[:2]), _absmax(blocks), f"{state}_absmax[{i}]")
+        normalised = _normalised(blocks).flatten(1)[:, : _rows(x, absmax).shape[1]]
+        _expect_nearest(actual, normalised, code, f"{state}[{i}]")
+
+
+def _rows(x: Tensor, absmax: Tensor) -> Tensor:
+    """The rows that blocks do not cross: of the parameter, or the whole as one where absmax has one dimension."""
+    rows = 1 if absmax.dim() == 1 else x.shape[0]
+    return x.reshape(rows, x.numel() // max(rows, 1))
+
+
+def _decoded(state: Tensor, absmax: Tensor | None, code: Tensor) -> Tensor:
+    if absmax is None:
+        return state.double()
+    rows = _rows(state, absmax)
+    scale = absmax.view(rows.shape[0], absmax.shape[-1]).repeat_interleave(_BLOCK, dim=1)[:, : rows.shape[1]]
+    return (code[rows.long()] * scale).double().view(state.shape)
+
+
+REFERENCES: dict[str, Callable[[dict[str, Any], Any, dict[str, Any]], None]] = {
+    "isa": _isa,
+    "step_ops": _step_ops,
+    "quantize_blockwise": _quantize,
+    "dequantize_blockwise": _dequantize,
+    "dequantize_blockwise.out": _dequantize_out,
+    **{name: partial(_step, name) for name in _RULES},
+}
+
+
+# ---- running them ----------------------------------------------------------------------------------------------
+
+
+def check(name: str, sample: Sample) -> str | None:
+    """Runs the operator on a copy of the sample; what differs from the reference, or None."""
+    overload, after = operator(name), sample.clone()
+    try:
+        result = after.run(overload)
+        REFERENCES[name](sample.arguments(overload), result, after.arguments(overload))
+    except _Difference as difference:
+        return f"{sample.name}: {difference}"
+    except RuntimeError as error:
+        return f"{sample.name}: {error}".splitlines()[0]
+    return None
+
+
+def run(device: torch.device | str = "cpu") -> Iterator[tuple[str, int, list[str]]]:
+    """Checks all operators; yields each one's name, number of samples, and what differs."""
+    for name in SAMPLED:
+        found = samples(name, device)
+        yield name, len(found), [problem for sample in found if (problem := check(name, sample))]
