@@ -1,0 +1,1 @@
+"""The slow, obvious truth: every kernel is tested against the plain code in here."""

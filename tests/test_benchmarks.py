@@ -1,0 +1,195 @@
+"""benchmarks/ at tiny sizes: they verify, refuse what is wrong, and print their tables. Nothing here is timed."""
+
+import importlib
+import importlib.util
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bnbops.functional as F
+from bnbops.optim import AdamW8bit
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))  # where Python looks when it runs the scripts
+measure = importlib.import_module("measure")
+optim_step = importlib.import_module("optim_step")
+quantize = importlib.import_module("quantize")
+
+ALONE = ["--quick", "--peers"]
+PEERS = [[]] + ([["bitsandbytes"]] if importlib.util.find_spec("bitsandbytes") else [])
+COLUMNS = ["name", "ms", "ratio", "round ratio", "G/s", "B/element", "GB/s", "% of stream", "rounds"]
+
+
+def tables(out: str) -> list[list[list[str]]]:
+    """The cells of every Markdown table in a benchmark's output, headings included."""
+    blocks = [block for block in out.split("\n\n") if block.startswith("|")]
+    for block in blocks:
+        assert len({len(line) for line in block.splitlines() if line.startswith("|")}) == 1, "columns are not aligned"
+    return [
+        [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines() if line.startswith("|")]
+        for block in blocks
+    ]
+
+
+def names(table: list[list[str]]) -> list[str]:
+    assert table[0] == COLUMNS
+    return [row[0] for row in table[2:]]
+
+
+@pytest.mark.parametrize("peers", PEERS, ids=" ".join)
+def test_optim_step(peers, capsys, tmp_path):
+    sections = optim_step.main([*ALONE, *peers, "--json", str(tmp_path / "figures.json")])
+    out = capsys.readouterr().out
+
+    own = ["bnbops AdamW8bit", "bnbops AdamW32bit", "torch AdamW, fused"]
+    large = [*own, *(["bitsandbytes AdamW8bit"] if peers else [])]
+    assert [names(table)[1:] for table in tables(out)] == [large, large, own, own]
+    for name in own[:2]:
+        lines = [line for line in out.splitlines() if line.startswith(f"verified {name}:")]
+        assert len(lines) == 4 and all(line.endswith("same bits with 1 and 2 threads") for line in lines)
+    assert out.count("verified ") == sum(len(names(table)) - 1 for table in tables(out))
+
+    assert json.loads((tmp_path / "figures.json").read_text())["sections"] == sections
+    rows = {row["name"]: row for row in sections[0]["rows"]}
+    assert rows["bnbops AdamW8bit"]["B/element"] == pytest.approx(8 + 4 + 4 * (1 + 4 / 256), rel=1e-3)
+    assert rows["torch AdamW, fused"]["B/element"] == pytest.approx(28, rel=1e-3)
+    assert rows["torch AdamW, fused"]["ratio"] == rows["torch AdamW, fused"]["round ratio"] == 1
+
+
+@pytest.mark.parametrize("peers", PEERS, ids=" ".join)
+def test_quantize(peers, capsys, tmp_path):
+    sections = quantize.main([*ALONE, *peers, "--json", str(tmp_path / "figures.json")])
+    out = capsys.readouterr().out
+
+    inputs = [f"{d} {m} {b}" for d in ("fp32", "bf16") for m in ("dynamic", "linear", "fp8") for b in (256, 4096)]
+    assert [line for line in out.splitlines() if line.startswith("verified ")] == [
+        f"verified {name}: {', '.join(['bnbops', *peers])}" for name in inputs
+    ]
+    to_codes, to_values = (names(table)[1:] for table in tables(out))
+    assert to_codes == [f"{library}, {name}" for name in inputs for library in ("bnbops", *peers)]
+    assert len(to_values) == len(to_codes) + len(inputs)  # bnbops with out=
+    assert {row["ratio"] for row in sections[1]["rows"] if row["name"].endswith("out=")} == {None}
+
+    assert json.loads((tmp_path / "figures.json").read_text())["sections"] == sections
+    rows = {row["name"]: row for row in sections[0]["rows"]}
+    assert rows["bnbops, bf16 linear 256"]["B/element"] == 2 + 1 + 4 / 256
+    assert (rows["bnbops, bf16 linear 256"]["ratio"] is not None) == bool(peers)
+
+
+def test_reused_memory():
+    """Run as a script, since it changes the process's malloc."""
+    command = [sys.executable, "benchmarks/quantize.py", *ALONE, "--reuse-memory"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if platform.libc_ver()[0] == "glibc":
+        assert result.returncode == 0, result.stderr
+        assert len(tables(result.stdout)) == 2
+    else:
+        assert result.returncode != 0 and "needs glibc" in result.stderr
+
+
+def test_missing_peers_are_left_out(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    quantize.main(["--quick"])
+    optim_step.main(["--quick"])
+    out = capsys.readouterr().out
+    assert out.count("bitsandbytes left out: ") == 2
+    assert len(tables(out)) == 6 and not any("bitsandbytes" in name for t in tables(out) for name in names(t))
+
+
+def test_wrong_optimizer_is_not_timed(monkeypatch, capsys):
+    """An optimizer that leaves the last 16 elements of one row as they were."""
+    step = AdamW8bit.step
+
+    def wrong_step(self):
+        params = [param for group in self.param_groups for param in group["params"]]
+        before = [param.detach().reshape(len(param), -1)[-1, -16:].clone() for param in params]
+        step(self)
+        for param, values in zip(params, before, strict=True):
+            param.detach().view(len(param), -1)[-1, -16:] = values
+
+    monkeypatch.setattr(AdamW8bit, "step", wrong_step)
+    with pytest.raises(measure.VerificationError, match="bnbops AdamW8bit: a row is"):
+        optim_step.main(ALONE)
+    assert tables(capsys.readouterr().out) == []
+
+
+def test_thread_dependent_optimizer_is_not_timed(monkeypatch):
+    step = AdamW8bit.step
+
+    def thread_dependent_step(self):
+        step(self)
+        if torch.get_num_threads() == 2:
+            self.param_groups[0]["params"][-1].detach()[-1, -1] += 1e-9
+
+    monkeypatch.setattr(AdamW8bit, "step", thread_dependent_step)
+    with pytest.raises(measure.VerificationError, match="2 threads give other bits than 1"):
+        optim_step.main(ALONE)
+
+
+def test_wrong_codes_are_not_timed(monkeypatch, capsys):
+    def off_by_one(*args, _correct=F.quantize_blockwise, **kwargs):
+        codes, state = _correct(*args, **kwargs)
+        codes.view(-1)[-1] += 1 if codes.view(-1)[-1] < 128 else -1
+        return codes, state
+
+    monkeypatch.setattr(F, "quantize_blockwise", off_by_one)
+    with pytest.raises(measure.VerificationError, match=r"bnbops, fp32 dynamic 256: a code is .* farther"):
+        quantize.main(ALONE)
+    assert tables(capsys.readouterr().out) == []
+
+
+def test_wrong_values_are_not_timed(monkeypatch):
+    def an_ulp_off(*args, _correct=F.dequantize_blockwise, **kwargs):
+        values = _correct(*args, **kwargs)
+        values[-1] = torch.nextafter(values[-1], torch.tensor(2.0).to(values.dtype))
+        return values
+
+    monkeypatch.setattr(F, "dequantize_blockwise", an_ulp_off)
+    with pytest.raises(measure.VerificationError, match="values are not"):
+        quantize.main(ALONE)
+
+
+def test_turns_and_ratios(monkeypatch):
+    """Candidates in order, a slow one in few rounds only, and ratios of the rounds that both took part in."""
+    order = []
+    durations = {"a": [0.1, 0.1, 0.2, 0.1], "b": [0.4, 0.4], "stream": [0.1, 0.2, 0.1, 0.1]}
+    now = 0.0
+
+    def run(name):
+        def call():
+            nonlocal now
+            order.append(name)
+            now += next(remaining[name])
+
+        return call
+
+    remaining = {name: iter(times * 2) for name, times in durations.items()}
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now)
+    candidates = [
+        measure.Candidate(measure.STREAM, run("stream"), 10, 120),
+        measure.Candidate("a", run("a"), 10, 40, "b"),
+        measure.Candidate("b", run("b"), 10, 40, "b"),
+    ]
+    measure.take_turns(candidates, 8, measure.Memory(16))
+    assert "".join(name[0] for name in order) == "sab" + "sa" + "sab" + "sa" + "sab" + "sa" + "sab" + "sa"
+    stream, a, b = measure.results(candidates)
+    assert stream["ratio"] is None and b["ratio"] == 1
+    assert a["ratio"] == pytest.approx(4) and a["round ratio"] == pytest.approx(3)
+    assert a["ms"] == pytest.approx(100) and a["GB/s"] == pytest.approx(40 / 0.1 / 1e9)
+    assert a["% of stream"] == pytest.approx(100 * 40 / 120)
+
+
+@pytest.mark.parametrize(("text", "number"), [("7", 7), ("64Ki", 65536), ("32Mi", 33554432), ("2Gi", 2**31)])
+def test_count(text, number):
+    assert measure.count(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "32M", "1.5Mi", "Mi"])
+def test_count_refuses(text):
+    with pytest.raises(Exception, match="positive number"):
+        measure.count(text)

@@ -1,0 +1,211 @@
+"""state_dict, load_state_dict, copies: training continues bit-exactly, and nothing that does not fit is loaded."""
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bnbops.optim import AdamW, AdamW8bit
+from optimizer_cases import MIXED, assert_same, assert_same_state, flat_state, params, train
+
+
+def through_torch_save(state_dict: dict) -> dict:
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def copied(
+    optimizer: torch.optim.Optimizer, p: list[nn.Parameter], how: str
+) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
+    """An independent optimizer in the same state."""
+    if how == "deepcopy":
+        return copy.deepcopy((optimizer, p))
+    if how == "pickle":
+        return pickle.loads(pickle.dumps((optimizer, p)))
+    q = copy.deepcopy(p)
+    fresh = type(optimizer)([{"params": q[:2]}, {"params": q[2:]}], lr=123.0)
+    state_dict = optimizer.state_dict()
+    fresh.load_state_dict(through_torch_save(state_dict) if how == "torch.save" else state_dict)
+    return fresh, q
+
+
+@pytest.mark.parametrize("how", ["state_dict", "torch.save", "deepcopy", "pickle"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cls", [AdamW8bit, AdamW], ids=lambda cls: cls.__name__)
+def test_training_continues_bit_exactly(cls, dtype, how):
+    p = params(*MIXED, dtype=dtype)
+    optimizer = cls([{"params": p[:2]}, {"params": p[2:], "weight_decay": 0.3, "lr": 3e-3}])
+    train(p, optimizer, range(3))
+    other, q = copied(optimizer, p, how)
+    assert_same_state(optimizer, other)
+    assert [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups] == [
+        {k: v for k, v in g.items() if k != "params"} for g in other.param_groups
+    ]
+    snapshot = copy.deepcopy(flat_state(other))
+    train(p, optimizer, range(3, 6))
+    assert_same(list(flat_state(other).values()), list(snapshot.values()))  # nothing is shared
+    train(q, other, range(3, 6))
+    assert_same(p, q)
+    assert_same_state(optimizer, other)
+
+
+def test_state_dict_is_plain():
+    """torch's format: ids to dicts of tensors, groups of plain values, and a version."""
+    p = params(*MIXED)
+    optimizer = AdamW8bit(p)
+    train(p, optimizer, range(1))
+    state_dict = optimizer.state_dict()
+    assert {"state", "param_groups"} <= state_dict.keys()
+    assert list(state_dict["state"]) == [0, 1, 2, 3]
+    assert all(isinstance(x, Tensor) for state in state_dict["state"].values() for x in state.values())
+    assert state_dict["param_groups"][0]["params"] == [0, 1, 2, 3]
+    assert any("version" in key for key in [*state_dict, *state_dict["param_groups"][0]])
+
+
+def test_loading_leaves_the_argument_alone():
+    p = params((64, 80))
+    optimizer = AdamW8bit(p)
+    train(p, optimizer, range(2))
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    kept = copy.deepcopy(state_dict)
+    q = params((64, 80), seed=1)
+    fresh = AdamW8bit(q)
+    fresh.load_state_dict(state_dict=state_dict)
+    train(q, fresh, range(3))
+    assert state_dict["param_groups"] == kept["param_groups"]
+    assert_same(list(state_dict["state"][0].values()), list(kept["state"][0].values()))
+
+
+def test_partial_state_loads():
+    """Parameters that had no gradient yet have no state."""
+    p = params(*MIXED)
+    optimizer = AdamW8bit(p)
+    train(p[:1], optimizer, range(2))
+    fresh = AdamW8bit(params(*MIXED))
+    fresh.load_state_dict(optimizer.state_dict())
+    assert_same_state(optimizer, fresh)
+
+
+def test_flat_absmax_loads():
+    """bitsandbytes' layout, one absmax for 256 elements across rows, is kept and used."""
+    p = params((100, 77))
+    optimizer = AdamW8bit(p)
+    train(p, optimizer, range(1))
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    for name in ("exp_avg_absmax", "exp_avg_sq_absmax"):
+        state_dict["state"][0][name] = torch.ones(math.ceil(7700 / 256))
+    optimizer.load_state_dict(state_dict)
+    train(p, optimizer, range(1, 3))
+    assert optimizer.state[p[0]]["exp_avg_absmax"].shape == (31,)
+    assert p[0].isfinite().all()
+
+
+def edit(*path: object, to: object = None) -> object:
+    """A change to a state dict: sets, or with `to=None` deletes, the item at `path`."""
+
+    def change(state_dict: dict) -> None:
+        for key in path[:-1]:
+            state_dict = state_dict[key]
+        if to is None:
+            del state_dict[path[-1]]
+        else:
+            state_dict[path[-1]] = to(state_dict.get(path[-1])) if callable(to) else to
+
+    return change
+
+
+BAD_STATE_DICTS = {
+    "no state": (edit("state"), "state"),
+    "no groups": (edit("param_groups"), "param_groups"),
+    "one group too few": (edit("param_groups", to=lambda g: g[:1]), "group"),
+    "one group too many": (edit("param_groups", to=lambda g: g + g[:1]), "group"),
+    "one parameter too few": (edit("param_groups", 0, "params", to=lambda p: p[:1]), "param"),
+    "one parameter too many": (edit("param_groups", 1, "params", to=lambda p: [*p, 9]), "param"),
+    "hyperparameter missing": (edit("param_groups", 0, "betas"), "betas"),
+    "state of an unknown parameter": (edit("state", 77, to=lambda _: {"step": torch.zeros(())}), "77"),
+    "no step": (edit("state", 1, "step"), "step"),
+    "no exp_avg": (edit("state", 0, "exp_avg"), "exp_avg"),
+    "absmax missing": (edit("state", 0, "exp_avg_absmax"), "exp_avg_absmax"),
+    "extra key": (edit("state", 0, "momentum", to=lambda _: torch.zeros(64, 80)), "momentum"),
+    "another optimizer's keys": (
+        edit("state", 1, to=lambda _: {"step": torch.tensor(1.0), "sum": torch.zeros(5, 7)}),
+        "sum",
+    ),
+    "exp_avg of another shape": (edit("state", 1, "exp_avg", to=lambda x: x.t().contiguous()), "exp_avg"),
+    "codes of another shape": (edit("state", 0, "exp_avg", to=lambda x: x[:-1]), "exp_avg"),
+    "short absmax": (edit("state", 0, "exp_avg_sq_absmax", to=lambda x: x[:-1]), "exp_avg_sq_absmax"),
+    "absmax in bf16": (edit("state", 0, "exp_avg_absmax", to=lambda x: x.bfloat16()), "exp_avg_absmax"),
+    "codes as floats": (edit("state", 0, "exp_avg", to=lambda x: x.float()), "exp_avg"),
+    "fp32 state in bf16": (edit("state", 1, "exp_avg_sq", to=lambda x: x.bfloat16()), "exp_avg_sq"),
+    "step of two elements": (edit("state", 1, "step", to=lambda x: x.repeat(2)), "step"),
+    "integer step": (edit("state", 1, "step", to=lambda x: x.long()), "step"),
+    "step as a number": (edit("state", 1, "step", to=5), "step"),
+    "state as a list": (edit("state", 1, "exp_avg", to=lambda x: x.tolist()), "exp_avg"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STATE_DICTS)
+def test_bad_state_dicts_change_nothing(case):
+    change, match = BAD_STATE_DICTS[case]
+    p = params(*MIXED)
+    optimizer = AdamW8bit([{"params": p[:2]}, {"params": p[2:], "lr": torch.tensor(0.5)}])
+    train(p, optimizer, range(2))
+    other = copy.deepcopy(optimizer)
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    state_dict["param_groups"][1]["lr"] = 0.25
+    for state in state_dict["state"].values():
+        state["step"] += 5
+    change(state_dict)
+    with pytest.raises((ValueError, KeyError, TypeError), match=match):
+        optimizer.load_state_dict(state_dict)
+    assert_same_state(optimizer, other)
+    assert [g["lr"] for g in optimizer.param_groups] == [1e-3, 0.5]
+    train(p, optimizer, range(2, 3))
+
+
+def test_a_torch_adamw_state_dict_is_refused():
+    p = params((64, 80))
+    reference = torch.optim.AdamW(p)
+    train(p, reference, range(1))
+    with pytest.raises(ValueError):
+        AdamW8bit(p).load_state_dict(reference.state_dict())
+
+
+def test_load_hooks_run():
+    p = params((64, 80))
+    optimizer = AdamW8bit(p)
+    train(p, optimizer, range(1))
+    seen = []
+    optimizer.register_load_state_dict_pre_hook(lambda opt, sd: seen.append("pre"))
+    optimizer.register_load_state_dict_post_hook(lambda opt: seen.append("post"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == ["pre", "post"]
+
+
+def test_scheduler_survives_a_checkpoint():
+    p = params((64, 80))
+    optimizer = AdamW8bit(p, lr=torch.tensor(0.1))
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
+    for step in range(3):
+        train(p, optimizer, range(step, step + 1))
+        scheduler.step()
+    q = copy.deepcopy(p)
+    fresh = AdamW8bit(q, lr=torch.tensor(0.7))
+    kept = fresh.param_groups[0]["lr"]
+    other = torch.optim.lr_scheduler.CosineAnnealingLR(fresh, T_max=10)
+    fresh.load_state_dict(through_torch_save(optimizer.state_dict()))
+    other.load_state_dict(scheduler.state_dict())
+    assert fresh.param_groups[0]["lr"] is kept, "a compiled step holds the lr tensor"
+    for step in range(3, 6):
+        train(p, optimizer, range(step, step + 1))
+        train(q, fresh, range(step, step + 1))
+        scheduler.step()
+        other.step()
+        assert fresh.param_groups[0]["lr"].item() == optimizer.param_groups[0]["lr"].item()
+    assert_same(p, q)

@@ -1,0 +1,180 @@
+"""Every operator of torch.ops.bnbops, found by asking the dispatcher, has all that an operator needs.
+
+A new operator fails here until it has a schema with named arguments, a kernel, a fake, samples, a plain reference and
+documentation.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import bnbops
+from bnbops import self_check
+from bnbops.op_samples import SAMPLED, Sample, operator, samples
+
+DOCUMENTATION = (Path(__file__).parents[1] / "docs" / "operators.md").read_text()
+
+
+def registered() -> list[str]:
+    """All overloads, "op" or "op.overload", whoever registered them."""
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted(name.removeprefix("bnbops::") for name in names if name.startswith("bnbops::"))
+
+
+OPERATORS = registered()
+CALLS = [pytest.param(name, i, id=f"{name}-{s.name}") for name in SAMPLED for i, s in enumerate(samples(name))]
+
+
+def has_kernel(name: str, *keys: str) -> bool:
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(f"bnbops::{name}", key) for key in keys)
+
+
+def documented(name: str) -> bool:
+    """A section of its own that begins with the registered schema and says all there is to say."""
+    section = re.search(rf"^## {re.escape(name)}\n(.*?)(?=^## |\Z)", DOCUMENTATION, re.MULTILINE | re.DOTALL)
+    schema = str(operator(name)._schema).removeprefix("bnbops::")
+    needed = (f"\n```\n{schema}\n```\n", "**Arguments:**", "**Returns:**", "**Errors:**", "**Source:**")
+    return section is not None and all(text in section[1] for text in needed)
+
+
+def lacks(name: str) -> list[str]:
+    """What an operator lacks."""
+    arguments = operator(name)._schema.arguments
+    everything = {
+        "names for its arguments": not any(re.fullmatch(r"_?\d+|arg_?\d+|_\w*", a.name) for a in arguments),
+        "CPU kernel": has_kernel(name, "CPU", "CompositeExplicitAutograd"),
+        "fake kernel": has_kernel(name, "Meta", "CompositeExplicitAutograd"),
+        "samples": name in SAMPLED and len(samples(name)) > 0,
+        "reference": name in self_check.REFERENCES,
+        "documentation": documented(name),
+    }
+    return [what for what, there in everything.items() if not there]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operator_is_complete(name):
+    assert lacks(name) == []
+
+
+def test_nothing_is_sampled_or_documented_that_does_not_exist():
+    assert set(SAMPLED) == set(OPERATORS) == set(self_check.REFERENCES)
+    assert sorted(re.findall(r"^## (\S+)$", DOCUMENTATION, re.MULTILINE)) == OPERATORS
+
+
+def test_a_bare_operator_is_noticed():
+    """This page's own test: an operator with a schema and nothing else lacks all the rest."""
+    library = torch.library.Library("bnbops", "FRAGMENT")
+    try:
+        library.define("bare_(Tensor(a!) _0) -> ()")
+        assert "bare_" in registered()
+        everything = ["names for its arguments", "CPU kernel", "fake kernel", "samples", "reference", "documentation"]
+        assert lacks("bare_") == everything
+    finally:
+        library._destroy()
+    assert "bare_" not in registered()
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_samples_reach_every_argument(name):
+    """Each optional argument is given in one sample and left out in another; names are distinct."""
+    found = samples(name)
+    assert len({sample.name for sample in found}) == len(found)
+    for argument in operator(name)._schema.arguments:
+        given = {argument.name in sample.arguments(operator(name)) for sample in found}
+        assert given == ({True, False} if argument.has_default_value() else {True}), argument.name
+
+
+@pytest.mark.parametrize(("name", "i"), CALLS)
+def test_agrees_with_the_plain_reference(name, i):
+    assert self_check.check(name, samples(name)[i]) is None
+
+
+# ---- the schema tells what is written --------------------------------------------------------------------------
+
+
+def bits(value: Any) -> Any:
+    """Values as bytes, to compare NaNs and signed zeros too."""
+    return tree_map_only(Tensor, lambda x: x.detach().contiguous().view(-1).view(torch.uint8).tolist(), value)
+
+
+def changed(name: str, sample: Sample) -> set[str]:
+    """The arguments that a call changes."""
+    overload, after = operator(name), sample.clone()
+    after.run(overload)
+    pairs = zip(sample.arguments(overload).items(), after.arguments(overload).values(), strict=True)
+    return {argument for (argument, before), now in pairs if bits(before) != bits(now)}
+
+
+def written(name: str) -> set[str]:
+    """The arguments that the schema marks as written: Tensor(a!)."""
+    arguments = operator(name)._schema.arguments
+    return {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_marked_arguments_are_those_that_change(name):
+    """opcheck notices none of this for lists of tensors."""
+    changes = [changed(name, sample) for sample in samples(name)]
+    assert set().union(*changes) == written(name)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_marks_are_distinct(name):
+    """One letter for two arguments would say that they are the same memory."""
+    letters = re.findall(r"\((\w)!\)", str(operator(name)._schema))
+    assert len(set(letters)) == len(letters) == len(written(name))
+
+
+# ---- opcheck and the compiler ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "i"), CALLS)
+def test_opcheck(name, i):
+    sample, overload = samples(name)[i], operator(name)
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    outputs = tree_leaves(sample.clone().run(overload))
+    if not all(isinstance(x, Tensor) for x in outputs if x is not None):
+        tests.remove("test_aot_dispatch_dynamic")  # it compares outputs as tensors; isa() returns a string
+    elif any(x.requires_grad for x in tree_leaves((sample.args, sample.kwargs)) if isinstance(x, Tensor)) and not any(
+        x.requires_grad for x in outputs
+    ):
+        # An operator without gradient: opcheck would differentiate all outputs because an input requires grad.
+        tests.remove("test_aot_dispatch_dynamic")
+        assert name == "quantize_blockwise"
+        sample_without = sample.map(Tensor.detach)
+        torch.library.opcheck(overload, sample_without.args, sample_without.kwargs)
+    torch.library.opcheck(overload, sample.args, sample.kwargs, test_utils=tests)
+
+
+def compilable(name: str, sample: Sample) -> bool:
+    """Dynamo itself refuses a strided out=, of any operator."""
+    return sample.kwargs.get("out", torch.empty(0)).is_contiguous()
+
+
+MUTATING = [call for call in CALLS if written(call.values[0])]
+
+
+@pytest.mark.parametrize(("name", "i"), MUTATING)
+def test_compiled_call_writes_the_same_bits(name, i):
+    """opcheck compares outputs, and these have none: compare what they write, through functionalization."""
+    sample, overload = samples(name)[i], operator(name)
+    eager, compiled = sample.clone(), sample.clone()
+    eager.run(overload)
+
+    torch._dynamo.reset()
+    call = torch.compile(lambda args, kwargs: overload(*args, **kwargs), backend="aot_eager", fullgraph=True)
+    if not compilable(name, sample):
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="non-contiguous `out=` tensor"):
+            call(compiled.args, compiled.kwargs)
+        return
+    call(compiled.args, compiled.kwargs)
+    assert bits(compiled.args) == bits(eager.args) and bits(compiled.kwargs) == bits(eager.kwargs)
+
+
+def test_the_package_lists_what_it_exports():
+    assert all(hasattr(bnbops, name) for name in bnbops.__all__)
