@@ -101,7 +101,7 @@ template <class Lanes, bool kSigned>
 BNBOPS_HD typename Lanes::Int nearest_magnitude(typename Lanes::Float x, typename Lanes::Float inverse,
                                                 const DynamicTables<Lanes>& tables) {
   const auto a = Lanes::fma(kSigned ? Lanes::abs(x) : x, inverse, Lanes::splat(kShift));
-  const auto boundary = tables.boundary[Lanes::exponent(a)];
+  const auto boundary = tables.boundary[Lanes::template shift_right<23>(Lanes::as_int(a))];
   const auto decade = Lanes::increment_if_not_less(Lanes::as_int(boundary), a, boundary);
   const auto slope = tables.slope[decade], offset = tables.offset[decade];
   // A decade of n magnitudes has offset 8/9 n - 1/2, so this is 2n - 1; it binds in no other decade.
@@ -126,6 +126,26 @@ BNBOPS_HD typename Lanes::Int nearest_entry(typename Lanes::Float x, const Neare
     position = Lanes::add_if_less(position, step, midpoint, x);
   }
   return position;
+}
+
+// The same number by two look-ups instead of eight, for large inputs. A bucket holds the x whose |x| + 2^-31 agree in
+// exponent and 7 bits of fraction. Where no bucket has more than one midpoint, the number of midpoints below the
+// bucket and one comparison tell.
+constexpr int kBuckets = 32 << 7;  // for either sign
+
+struct BucketEncoder {
+  NearestEncoder nearest;
+  uint8_t below[2 * kBuckets + 3];  // negative x in the second half; padded for gathers
+};
+
+template <class Lanes>
+BNBOPS_HD typename Lanes::Int bucketed_entry(typename Lanes::Float x, const BucketEncoder& encoder) {
+  constexpr int kFirst = kSmallestOctave << 7;
+  const auto a = Lanes::fma(Lanes::abs(x), Lanes::splat(1.0F), Lanes::splat(kShift));
+  const auto bucket =
+      Lanes::add_if_less(Lanes::template shift_right<16>(Lanes::as_int(a)), kBuckets, x, Lanes::splat(0.0F));
+  const auto below = Lanes::gather(encoder.below - kFirst, bucket);
+  return Lanes::add_if_less(below, 1, Lanes::gather(encoder.nearest.midpoint, below), x);
 }
 
 BNBOPS_NAMESPACE_END

@@ -53,7 +53,7 @@ def test_the_graph() -> None:
 
     @bnbops.compiled_train_step(optimizer=optimizer, backend=backend)
     def step(x: Tensor) -> Tensor:
-        loss = (x @ weight.T + bias).square().mean()
+        loss = nn.functional.linear(x, weight, bias).square().mean()
         loss.backward()
         nn.utils.clip_grad_norm_([weight, bias], 1.0)
         optimizer.step()
@@ -77,10 +77,8 @@ input state_0_step: float32
 input state_1_exp_avg: float32
 input state_1_exp_avg_sq: float32
 input state_1_step: float32
-getattr_1 = getattr(leaves_0, T)
-matmul = matmul(args_0, getattr_1)
-add = add(matmul, leaves_1)
-square = square(add)
+linear = linear(args_0, leaves_0, leaves_1)
+square = square(linear)
 loss = mean(square)
 grad = grad(loss, [leaves_0, leaves_1], allow_unused=True)
 getitem = getitem(grad, 0)
@@ -97,8 +95,8 @@ to = to(norm, cpu)
 to_1 = to(norm_1, cpu)
 stack = stack([to, to_1])
 total_norm = linalg_vector_norm(stack, 2.0)
-add_1 = add(total_norm, 1e-06)
-clip_coef = truediv(1.0, add_1)
+add = add(total_norm, 1e-06)
+clip_coef = truediv(1.0, add)
 clip_coef_clamped = clamp(clip_coef, max=1.0)
 to_2 = to(clip_coef_clamped, cpu)
 _foreach_mul_ = _foreach_mul_([new_grad_strided, new_grad_strided_1], to_2)

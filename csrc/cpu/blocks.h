@@ -66,15 +66,15 @@ BNBOPS_HD void encode_dynamic(const float* x, int64_t n, float inverse_absmax, u
   });
 }
 
-template <class Lanes>
-BNBOPS_HD void encode_nearest(const float* x, int64_t n, float inverse_absmax, uint8_t* codes,
-                              const NearestEncoder& encoder) {
+// `entry(x)` numbers the codebook's entry for a vector of normalised elements.
+template <class Lanes, class Entry>
+BNBOPS_HD void encode_entries(const float* x, int64_t n, float inverse_absmax, uint8_t* codes, const Entry& entry) {
   const auto inverse = Lanes::splat(inverse_absmax);
   encode_groups<Lanes>(x, n, codes, [&](const float* from, uint8_t* to) {
     typename Lanes::Int k[4];
     for (int i = 0; i < 4; ++i) {
       const auto normalized = Lanes::mul(Lanes::load(from + i * Lanes::kWidth), inverse);
-      k[i] = nearest_entry<Lanes>(normalized, encoder);
+      k[i] = entry(normalized);
     }
     Lanes::store_codes(k, to);
   });

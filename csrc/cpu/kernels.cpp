@@ -26,6 +26,23 @@ NearestEncoder make_nearest_encoder(const float* codebook) {
   return encoder;
 }
 
+// Fills in the bucket table; false where some bucket holds more than one midpoint.
+bool make_buckets(BucketEncoder& encoder) {
+  const float *begin = encoder.nearest.midpoint, *end = begin + kCodebookSize;
+  for (int b = 0; b < kBuckets; ++b) {
+    const double first = float_from_bits(static_cast<uint32_t>((kSmallestOctave << 7) + b) << 16);
+    const double next = float_from_bits(static_cast<uint32_t>((kSmallestOctave << 7) + b + 1) << 16);
+    const double slack = first / (1 << 22);  // more than the rounding of |x| + 2^-31
+    const double low = first - kShift - slack, high = next - kShift + slack;
+    const auto *positive = std::lower_bound(begin, end, low), *negative = std::lower_bound(begin, end, -high);
+    if (std::upper_bound(positive, end, high) - positive > 1) return false;
+    if (std::upper_bound(negative, end, -low) - negative > 1) return false;
+    encoder.below[b] = static_cast<uint8_t>(positive - begin);
+    encoder.below[kBuckets + b] = static_cast<uint8_t>(negative - begin);
+  }
+  return true;
+}
+
 // The rare elements that need care before encoding: non-finite ones, and negative ones under an unsigned map.
 void make_encodable(const float* from, int64_t n, bool is_signed, float* to) {
   for (int64_t i = 0; i < n; ++i) {
@@ -82,16 +99,30 @@ void quantize_blocks(const QuantizeJob& job, int64_t first, int64_t last, bool i
   }
 }
 
+// Any sorted codebook.
+void quantize_any(const QuantizeJob& job, int64_t first, int64_t last) {
+  constexpr int64_t kWorthBuckets = 1 << 19;  // elements for which making the table pays
+  BucketEncoder encoder;
+  encoder.nearest = make_nearest_encoder(job.codebook);
+  const auto run = [&](const auto& entry) {
+    quantize_blocks(job, first, last, true, [&](const float* x, int64_t n, float inverse, uint8_t* codes) {
+      encode_entries<Lanes>(x, n, inverse, codes, entry);
+    });
+  };
+  if ((last - first) * std::min(job.blocksize, job.numel) >= kWorthBuckets && make_buckets(encoder)) {
+    run([&](Lanes::Float x) { return bucketed_entry<Lanes>(x, encoder); });
+  } else {
+    run([&](Lanes::Float x) { return nearest_entry<Lanes>(x, encoder.nearest); });
+  }
+}
+
 void quantize(const QuantizeJob& job, int64_t first, int64_t last) {
   if (same_codebook(job.codebook, kDynamicSigned)) {
     quantize_blocks(job, first, last, true, encode_dynamic<Lanes, true>);
   } else if (same_codebook(job.codebook, kDynamicUnsigned)) {
     quantize_blocks(job, first, last, false, encode_dynamic<Lanes, false>);
   } else {
-    const NearestEncoder encoder = make_nearest_encoder(job.codebook);
-    quantize_blocks(job, first, last, true, [&](const float* x, int64_t n, float inverse, uint8_t* codes) {
-      encode_nearest<Lanes>(x, n, inverse, codes, encoder);
-    });
+    quantize_any(job, first, last);
   }
 }
 

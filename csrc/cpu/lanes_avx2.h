@@ -31,7 +31,10 @@ struct Avx2Lanes {
   BNBOPS_HD static Float min(Float a, Float b) { return _mm256_min_ps(a, b); }
   BNBOPS_HD static Int max(Int a, Int b) { return _mm256_max_epi32(a, b); }
   BNBOPS_HD static Int as_int(Float x) { return _mm256_castps_si256(x); }
-  BNBOPS_HD static Int exponent(Float x) { return _mm256_srli_epi32(as_int(x), 23); }
+  template <int kBits>
+  BNBOPS_HD static Int shift_right(Int i) {
+    return _mm256_srli_epi32(i, kBits);
+  }
   BNBOPS_HD static Int increment_if_not_less(Int i, Float a, Float b) {
     return _mm256_sub_epi32(i, as_int(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
   }
@@ -39,6 +42,9 @@ struct Avx2Lanes {
     return _mm256_add_epi32(i, _mm256_and_si256(as_int(_mm256_cmp_ps(a, b, _CMP_LT_OQ)), splat_int(step)));
   }
   BNBOPS_HD static Float gather(const float* table, Int i) { return _mm256_i32gather_ps(table, i, 4); }
+  BNBOPS_HD static Int gather(const uint8_t* table, Int i) {
+    return _mm256_and_si256(_mm256_i32gather_epi32(reinterpret_cast<const int*>(table), i, 1), splat_int(0xFF));
+  }
   BNBOPS_HD static Int round(Float x) { return _mm256_cvtps_epi32(x); }
   BNBOPS_HD static Int round_with_sign(Float x, Float sign) {
     return round(_mm256_or_ps(x, _mm256_and_ps(sign, splat(-0.0F))));

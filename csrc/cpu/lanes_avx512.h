@@ -32,7 +32,10 @@ struct Avx512Lanes {
   BNBOPS_HD static Float min(Float a, Float b) { return _mm512_min_ps(a, b); }
   BNBOPS_HD static Int max(Int a, Int b) { return _mm512_max_epi32(a, b); }
   BNBOPS_HD static Int as_int(Float x) { return _mm512_castps_si512(x); }
-  BNBOPS_HD static Int exponent(Float x) { return _mm512_srli_epi32(as_int(x), 23); }
+  template <int kBits>
+  BNBOPS_HD static Int shift_right(Int i) {
+    return _mm512_srli_epi32(i, kBits);
+  }
   BNBOPS_HD static Int increment_if_not_less(Int i, Float a, Float b) {
     return _mm512_mask_add_epi32(i, _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), i, splat_int(1));
   }
@@ -40,6 +43,9 @@ struct Avx512Lanes {
     return _mm512_mask_add_epi32(i, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), i, splat_int(step));
   }
   BNBOPS_HD static Float gather(const float* table, Int i) { return _mm512_i32gather_ps(i, table, 4); }
+  BNBOPS_HD static Int gather(const uint8_t* table, Int i) {
+    return _mm512_and_si512(_mm512_i32gather_epi32(i, table, 1), splat_int(0xFF));
+  }
   BNBOPS_HD static Int round(Float x) { return _mm512_cvtps_epi32(x); }
   BNBOPS_HD static Int round_with_sign(Float x, Float sign) {
     constexpr int kSelect = 0xB8;  // the bit of `sign` where the mask is set, the bit of x elsewhere

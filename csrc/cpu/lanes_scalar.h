@@ -29,10 +29,14 @@ struct ScalarLanes {
   BNBOPS_HD static Float min(Float a, Float b) { return a < b ? a : b; }
   BNBOPS_HD static Int max(Int a, Int b) { return a > b ? a : b; }
   BNBOPS_HD static Int as_int(Float x) { return static_cast<Int>(bits_of(x)); }
-  BNBOPS_HD static Int exponent(Float x) { return static_cast<Int>(bits_of(x) >> 23); }  // of a positive x
+  template <int kBits>
+  BNBOPS_HD static Int shift_right(Int i) {
+    return static_cast<Int>(static_cast<uint32_t>(i) >> kBits);
+  }
   BNBOPS_HD static Int increment_if_not_less(Int i, Float a, Float b) { return a >= b ? i + 1 : i; }
   BNBOPS_HD static Int add_if_less(Int i, int step, Float a, Float b) { return a < b ? i + step : i; }
   BNBOPS_HD static Float gather(const float* table, Int i) { return table[i]; }
+  BNBOPS_HD static Int gather(const uint8_t* table, Int i) { return table[i]; }  // may read 3 bytes more
   // To nearest, ties to even, by the float adder: 0 <= x < 2^22.
   BNBOPS_HD static Int round(Float x) { return as_int(x + 12582912.0F) - 0x4B400000; }
   BNBOPS_HD static Int round_with_sign(Float x, Float sign) { return (bits_of(sign) >> 31) ? -round(x) : round(x); }
