@@ -142,9 +142,8 @@ template <class Lanes>
 BNBOPS_HD typename Lanes::Int bucketed_entry(typename Lanes::Float x, const BucketEncoder& encoder) {
   constexpr int kFirst = kSmallestOctave << 7;
   const auto a = Lanes::fma(Lanes::abs(x), Lanes::splat(1.0F), Lanes::splat(kShift));
-  const auto bucket =
-      Lanes::add_if_less(Lanes::template shift_right<16>(Lanes::as_int(a)), kBuckets, x, Lanes::splat(0.0F));
-  const auto below = Lanes::gather(encoder.below - kFirst, bucket);
+  const auto bucket = Lanes::add(Lanes::template shift_right<16>(Lanes::as_int(a)), -kFirst);
+  const auto below = Lanes::gather(encoder.below, Lanes::add_if_less(bucket, kBuckets, x, Lanes::splat(0.0F)));
   return Lanes::add_if_less(below, 1, Lanes::gather(encoder.nearest.midpoint, below), x);
 }
 

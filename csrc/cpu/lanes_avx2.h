@@ -29,6 +29,7 @@ struct Avx2Lanes {
   BNBOPS_HD static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   BNBOPS_HD static Float abs(Float x) { return _mm256_andnot_ps(splat(-0.0F), x); }
   BNBOPS_HD static Float min(Float a, Float b) { return _mm256_min_ps(a, b); }
+  BNBOPS_HD static Int add(Int i, int x) { return _mm256_add_epi32(i, splat_int(x)); }
   BNBOPS_HD static Int max(Int a, Int b) { return _mm256_max_epi32(a, b); }
   BNBOPS_HD static Int as_int(Float x) { return _mm256_castps_si256(x); }
   template <int kBits>

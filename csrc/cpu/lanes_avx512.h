@@ -30,6 +30,7 @@ struct Avx512Lanes {
   BNBOPS_HD static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   BNBOPS_HD static Float abs(Float x) { return _mm512_abs_ps(x); }
   BNBOPS_HD static Float min(Float a, Float b) { return _mm512_min_ps(a, b); }
+  BNBOPS_HD static Int add(Int i, int x) { return _mm512_add_epi32(i, splat_int(x)); }
   BNBOPS_HD static Int max(Int a, Int b) { return _mm512_max_epi32(a, b); }
   BNBOPS_HD static Int as_int(Float x) { return _mm512_castps_si512(x); }
   template <int kBits>

@@ -27,6 +27,7 @@ struct ScalarLanes {
   BNBOPS_HD static Float fma(Float a, Float b, Float c) { return fused_multiply_add(a, b, c); }
   BNBOPS_HD static Float abs(Float x) { return float_from_bits(bits_of(x) & 0x7FFFFFFFU); }
   BNBOPS_HD static Float min(Float a, Float b) { return a < b ? a : b; }
+  BNBOPS_HD static Int add(Int i, int x) { return i + x; }
   BNBOPS_HD static Int max(Int a, Int b) { return a > b ? a : b; }
   BNBOPS_HD static Int as_int(Float x) { return static_cast<Int>(bits_of(x)); }
   template <int kBits>
