@@ -177,84 +177,43 @@ void step_float32(const StepJob& job, int64_t first, int64_t last) {
   }
 }
 
-// One block of a step with 8-bit states, in three stages: open, update any part, close; then encode any part.
-template <class Rule>
-struct QuantizedBlock {
-  static constexpr int kStates = Rule::kStates;
-  alignas(64) float state[kStates][kStateBlock];
-  alignas(64) float param_scratch[kStateBlock], grad_scratch[kStateBlock];
-  const StepJob* job;
-  const float* grad;
-  float* param;
-  float absmax[kStates], inverse[kStates];
-  int64_t block;
-  Span span;
-
-  void open(const StepJob& from, int64_t number) {
-    job = &from;
-    block = number;
-    span = span_of(from, number);
-    grad = read<Lanes>(from.grad, from.grad_dtype, span.begin, span.n, grad_scratch);
-    param = const_cast<float*>(read<Lanes>(from.param, from.param_dtype, span.begin, span.n, param_scratch));
-    for (int k = 0; k < kStates; ++k) absmax[k] = decodable(from.absmax[k][number]);
+// Encodes one block of a state and returns its scale. Changes elements of x that have no encoding as they are.
+template <bool kSigned>
+float encode_state(float* x, int64_t n, uint8_t* codes) {
+  uint32_t largest = largest_magnitude_bits<Lanes, kSigned>(x, n);
+  if (largest >= kInfinityBits) {
+    make_encodable(x, n, kSigned, x);
+    largest = largest_magnitude_bits<Lanes, kSigned>(x, n);
   }
+  const float absmax = float_from_bits(largest);
+  encode_dynamic<Lanes, kSigned>(x, n, inverse_scale(absmax), codes);
+  return absmax;
+}
 
-  BNBOPS_HD uint8_t* codes(int k, int64_t i) const { return static_cast<uint8_t*>(job->state[k]) + span.begin + i; }
-
-  BNBOPS_HD void update(int64_t i, int64_t n, const Lanes::Codebook (&codebooks)[2]) {
-    float* part[kStates];
-    for (int k = 0; k < kStates; ++k) {
-      part[k] = state[k] + i;
-      decode<Lanes>(codebooks[Rule::kStateSpecs[k].is_signed], codes(k, i), n, absmax[k], part[k]);
-    }
-    update_elements<Rule>(grad + i, param + i, part, n, *static_cast<const typename Rule::Hyper*>(job->hyper));
-  }
-
-  template <int k = 0>
-  void close() {
-    if constexpr (k == 0) write<Lanes>(job->param, job->param_dtype, span.begin, span.n, param);
-    constexpr bool kSigned = Rule::kStateSpecs[k].is_signed;
-    uint32_t largest = largest_magnitude_bits<Lanes, kSigned>(state[k], span.n);
-    if (largest >= kInfinityBits) {
-      make_encodable(state[k], span.n, kSigned, state[k]);
-      largest = largest_magnitude_bits<Lanes, kSigned>(state[k], span.n);
-    }
-    absmax[k] = float_from_bits(largest);
-    inverse[k] = inverse_scale(absmax[k]);
-    job->absmax[k][block] = absmax[k];
-    if constexpr (k + 1 < kStates) close<k + 1>();
-  }
-
-  template <int k = 0>
-  BNBOPS_HD void encode(int64_t i, int64_t n) const {
-    encode_dynamic<Lanes, Rule::kStateSpecs[k].is_signed>(state[k] + i, n, inverse[k], codes(k, i));
-    if constexpr (k + 1 < kStates) encode<k + 1>(i, n);
-  }
-};
-
-// A block can be encoded only once all of it is updated. Its encoding is interleaved with the next block's update: the
-// one keeps the shuffle unit busy, the other the divider.
 template <class Rule>
 void step_quantized(const StepJob& job, int64_t first, int64_t last) {
-  static const Lanes::Codebook codebooks[2] = {Lanes::Codebook(kDynamicUnsigned), Lanes::Codebook(kDynamicSigned)};
-  constexpr int kPart = kGroup<Lanes>;
-  QuantizedBlock<Rule> buffers[2];
-  QuantizedBlock<Rule>*next = &buffers[0], *previous = &buffers[1];
+  static const Lanes::Codebook is_signed(kDynamicSigned), is_unsigned(kDynamicUnsigned);
+  alignas(64) float param_scratch[kStateBlock], grad_scratch[kStateBlock], state_scratch[Rule::kStates][kStateBlock];
+  const auto& hyper = *static_cast<const typename Rule::Hyper*>(job.hyper);
   for (int64_t block = first; block < last; ++block) {
-    next->open(job, block);
-    if (block > first && next->span.n == kStateBlock && previous->span.n == kStateBlock) {
-      for (int64_t i = 0; i < kStateBlock; i += kPart) {
-        next->update(i, kPart, codebooks);
-        previous->encode(i, kPart);
-      }
-    } else {
-      next->update(0, next->span.n, codebooks);
-      if (block > first) previous->encode(0, previous->span.n);
+    const auto [begin, n] = span_of(job, block);
+    float* state[Rule::kStates];
+    uint8_t* codes[Rule::kStates];
+    for (int k = 0; k < Rule::kStates; ++k) {
+      state[k] = state_scratch[k];
+      codes[k] = static_cast<uint8_t*>(job.state[k]) + begin;
+      const auto& codebook = Rule::kStateSpecs[k].is_signed ? is_signed : is_unsigned;
+      decode<Lanes>(codebook, codes[k], n, decodable(job.absmax[k][block]), state[k]);
     }
-    next->close();
-    std::swap(next, previous);
+    const float* grad = read<Lanes>(job.grad, job.grad_dtype, begin, n, grad_scratch);
+    auto* param = const_cast<float*>(read<Lanes>(job.param, job.param_dtype, begin, n, param_scratch));
+    update_elements<Rule>(grad, param, state, n, hyper);
+    write<Lanes>(job.param, job.param_dtype, begin, n, param);
+    for (int k = 0; k < Rule::kStates; ++k) {
+      const auto encode = Rule::kStateSpecs[k].is_signed ? encode_state<true> : encode_state<false>;
+      job.absmax[k][block] = encode(state[k], n, codes[k]);
+    }
   }
-  if (first < last) previous->encode(0, previous->span.n);
 }
 
 template <class Rule>
