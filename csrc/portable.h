@@ -46,4 +46,9 @@ BNBOPS_HD float square_root(float x) { return __builtin_sqrtf(x); }
 // False for infinities and NaN.
 BNBOPS_HD bool is_finite(float x) { return (bits_of(x) & 0x7FFFFFFFU) < 0x7F800000U; }
 
+// a / b where b is positive, else 0.
+BNBOPS_HD float divide_by_positive(float a, float b) { return b > 0 ? a / b : 0.0F; }
+
+BNBOPS_HD float select(bool condition, float a, float b) { return condition ? a : b; }
+
 BNBOPS_NAMESPACE_END

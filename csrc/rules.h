@@ -1,8 +1,9 @@
 // Every optimizer's update rule, written once, for the host and for devices.
 //
-// A rule is scalar code that knows nothing of blocks, bytes or devices. It names its states and options (operator
-// schemas are made of them), turns the options into per-step scalars once on the host (`prepare`), and updates one
-// element in fp32 (`update`, which tells whether the result is fit to be kept).
+// A rule is code for one element that knows nothing of blocks, bytes or devices. It names its states and options
+// (operator schemas are made of them), turns the options into per-step scalars once on the host (`prepare`), and
+// updates one element in fp32 (`update`, which tells whether the result is fit to be kept). The number type F of an
+// update is float or, on a CPU with SIMD, a vector of floats: whatever has the operations of portable.h.
 #pragma once
 
 #include <cmath>
@@ -58,27 +59,26 @@ struct Adam {
     return nullptr;
   }
 
-  BNBOPS_HD static bool update(float g, float& p, float (&s)[kStates], const Hyper& h) {
-    s[0] = fused_multiply_add(h.beta1, s[0], h.grad_weight * g);
-    s[1] = fused_multiply_add(h.beta2, s[1], h.square_weight * g * g);
-    const float denominator = fused_multiply_add(square_root(s[1]), h.inv_sqrt_correction2, h.eps);
-    // eps = 0 and no gradient yet: 0 / 0 is no step, not a NaN.
-    const float direction = denominator > 0 ? s[0] / denominator : 0.0F;
-    p = fused_multiply_add(h.minus_step_size, direction, p * h.decay);
+  template <class F>
+  BNBOPS_HD static auto update(F g, F& p, F (&s)[kStates], const Hyper& h) {
+    s[0] = fused_multiply_add(F(h.beta1), s[0], F(h.grad_weight) * g);
+    s[1] = fused_multiply_add(F(h.beta2), s[1], F(h.square_weight) * g * g);
+    const F denominator = fused_multiply_add(square_root(s[1]), F(h.inv_sqrt_correction2), F(h.eps));
+    const F direction = divide_by_positive(s[0], denominator);  // eps = 0 and no gradient yet: no step, not a NaN
+    p = fused_multiply_add(F(h.minus_step_size), direction, p * F(h.decay));
     return is_finite(s[1]);  // tells of a non-finite gradient, and of a square that overflows
   }
 };
 
 // An element whose update is no number (its gradient is not finite) keeps its parameter and states; the rest of the
 // block goes on.
-template <class Rule>
-BNBOPS_HD void guarded_update(float g, float& p, float (&s)[Rule::kStates], const typename Rule::Hyper& h) {
-  float new_p = p;
-  float new_s[Rule::kStates];
+template <class Rule, class F>
+BNBOPS_HD void guarded_update(F g, F& p, F (&s)[Rule::kStates], const typename Rule::Hyper& h) {
+  F new_p = p, new_s[Rule::kStates];
   for (int k = 0; k < Rule::kStates; ++k) new_s[k] = s[k];
-  const bool valid = Rule::update(g, new_p, new_s, h);
-  p = valid ? new_p : p;
-  for (int k = 0; k < Rule::kStates; ++k) s[k] = valid ? new_s[k] : s[k];
+  const auto valid = Rule::update(g, new_p, new_s, h);
+  p = select(valid, new_p, p);
+  for (int k = 0; k < Rule::kStates; ++k) s[k] = select(valid, new_s[k], s[k]);
 }
 
 // The table of optimizers: a rule listed here gets its operator and its kernels on every backend.

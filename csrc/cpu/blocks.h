@@ -83,13 +83,18 @@ BNBOPS_HD void encode_entries(const float* x, int64_t n, float inverse_absmax, u
 template <class Lanes>
 BNBOPS_HD void decode(const typename Lanes::Codebook& codebook, const uint8_t* codes, int64_t n, float absmax,
                       float* out) {
+  const auto group = [&](const uint8_t* from, float* to) {
+    typename Lanes::Float values[4];
+    codebook.decode(from, absmax, values);
+    for (int i = 0; i < 4; ++i) Lanes::store(to + i * Lanes::kWidth, values[i]);
+  };
   for_chunks<kGroup<Lanes>>(
-      n, [&](int64_t i) { codebook.decode(codes + i, absmax, out + i); },
+      n, [&](int64_t i) { group(codes + i, out + i); },
       [&](int64_t i, int64_t rest) {
         uint8_t padded[kGroup<Lanes>] = {};
         float values[kGroup<Lanes>];
         memcpy(padded, codes + i, rest);
-        codebook.decode(padded, absmax, values);
+        group(padded, values);
         memcpy(out + i, values, rest * sizeof(float));
       });
 }

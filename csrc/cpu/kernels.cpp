@@ -17,6 +17,13 @@ using namespace bnbops::cpu;
 using Lanes = BNBOPS_LANES;
 constexpr int64_t kPiece = 256;  // elements converted to fp32 at a time
 
+// The lanes of a rule's number.
+[[maybe_unused]] BNBOPS_HD float vector_of(float x) { return x; }
+template <class Number>
+BNBOPS_HD auto vector_of(const Number& x) {
+  return x.v;
+}
+
 bool same_codebook(const float* a, const float* b) { return memcmp(a, b, kCodebookSize * sizeof(float)) == 0; }
 
 NearestEncoder make_nearest_encoder(const float* codebook) {
@@ -140,19 +147,6 @@ void dequantize(const DequantizeJob& job, int64_t first, int64_t last) {
   }
 }
 
-// The elementwise loop of a step. No two arrays overlap, so the compiler vectorizes the rule.
-template <class Rule>
-BNBOPS_HD void update_elements(const float* g, float* p, float* const (&state)[Rule::kStates], int64_t n,
-                               const typename Rule::Hyper h) {  // by value: then no store can change it
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
-    float s[Rule::kStates];
-    for (int k = 0; k < Rule::kStates; ++k) s[k] = state[k][i];
-    guarded_update<Rule>(g[i], p[i], s, h);
-    for (int k = 0; k < Rule::kStates; ++k) state[k][i] = s[k];
-  }
-}
-
 struct Span {  // elements of a parameter that make a block of its states
   int64_t begin, n;
 };
@@ -162,25 +156,65 @@ Span span_of(const StepJob& job, int64_t block) {
   return {row * job.inner + column, std::min<int64_t>(kStateBlock, job.inner - column)};
 }
 
+// Fetches what a step will need some blocks from now; at the end of a tensor it asks for nothing that exists.
+BNBOPS_HD void prefetch(const void* tensor, DType dtype, Span span) {
+  constexpr int64_t kAhead = 4 * kStateBlock, kLine = 64;
+  const int64_t size = dtype == DType::kFloat32 ? 4 : 2;
+  const auto first = reinterpret_cast<uintptr_t>(tensor) + (span.begin + kAhead) * size;
+  for (int64_t i = 0; i < span.n * size; i += kLine) __builtin_prefetch(reinterpret_cast<const void*>(first + i));
+}
+
+// Updates kWidth elements, their states in registers.
+template <class Rule>
+BNBOPS_HD void update_vector(const float* grad, float* param, Lanes::Number (&state)[Rule::kStates],
+                             const typename Rule::Hyper& h) {
+  Lanes::Number p(Lanes::load(param));
+  guarded_update<Rule>(Lanes::Number(Lanes::load(grad)), p, state, h);
+  Lanes::store(param, vector_of(p));
+}
+
 template <class Rule>
 void step_float32(const StepJob& job, int64_t first, int64_t last) {
+  constexpr int kWidth = Lanes::kWidth;
   alignas(64) float param_scratch[kStateBlock], grad_scratch[kStateBlock];
-  const auto& hyper = *static_cast<const typename Rule::Hyper*>(job.hyper);
+  const auto hyper = *static_cast<const typename Rule::Hyper*>(job.hyper);
+  const auto update = [&](const float* grad, float* param, float* const(&state)[Rule::kStates]) {
+    Lanes::Number s[Rule::kStates];
+    for (int k = 0; k < Rule::kStates; ++k) s[k] = Lanes::Number(Lanes::load(state[k]));
+    update_vector<Rule>(grad, param, s, hyper);
+    for (int k = 0; k < Rule::kStates; ++k) Lanes::store(state[k], vector_of(s[k]));
+  };
   for (int64_t block = first; block < last; ++block) {
-    const auto [begin, n] = span_of(job, block);
+    const Span span = span_of(job, block);
+    const float* grad = read<Lanes>(job.grad, job.grad_dtype, span.begin, span.n, grad_scratch);
+    auto* param = const_cast<float*>(read<Lanes>(job.param, job.param_dtype, span.begin, span.n, param_scratch));
     float* state[Rule::kStates];
-    for (int k = 0; k < Rule::kStates; ++k) state[k] = static_cast<float*>(job.state[k]) + begin;
-    const float* grad = read<Lanes>(job.grad, job.grad_dtype, begin, n, grad_scratch);
-    auto* param = const_cast<float*>(read<Lanes>(job.param, job.param_dtype, begin, n, param_scratch));
-    update_elements<Rule>(grad, param, state, n, hyper);
-    write<Lanes>(job.param, job.param_dtype, begin, n, param);
+    for (int k = 0; k < Rule::kStates; ++k) state[k] = static_cast<float*>(job.state[k]) + span.begin;
+    for_chunks<kWidth>(
+        span.n,
+        [&](int64_t i) {
+          float* at[Rule::kStates];
+          for (int k = 0; k < Rule::kStates; ++k) at[k] = state[k] + i;
+          update(grad + i, param + i, at);
+        },
+        [&](int64_t i, int64_t rest) {
+          float g[kWidth] = {}, p[kWidth] = {}, s[Rule::kStates][kWidth] = {};
+          float* at[Rule::kStates];
+          memcpy(g, grad + i, rest * sizeof(float));
+          memcpy(p, param + i, rest * sizeof(float));
+          for (int k = 0; k < Rule::kStates; ++k) memcpy(at[k] = s[k], state[k] + i, rest * sizeof(float));
+          update(g, p, at);
+          memcpy(param + i, p, rest * sizeof(float));
+          for (int k = 0; k < Rule::kStates; ++k) memcpy(state[k] + i, s[k], rest * sizeof(float));
+        });
+    write<Lanes>(job.param, job.param_dtype, span.begin, span.n, param);
   }
 }
 
-// Encodes one block of a state and returns its scale. Changes elements of x that have no encoding as they are.
+// Encodes one block of a state and returns its scale; `largest` are the bits of its largest magnitude. Elements of x
+// that have no encoding as they are change.
 template <bool kSigned>
-float encode_state(float* x, int64_t n, uint8_t* codes) {
-  uint32_t largest = largest_magnitude_bits<Lanes, kSigned>(x, n);
+float encode_state(float* x, int64_t n, uint32_t largest, uint8_t* codes) {
   if (largest >= kInfinityBits) {
     make_encodable(x, n, kSigned, x);
     largest = largest_magnitude_bits<Lanes, kSigned>(x, n);
@@ -190,28 +224,83 @@ float encode_state(float* x, int64_t n, uint8_t* codes) {
   return absmax;
 }
 
+// One block of 8-bit states on its way through a step: decoded and updated in registers, group by group, into fp32
+// scratch; encoded once the whole block's largest magnitude is known.
+template <class Rule>
+struct QuantizedBlock {
+  static constexpr int kStates = Rule::kStates, kSize = kGroup<Lanes>;
+  alignas(64) float state[kStates][kStateBlock];
+  Lanes::Int largest[kStates];
+
+  BNBOPS_HD void update_group(const Lanes::Codebook (&codebooks)[2], const uint8_t* const (&codes)[kStates],
+                              const float (&absmax)[kStates], const float* grad, float* param, int64_t i,
+                              const typename Rule::Hyper& hyper) {
+    Lanes::Float decoded[kStates][4];
+    for (int k = 0; k < kStates; ++k) {
+      codebooks[Rule::kStateSpecs[k].is_signed].decode(codes[k], absmax[k], decoded[k]);
+    }
+#pragma GCC unroll 4  // or the vectors live in memory
+    for (int v = 0; v < 4; ++v) {
+      const int64_t at = v * Lanes::kWidth;
+      Lanes::Number s[kStates];
+      for (int k = 0; k < kStates; ++k) s[k] = Lanes::Number(decoded[k][v]);
+      update_vector<Rule>(grad + at, param + at, s, hyper);
+      for (int k = 0; k < kStates; ++k) {
+        const auto x = vector_of(s[k]);
+        Lanes::store(state[k] + i + at, x);
+        largest[k] = Lanes::max(largest[k], Lanes::as_int(Rule::kStateSpecs[k].is_signed ? Lanes::abs(x) : x));
+      }
+    }
+  }
+};
+
 template <class Rule>
 void step_quantized(const StepJob& job, int64_t first, int64_t last) {
-  static const Lanes::Codebook is_signed(kDynamicSigned), is_unsigned(kDynamicUnsigned);
-  alignas(64) float param_scratch[kStateBlock], grad_scratch[kStateBlock], state_scratch[Rule::kStates][kStateBlock];
-  const auto& hyper = *static_cast<const typename Rule::Hyper*>(job.hyper);
+  constexpr int kStates = Rule::kStates, kSize = kGroup<Lanes>;
+  constexpr uint8_t kZeroCode[2] = {0, 127};  // unsigned, signed
+  static const Lanes::Codebook codebooks[2] = {Lanes::Codebook(kDynamicUnsigned), Lanes::Codebook(kDynamicSigned)};
+  alignas(64) float param_scratch[kStateBlock], grad_scratch[kStateBlock];
+  QuantizedBlock<Rule> work;
+  const auto hyper = *static_cast<const typename Rule::Hyper*>(job.hyper);
   for (int64_t block = first; block < last; ++block) {
-    const auto [begin, n] = span_of(job, block);
-    float* state[Rule::kStates];
-    uint8_t* codes[Rule::kStates];
-    for (int k = 0; k < Rule::kStates; ++k) {
-      state[k] = state_scratch[k];
-      codes[k] = static_cast<uint8_t*>(job.state[k]) + begin;
-      const auto& codebook = Rule::kStateSpecs[k].is_signed ? is_signed : is_unsigned;
-      decode<Lanes>(codebook, codes[k], n, decodable(job.absmax[k][block]), state[k]);
+    const Span span = span_of(job, block);
+    const float* grad = read<Lanes>(job.grad, job.grad_dtype, span.begin, span.n, grad_scratch);
+    auto* param = const_cast<float*>(read<Lanes>(job.param, job.param_dtype, span.begin, span.n, param_scratch));
+    uint8_t* codes[kStates];
+    float absmax[kStates];
+    for (int k = 0; k < kStates; ++k) {
+      codes[k] = static_cast<uint8_t*>(job.state[k]) + span.begin;
+      absmax[k] = decodable(job.absmax[k][block]);
+      work.largest[k] = Lanes::splat_int(0);
     }
-    const float* grad = read<Lanes>(job.grad, job.grad_dtype, begin, n, grad_scratch);
-    auto* param = const_cast<float*>(read<Lanes>(job.param, job.param_dtype, begin, n, param_scratch));
-    update_elements<Rule>(grad, param, state, n, hyper);
-    write<Lanes>(job.param, job.param_dtype, begin, n, param);
-    for (int k = 0; k < Rule::kStates; ++k) {
+    for_chunks<kSize>(
+        span.n,
+        [&](int64_t i) {
+          const uint8_t* at[kStates];
+          for (int k = 0; k < kStates; ++k) at[k] = codes[k] + i;
+          prefetch(job.param, job.param_dtype, {span.begin + i, kSize});
+          prefetch(job.grad, job.grad_dtype, {span.begin + i, kSize});
+          work.update_group(codebooks, at, absmax, grad + i, param + i, i, hyper);
+        },
+        [&](int64_t i, int64_t rest) {  // padded with zeros, which no largest magnitude notices
+          float g[kSize] = {}, p[kSize] = {};
+          uint8_t c[kStates][kSize];
+          const uint8_t* at[kStates];
+          memcpy(g, grad + i, rest * sizeof(float));
+          memcpy(p, param + i, rest * sizeof(float));
+          for (int k = 0; k < kStates; ++k) {
+            memset(c[k], kZeroCode[Rule::kStateSpecs[k].is_signed], kSize);
+            memcpy(c[k], codes[k] + i, rest);
+            at[k] = c[k];
+          }
+          work.update_group(codebooks, at, absmax, g, p, i, hyper);
+          memcpy(param + i, p, rest * sizeof(float));
+        });
+    write<Lanes>(job.param, job.param_dtype, span.begin, span.n, param);
+    for (int k = 0; k < kStates; ++k) {
       const auto encode = Rule::kStateSpecs[k].is_signed ? encode_state<true> : encode_state<false>;
-      job.absmax[k][block] = encode(state[k], n, codes[k]);
+      const auto largest = static_cast<uint32_t>(Lanes::reduce_max(work.largest[k]));
+      job.absmax[k][block] = encode(work.state[k], span.n, largest, codes[k]);
     }
   }
 }

@@ -7,10 +7,35 @@
 
 BNBOPS_NAMESPACE_BEGIN
 
+// What rules compute with: the operations that portable.h has for a float.
+struct Avx2Number {
+  __m256 v;
+  BNBOPS_HD Avx2Number() = default;
+  BNBOPS_HD Avx2Number(__m256 vector) : v(vector) {}
+  BNBOPS_HD explicit Avx2Number(float x) : v(_mm256_set1_ps(x)) {}
+};
+BNBOPS_HD Avx2Number operator*(Avx2Number a, Avx2Number b) { return _mm256_mul_ps(a.v, b.v); }
+BNBOPS_HD Avx2Number operator+(Avx2Number a, Avx2Number b) { return _mm256_add_ps(a.v, b.v); }
+BNBOPS_HD Avx2Number fused_multiply_add(Avx2Number a, Avx2Number b, Avx2Number c) {
+  return _mm256_fmadd_ps(a.v, b.v, c.v);
+}
+BNBOPS_HD Avx2Number square_root(Avx2Number x) { return _mm256_sqrt_ps(x.v); }
+BNBOPS_HD __m256 is_finite(Avx2Number x) {
+  const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(x.v), _mm256_set1_epi32(0x7FFFFFFF));
+  return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(0x7F800000), magnitude));
+}
+BNBOPS_HD Avx2Number divide_by_positive(Avx2Number a, Avx2Number b) {
+  return _mm256_and_ps(_mm256_cmp_ps(b.v, _mm256_setzero_ps(), _CMP_GT_OQ), _mm256_div_ps(a.v, b.v));
+}
+BNBOPS_HD Avx2Number select(__m256 condition, Avx2Number a, Avx2Number b) {
+  return _mm256_blendv_ps(b.v, a.v, condition);
+}
+
 struct Avx2Lanes {
   static constexpr int kWidth = 8;
   using Float = __m256;
   using Int = __m256i;
+  using Number = Avx2Number;
 
   struct Table32 {
     const float* values;
@@ -76,10 +101,10 @@ struct Avx2Lanes {
   struct Codebook {
     const float* values;
     explicit Codebook(const float* table) : values(table) {}
-    BNBOPS_HD void decode(const uint8_t* codes, float scale, float* out) const {
+    BNBOPS_HD void decode(const uint8_t* codes, float scale, Float (&out)[4]) const {
       for (int i = 0; i < 4; ++i) {
         const Int index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + 8 * i)));
-        store(out + 8 * i, mul(gather(values, index), splat(scale)));
+        out[i] = mul(gather(values, index), splat(scale));
       }
     }
   };

@@ -7,10 +7,35 @@
 
 BNBOPS_NAMESPACE_BEGIN
 
+// What rules compute with: the operations that portable.h has for a float.
+struct Avx512Number {
+  __m512 v;
+  BNBOPS_HD Avx512Number() = default;
+  BNBOPS_HD Avx512Number(__m512 vector) : v(vector) {}
+  BNBOPS_HD explicit Avx512Number(float x) : v(_mm512_set1_ps(x)) {}
+};
+BNBOPS_HD Avx512Number operator*(Avx512Number a, Avx512Number b) { return _mm512_mul_ps(a.v, b.v); }
+BNBOPS_HD Avx512Number operator+(Avx512Number a, Avx512Number b) { return _mm512_add_ps(a.v, b.v); }
+BNBOPS_HD Avx512Number fused_multiply_add(Avx512Number a, Avx512Number b, Avx512Number c) {
+  return _mm512_fmadd_ps(a.v, b.v, c.v);
+}
+BNBOPS_HD Avx512Number square_root(Avx512Number x) { return _mm512_sqrt_ps(x.v); }
+BNBOPS_HD __mmask16 is_finite(Avx512Number x) {
+  const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x7FFFFFFF));
+  return _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(0x7F800000));
+}
+BNBOPS_HD Avx512Number divide_by_positive(Avx512Number a, Avx512Number b) {
+  return _mm512_maskz_div_ps(_mm512_cmp_ps_mask(b.v, _mm512_setzero_ps(), _CMP_GT_OQ), a.v, b.v);
+}
+BNBOPS_HD Avx512Number select(__mmask16 condition, Avx512Number a, Avx512Number b) {
+  return _mm512_mask_blend_ps(condition, b.v, a.v);
+}
+
 struct Avx512Lanes {
   static constexpr int kWidth = 16;
   using Float = __m512;
   using Int = __m512i;
+  using Number = Avx512Number;
 
   struct Table32 {  // in two registers: vpermi2ps takes the low 5 bits of an index
     __m512 low, high;
@@ -96,7 +121,7 @@ struct Avx512Lanes {
       const Int high = _mm512_permutex2var_epi8(plane[b][2], codes, plane[b][3]);
       return _mm512_mask_mov_epi8(low, upper_half, high);
     }
-    BNBOPS_HD void decode(const uint8_t* source, float scale, float* out) const {
+    BNBOPS_HD void decode(const uint8_t* source, float scale, Float (&out)[4]) const {
       const Int codes = transposed(_mm512_loadu_si512(source));
       const __mmask64 upper_half = _mm512_movepi8_mask(codes);
       const Int byte0 = lookup(0, codes, upper_half), byte1 = lookup(1, codes, upper_half);
@@ -104,11 +129,10 @@ struct Avx512Lanes {
       const Int low01 = _mm512_unpacklo_epi8(byte0, byte1), high01 = _mm512_unpackhi_epi8(byte0, byte1);
       const Int low23 = _mm512_unpacklo_epi8(byte2, byte3), high23 = _mm512_unpackhi_epi8(byte2, byte3);
       const Float factor = splat(scale);
-      const auto put = [&](int i, Int bits) { store(out + 16 * i, mul(_mm512_castsi512_ps(bits), factor)); };
-      put(0, _mm512_unpacklo_epi16(low01, low23));
-      put(1, _mm512_unpackhi_epi16(low01, low23));
-      put(2, _mm512_unpacklo_epi16(high01, high23));
-      put(3, _mm512_unpackhi_epi16(high01, high23));
+      out[0] = mul(_mm512_castsi512_ps(_mm512_unpacklo_epi16(low01, low23)), factor);
+      out[1] = mul(_mm512_castsi512_ps(_mm512_unpackhi_epi16(low01, low23)), factor);
+      out[2] = mul(_mm512_castsi512_ps(_mm512_unpacklo_epi16(high01, high23)), factor);
+      out[3] = mul(_mm512_castsi512_ps(_mm512_unpackhi_epi16(high01, high23)), factor);
     }
   };
 

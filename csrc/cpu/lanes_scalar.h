@@ -9,6 +9,7 @@ struct ScalarLanes {
   static constexpr int kWidth = 1;
   using Float = float;
   using Int = int32_t;
+  using Number = float;  // what rules compute with
 
   struct Table32 {
     const uint32_t* bits;
@@ -59,7 +60,7 @@ struct ScalarLanes {
   struct Codebook {
     const float* values;
     explicit Codebook(const float* table) : values(table) {}
-    BNBOPS_HD void decode(const uint8_t* codes, float scale, float* out) const {
+    BNBOPS_HD void decode(const uint8_t* codes, float scale, Float (&out)[4]) const {
       for (int i = 0; i < 4; ++i) out[i] = values[codes[i]] * scale;
     }
   };
