@@ -58,6 +58,7 @@ void check_float(const Named& named) {
 }
 
 void check_same_device(const Named& named, const Tensor& other) {
+  if (named.tensor.is_cpu() && other.is_cpu()) return;  // the common case, without making two device objects
   BNBOPS_CHECK(named.tensor.device() == other.device(), named, " is on another device than the first tensor");
 }
 
@@ -80,8 +81,11 @@ void check_codebook(const Named& named, const Tensor& like) {
 void Overlaps::add(const Named& named, bool written) {
   const Tensor& t = named.tensor;
   if (t.numel() == 0) return;
-  int64_t last = 0;  // offset of the last element; strides are not negative
-  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  int64_t last = t.numel() - 1;  // offset of the last element; strides are not negative
+  if (!t.is_contiguous()) {
+    last = 0;
+    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  }
   const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
   ranges_.push_back({begin, begin + (last + 1) * t.element_size(), written, named.op, named.argument, named.index});
 }

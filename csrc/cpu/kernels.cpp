@@ -156,14 +156,6 @@ Span span_of(const StepJob& job, int64_t block) {
   return {row * job.inner + column, std::min<int64_t>(kStateBlock, job.inner - column)};
 }
 
-// Fetches what a step will need some blocks from now; at the end of a tensor it asks for nothing that exists.
-BNBOPS_HD void prefetch(const void* tensor, DType dtype, Span span) {
-  constexpr int64_t kAhead = 4 * kStateBlock, kLine = 64;
-  const int64_t size = dtype == DType::kFloat32 ? 4 : 2;
-  const auto first = reinterpret_cast<uintptr_t>(tensor) + (span.begin + kAhead) * size;
-  for (int64_t i = 0; i < span.n * size; i += kLine) __builtin_prefetch(reinterpret_cast<const void*>(first + i));
-}
-
 // Updates kWidth elements, their states in registers.
 template <class Rule>
 BNBOPS_HD void update_vector(const float* grad, float* param, Lanes::Number (&state)[Rule::kStates],
@@ -278,8 +270,6 @@ void step_quantized(const StepJob& job, int64_t first, int64_t last) {
         [&](int64_t i) {
           const uint8_t* at[kStates];
           for (int k = 0; k < kStates; ++k) at[k] = codes[k] + i;
-          prefetch(job.param, job.param_dtype, {span.begin + i, kSize});
-          prefetch(job.grad, job.grad_dtype, {span.begin + i, kSize});
           work.update_group(codebooks, at, absmax, grad + i, param + i, i, hyper);
         },
         [&](int64_t i, int64_t rest) {  // padded with zeros, which no largest magnitude notices
