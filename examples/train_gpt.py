@@ -41,8 +41,8 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 SHAPE = ("layers", "width", "heads", "block_size")
 CONFIG = ("steps", "batch_size", "lr", "seed", "dtype", "vocabulary", *SHAPE)
 CHECKPOINT_KEYS = {"config", "history", "rng", "model", "optimizer", "scheduler"}
-VALIDATION_BATCHES = 16
-VALIDATIONS = 8  # in a run, the last one included
+VALIDATION_BATCHES = 8
+VALIDATIONS = 6  # in a run, the last one included
 PROMPT = b"def "
 Step = Callable[[Tensor, Tensor], Tensor]
 
@@ -86,7 +86,7 @@ class Result:
 
 def build_optimizer(name: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     fused = {"fused": True} if name == BASELINE else {}
-    return OPTIMIZERS[name](model.parameters(), lr=lr, betas=(0.9, 0.95), **fused)
+    return OPTIMIZERS[name](model.parameters(), lr=lr, betas=(0.9, 0.99), **fused)
 
 
 def build_step(args: argparse.Namespace, name: str, model: GPT, optimizer: torch.optim.Optimizer) -> tuple[Step, Any]:
@@ -165,7 +165,7 @@ def train(name: str, text: Text, args: argparse.Namespace) -> Result:
             save(args.out / f"{name}-{done}.pt", config, stateful, history)
 
     prompt, generator = text.vocabulary.encode(PROMPT), torch.Generator().manual_seed(args.seed)
-    sample = text.vocabulary.decode(model.generate(prompt, 128, 0.8, generator))
+    sample = text.vocabulary.decode(model.generate(prompt, 100, 0.8, generator))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Result(name, config, parameters, state_bytes(optimizer), graphs(), history, sample)
 
@@ -331,9 +331,9 @@ def parser() -> Parser:
     add("--optimizer", choices=OPTIMIZERS, help=f"train with this one only (default: {BASELINE}, then {CONTENDER})")
     add("--data", type=Path, help="a text file, or a folder of them (default: Python's own standard library)")
     add("--out", type=Path, default=Path("out"), help="the folder that everything is written to (%(default)s)")
-    add("--steps", type=positive_int, default=200, help="optimizer steps of a run (%(default)s)")
+    add("--steps", type=positive_int, default=150, help="optimizer steps of a run (%(default)s)")
     add("--batch-size", type=positive_int, default=4, help="windows of text in a step (%(default)s)")
-    add("--lr", type=positive_float, default=1e-3, help="the peak of the learning rate (%(default)s)")
+    add("--lr", type=positive_float, default=5e-4, help="the peak of the learning rate (%(default)s)")
     add("--seed", type=int, default=0, help="decides the weights and the order of the text (%(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and activations (%(default)s)")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile the step (the default)")
@@ -373,6 +373,8 @@ def prepare(args: argparse.Namespace) -> tuple[list[str], Text]:
         check_resumable(args.checkpoint, args.resume, run_config(names[0], text, args))
     if args.threads:
         torch.set_num_threads(args.threads)
+    torch.use_deterministic_algorithms(True)  # else a compiled embedding's gradient is summed in any order
+    torch.utils.deterministic.fill_uninitialized_memory = False
     args.out.mkdir(parents=True, exist_ok=True)
     return names, text
 
