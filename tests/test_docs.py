@@ -1,6 +1,8 @@
 """Every Python snippet of the README and docs runs, in order, in a fresh namespace a page."""
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -21,10 +23,11 @@ def snippets(page: Path) -> list[tuple[int, str]]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_snippets_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "__main__"}
+    module = types.ModuleType(f"snippets_{page.stem}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # the compiler looks globals up there
     for line, code in snippets(page):
         # Padding makes a traceback point at the page's own line.
-        exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
+        exec(compile("\n" * (line - 1) + code, str(page), "exec"), vars(module))
 
 
 def test_pages_have_snippets():
