@@ -331,7 +331,7 @@ def parser() -> Parser:
     add("--optimizer", choices=OPTIMIZERS, help=f"train with this one only (default: {BASELINE}, then {CONTENDER})")
     add("--data", type=Path, help="a text file, or a folder of them (default: Python's own standard library)")
     add("--out", type=Path, default=Path("out"), help="the folder that everything is written to (%(default)s)")
-    add("--steps", type=positive_int, default=150, help="optimizer steps of a run (%(default)s)")
+    add("--steps", type=positive_int, default=100, help="optimizer steps of a run (%(default)s)")
     add("--batch-size", type=positive_int, default=4, help="windows of text in a step (%(default)s)")
     add("--lr", type=positive_float, default=5e-4, help="the peak of the learning rate (%(default)s)")
     add("--seed", type=int, default=0, help="decides the weights and the order of the text (%(default)s)")
