@@ -10,7 +10,7 @@ SOURCES := pyproject.toml bnbops/codebooks.py $(shell find csrc -name '*.h' -o -
 demo: $(VENV)/installed
 	$(PY) examples/train_gpt.py --out demo-out
 
-# The tests that only compile or build run best alone; two workers keep two cores busy.
+# Two workers keep two cores busy.
 test: $(VENV)/installed
 	$(PY) -m pytest -n 2 --dist worksteal
 

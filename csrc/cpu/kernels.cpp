@@ -220,7 +220,7 @@ float encode_state(float* x, int64_t n, uint32_t largest, uint8_t* codes) {
 // scratch; encoded once the whole block's largest magnitude is known.
 template <class Rule>
 struct QuantizedBlock {
-  static constexpr int kStates = Rule::kStates, kSize = kGroup<Lanes>;
+  static constexpr int kStates = Rule::kStates;
   alignas(64) float state[kStates][kStateBlock];
   Lanes::Int largest[kStates];
 
