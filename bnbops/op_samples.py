@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from bnbops.codebooks import create_dynamic_map, create_linear_map
 
-__all__ = ["SAMPLED", "Sample", "operator", "samples", "step_states"]
+__all__ = ["SAMPLED", "Sample", "operator", "option_names", "samples", "step_states"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 256  # of optimizer states
@@ -58,9 +58,15 @@ def operator(name: str) -> torch._ops.OpOverload:
 
 
 def step_states(name: str) -> list[str]:
-    """The states of an optimizer operator: its schema has a list of scales for each."""
+    """The states of an optimizer's operator: its schema has a list of scales for each."""
     arguments = operator(name)._schema.arguments
     return [a.name.removesuffix("_absmax") for a in arguments if a.name.endswith("_absmax")]
+
+
+def option_names(name: str) -> list[str]:
+    """The numbers that an optimizer's operator takes, in the order of its argument `options`."""
+    arguments = operator(name)._schema.arguments
+    return [a.name for a in arguments if str(a.type) in ("float", "bool", "int") and not a.has_default_value()]
 
 
 def _copy(x: Tensor, device: torch.device) -> Tensor:
@@ -158,51 +164,61 @@ def _dequantize_out() -> list[Sample]:
 
 # ---- optimizer steps -------------------------------------------------------------------------------------------
 
-_OPTIONS = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
+_OPTIONS = {
+    **{"beta1": 0.9, "beta2": 0.99, "beta3": 0.999, "alpha": 0.9, "momentum": 0.9, "dampening": 0.1, "nesterov": False},
+    **{"eps": 1e-8, "weight_decay": 0.1, "lr_decay": 0.1, "bias_correction": True, "adam_w_mode": True},
+    **{"t_alpha": 5, "t_beta3": 5},
+}
+_VARIATIONS = {
+    "nesterov": {"nesterov": True, "dampening": 0.0},
+    "no bias correction, coupled weight decay": {"bias_correction": False, "adam_w_mode": False},
+    "no schedules": {"t_alpha": 0, "t_beta3": 0},
+}
+_SUMS_OF_SQUARES = ("square_avg", "sum")  # with the signed map; they have no negative codes
 _SHAPES = ((3, 300), (70,))
 
 
 def _step(name: str) -> list[Sample]:
     """Made from the schema alone, so that a new optimizer gets its samples with its schema."""
+    return _essential_steps(name) + (_further_steps(name) if name == "adam_step_" else [])
 
-    def sample(
-        what: str,
-        bits: int,
-        layout: str = "rows",
-        *,
-        dtype: torch.dtype = torch.float32,
-        grad_dtype: torch.dtype | None = None,
-        shapes: tuple[tuple[int, ...], ...] = _SHAPES,
-        grad: Callable[[Tensor], Tensor] = lambda g: g,
-        **scalars: Any,
-    ) -> Sample:
-        params = [_normal(*shape, seed=1).to(dtype) for shape in shapes]
-        grads = [grad(_normal(*shape, seed=2).to(grad_dtype or dtype)) for shape in shapes]
-        states, absmax = [], []
-        for k in range(len(step_states(name))):
-            states.append([_state(shape, bits, seed=3 + k) for shape in shapes])
-            absmax.append([_scales(shape, layout, seed=3 + k) for shape in shapes] if bits == 8 else [])
-        steps = [torch.tensor(float(3 * i)) for i in range(len(shapes))]
-        names = {argument.name for argument in operator(name)._schema.arguments}
-        options = {key: value for key, value in _OPTIONS.items() if key in names}
-        kwargs = {"lr": torch.tensor(0.1, dtype=torch.float64), **options, **scalars}
-        return Sample(what, (params, grads, *states, *absmax, steps), kwargs)
 
+def _essential_steps(name: str) -> list[Sample]:
+    """What may differ from one rule to the next."""
+    sample, names = partial(_step_sample, name), _argument_names(name)
+    trust = {"trust": torch.tensor([0.3, 2.0])} if "trust" in names else {}
+    scaling = {"grad_scale": torch.full((1,), 4.0), "found_inf": torch.zeros(1), "clip": torch.tensor([0.5, 1.0])}
+    halved = [_OPTIONS[o] / 2 if isinstance(_OPTIONS[o], float) else _OPTIONS[o] for o in option_names(name)]
+    held = {"options": torch.tensor(halved, dtype=torch.float64)}
+    found = [
+        sample("float32 states, float32", 32),
+        sample("8-bit states in rows, bfloat16", 8, dtype=torch.bfloat16),
+        sample("flat 8-bit states, float16", 8, "flat", dtype=torch.float16),
+        sample("maximize, scaled and clipped gradients", 8, maximize=True, **scaling, **trust),
+        sample("options in a tensor", 32, **held),
+        sample("non-finite gradient elements", 32, grad=_with_non_finite),
+        *(sample(what, 8, **options) for what, options in _VARIATIONS.items() if options.keys() <= names),
+    ]
+    return [s for s in found if step_states(name) or "8-bit" not in s.name]
+
+
+def _further_steps(name: str) -> list[Sample]:
+    """What all rules share, once: each sample costs the tests seconds."""
+    sample = partial(_step_sample, name)
     low, one, overflow = torch.bfloat16, torch.ones(1), torch.tensor(1.0)
     return [
-        *(sample(f"float32 states, {dtype}".replace("torch.", ""), 32, dtype=dtype) for dtype in _DTYPES),
-        *(sample(f"8-bit states in rows, {dtype}".replace("torch.", ""), 8, dtype=dtype) for dtype in _DTYPES),
-        *(sample(f"flat 8-bit states, {dtype}".replace("torch.", ""), 8, "flat", dtype=dtype) for dtype in _DTYPES),
+        *(sample(f"float32 states, {dtype}".replace("torch.", ""), 32, dtype=dtype) for dtype in _DTYPES[1:]),
+        *(sample(f"8-bit states in rows, {dtype}".replace("torch.", ""), 8, dtype=dtype) for dtype in _DTYPES[::2]),
+        *(sample(f"flat 8-bit states, {dtype}".replace("torch.", ""), 8, "flat", dtype=dtype) for dtype in _DTYPES[:2]),
         sample("float32 states, float32 gradients", 32, dtype=low, grad_dtype=torch.float32),
         sample("8-bit states, float32 gradients", 8, dtype=low, grad_dtype=torch.float32),
         sample("three dimensions", 8, shapes=((2, 3, 90),)),
         sample("strided gradients", 8, grad=_strided),
         sample("expanded gradients", 32, grad=lambda g: g.flatten()[0].expand(g.shape)),
         sample("transposed gradients", 8, shapes=((30, 40),), grad=lambda g: g.t().contiguous().t()),
-        sample("non-finite gradient elements", 8, grad=_with_non_finite),
+        sample("8-bit states, non-finite gradient elements", 8, grad=_with_non_finite),
         sample("maximize", 8, maximize=True),
         sample("float32 lr, scaled gradients", 32, lr=torch.tensor([0.1]), grad_scale=4 * one, found_inf=0 * one),
-        sample("8-bit states, scaled gradients", 8, maximize=True, grad_scale=4 * overflow, found_inf=0 * overflow),
         sample("overflow found", 8, grad_scale=4 * one, found_inf=overflow),
         sample("no parameters", 8, shapes=()),
         sample("empty parameters", 8, shapes=((0,), (0, 5), (3, 0))),
@@ -212,8 +228,39 @@ def _step(name: str) -> list[Sample]:
     ]
 
 
-def _state(shape: tuple[int, ...], bits: int, seed: int) -> Tensor:
-    return _codes(*shape, seed=seed) if bits == 8 else 0.1 * _normal(*shape, seed=seed).square()
+def _step_sample(
+    name: str,
+    what: str,
+    bits: int,
+    layout: str = "rows",
+    *,
+    dtype: torch.dtype = torch.float32,
+    grad_dtype: torch.dtype | None = None,
+    shapes: tuple[tuple[int, ...], ...] = _SHAPES,
+    grad: Callable[[Tensor], Tensor] = lambda g: g,
+    **changed: Any,
+) -> Sample:
+    params = [_normal(*shape, seed=1).to(dtype) for shape in shapes]
+    grads = [grad(_normal(*shape, seed=2).to(grad_dtype or dtype)) for shape in shapes]
+    states, absmax = [], []
+    for k, state in enumerate(step_states(name)):
+        states.append([_state(state, shape, bits, seed=3 + k) for shape in shapes])
+        absmax.append([_scales(shape, layout, seed=3 + k) for shape in shapes] if bits == 8 else [])
+    steps = [torch.tensor(float(3 * i)) for i in range(len(shapes))]
+    options = {key: _OPTIONS[key] for key in option_names(name)}
+    kwargs = {"lr": torch.tensor(0.1, dtype=torch.float64), **options, **changed}
+    return Sample(what, (params, grads, *states, *absmax, steps), kwargs)
+
+
+def _argument_names(name: str) -> set[str]:
+    return {argument.name for argument in operator(name)._schema.arguments}
+
+
+def _state(name: str, shape: tuple[int, ...], bits: int, seed: int) -> Tensor:
+    if bits == 32:
+        return 0.1 * _normal(*shape, seed=seed).square()
+    codes = _codes(*shape, seed=seed)
+    return codes | 128 if name in _SUMS_OF_SQUARES else codes
 
 
 def _scales(shape: tuple[int, ...], layout: str, seed: int) -> Tensor:
@@ -228,6 +275,41 @@ def _with_non_finite(grad: Tensor) -> Tensor:
     return grad
 
 
+# ---- norms -----------------------------------------------------------------------------------------------------
+
+
+def _squared_norms() -> list[Sample]:
+    x = _normal(5, 301)
+    return [
+        Sample("every dtype", ([x.to(dtype) for dtype in _DTYPES],)),
+        Sample("one tensor", ([_normal(9000)],)),
+        Sample("strided, transposed, expanded", ([_strided(x), x.t(), x[0].expand(7, 301)],)),
+        Sample("non-finite elements", ([_with_non_finite(x.clone()), torch.full((3,), math.nan)],)),
+        Sample("scalar and empty", ([torch.tensor(-3.0), torch.empty(0), torch.empty(3, 0)],)),
+    ]
+
+
+def _lamb_squared_norms() -> list[Sample]:
+    """The samples of lamb_step_, but for what has no meaning here."""
+    calls = _essential_steps("lamb_step_")
+    kwargs = [{k: v for k, v in s.kwargs.items() if k not in ("found_inf", "trust")} for s in calls]
+    return [Sample(s.name, s.args, kw) for s, kw in zip(calls, kwargs, strict=True)]
+
+
+def _percentile_clip() -> list[Sample]:
+    def sample(what: str, steps: tuple[float, ...], percentile: int, **scaling: Tensor) -> Sample:
+        history = [_normal(100, seed=i).square() for i in range(len(steps))]
+        norms = 10 * _normal(len(steps), seed=1).square().double()
+        return Sample(what, (history, norms, [torch.tensor(t) for t in steps]), {"percentile": percentile, **scaling})
+
+    return [
+        sample("first step and later ones", (0.0, 5.0, 99.0, 250.0), 5),
+        sample("scaled gradients", (0.0, 5.0), 50, grad_scale=torch.full((1,), 4.0), found_inf=torch.zeros(1)),
+        sample("overflow found", (0.0, 5.0), 99, grad_scale=torch.tensor(4.0), found_inf=torch.tensor(1.0)),
+        sample("no parameters", (), 0),
+    ]
+
+
 _BUILDERS: dict[str, Callable[[], list[Sample]]] = {
     "isa": _without_arguments,
     "step_ops": _without_arguments,
@@ -235,6 +317,9 @@ _BUILDERS: dict[str, Callable[[], list[Sample]]] = {
     "dequantize_blockwise": _dequantize,
     "dequantize_blockwise.out": _dequantize_out,
     **{name: partial(_step, name) for name in torch.ops.bnbops.step_ops()},
+    "squared_norms": _squared_norms,
+    "lamb_squared_norms": _lamb_squared_norms,
+    "percentile_clip_": _percentile_clip,
 }
 SAMPLED = tuple(sorted(_BUILDERS))
 """The operators that have samples: all of them, as a test makes sure."""

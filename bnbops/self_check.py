@@ -5,6 +5,7 @@ The computations here are short and slow; the tests have finer ones.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bnbops.codebooks import create_dynamic_map
-from bnbops.op_samples import SAMPLED, Sample, operator, samples, step_states
+from bnbops.op_samples import SAMPLED, Sample, operator, option_names, samples, step_states
 
 __all__ = ["REFERENCES", "check", "run"]
 
@@ -98,18 +99,92 @@ def _dequantize_out(before: dict[str, Any], _result: None, after: dict[str, Any]
     _expect(torch.equal(after["out"], _dequantized(before)), "values wrong")
 
 
-def _adam(p: Tensor, g: Tensor, states: list[Tensor], step: Tensor, option: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Kingma & Ba 2015, algorithm 1, with the decoupled weight decay of Loshchilov & Hutter 2019, algorithm 2."""
-    m = option["beta1"] * states[0] + (1 - option["beta1"]) * g
-    v = option["beta2"] * states[1] + (1 - option["beta2"]) * g * g
-    denominator = (v / (1 - option["beta2"] ** step)).sqrt() + option["eps"]
-    update = m / (1 - option["beta1"] ** step) / denominator
-    return p - option["lr"] * (update + option["weight_decay"] * p), m, v
+# ---- optimizer steps -------------------------------------------------------------------------------------------
+#
+# Update rules in float64: from (param, grad, states, step, options) to the new param and states. docs/operators.md
+# names their papers.
 
 
-# By operator: its update rule, from (param, grad, states, step, options) in float64 to the new param and states; and
-# which states are signed.
-_RULES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[bool, ...]]] = {"adam_step_": (_adam, (True, False))}
+def _adam(p: Tensor, g: Tensor, states: list[Tensor], t: int, o: dict[str, Any]) -> tuple[Tensor, ...]:
+    m, v = _moments(g, states, o)
+    update = (m / (1 - o["beta1"] ** t)) / ((v / (1 - o["beta2"] ** t)).sqrt() + o["eps"])
+    return p - o["lr"] * (update + o["weight_decay"] * p), m, v
+
+
+def _moments(g: Tensor, states: list[Tensor], o: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    return o["beta1"] * states[0] + (1 - o["beta1"]) * g, o["beta2"] * states[-1] + (1 - o["beta2"]) * g * g
+
+
+def _sgd(p: Tensor, g: Tensor, states: list[Tensor], t: int, o: dict[str, Any]) -> tuple[Tensor, ...]:
+    return (p - o["lr"] * (g + o["weight_decay"] * p),)
+
+
+def _momentum(p: Tensor, g: Tensor, states: list[Tensor], t: int, o: dict[str, Any]) -> tuple[Tensor, ...]:
+    g = o["trust"] * (g + o["weight_decay"] * p)  # trust: 1, but for LARS
+    buffer = g if t == 1 else o["momentum"] * states[0] + (1 - o["dampening"]) * g
+    return p - o["lr"] * (g + o["momentum"] * buffer if o["nesterov"] else buffer), buffer
+
+
+def _lion(p: Tensor, g: Tensor, states: list[Tensor], t: int, o: dict[str, Any]) -> tuple[Tensor, ...]:
+    c = o["beta1"] * states[0] + (1 - o["beta1"]) * g
+    return p - o["lr"] * (c.sign() + o["weight_decay"] * p), o["beta2"] * states[0] + (1 - o["beta2"]) * g
+
+
+def _rmsprop(p: Tensor, g: Tensor, states: list[Tensor], t: int, o: dict[str, Any]) -> tuple[Tensor, ...]:
+    g = g + o["weight_decay"] * p
+    v = o["alpha"] * states[0] + (1 - o["alpha"]) * g * g
+    update = g / (v.sqrt() + o["eps"])
+    if "momentum" not in o:
+        return p - o["lr"] * update, v
+    buffer = o["momentum"] * states[1] + update
+    return p - o["lr"] * buffer, v, buffer
+
+
+def _adagrad(p: Tensor, g: Tensor, states: list[Tensor], t: int, o: dict[str, Any]) -> tuple[Tensor, ...]:
+    g = g + o["weight_decay"] * p
+    total = states[0] + g * g
+    return p - o["lr"] / (1 + (t - 1) * o["lr_decay"]) * g / (total.sqrt() + o["eps"]), total
+
+
+def _lamb(p: Tensor, g: Tensor, states: list[Tensor], t: int, o: dict[str, Any]) -> tuple[Tensor, ...]:
+    u, m, v = _lamb_direction(p, g, states, t, o)
+    return p - o["lr"] * o["trust"] * u, m, v
+
+
+def _lamb_direction(p: Tensor, g: Tensor, states: list[Tensor], t: int, o: dict[str, Any]) -> tuple[Tensor, ...]:
+    decay = o["weight_decay"] * p
+    m, v = _moments(g if o["adam_w_mode"] else g + decay, states, o)
+    correction1, correction2 = (1 - o[beta] ** t if o["bias_correction"] else 1 for beta in ("beta1", "beta2"))
+    u = (m / correction1) / ((v / correction2).sqrt() + o["eps"])
+    return u + decay if o["adam_w_mode"] else u, m, v
+
+
+def _ademamix(p: Tensor, g: Tensor, states: list[Tensor], t: int, o: dict[str, Any]) -> tuple[Tensor, ...]:
+    alpha, beta3 = o["alpha"], o["beta3"]
+    if 0 < t < o["t_alpha"]:
+        alpha *= t / o["t_alpha"]
+    if 0 < t < o["t_beta3"]:  # the half-life -log(2) / log(beta3) grows linearly
+        part = t / o["t_beta3"]
+        beta3 = math.exp(1 / ((1 - part) / math.log(o["beta1"]) + part / math.log(beta3)))
+    m, v = _moments(g, states, o)
+    slow = beta3 * states[1] + (1 - beta3) * g
+    update = (m / (1 - o["beta1"] ** t) + alpha * slow) / ((v / (1 - o["beta2"] ** t)).sqrt() + o["eps"])
+    return p - o["lr"] * (update + o["weight_decay"] * p), m, slow, v
+
+
+# By operator: its update rule and which states are signed.
+_RULES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[bool, ...]]] = {
+    "adam_step_": (_adam, (True, False)),
+    "sgd_step_": (_sgd, ()),
+    "momentum_step_": (_momentum, (True,)),
+    "lion_step_": (_lion, (True,)),
+    "rmsprop_step_": (_rmsprop, (True,)),
+    "rmsprop_momentum_step_": (_rmsprop, (True, True)),
+    "adagrad_step_": (_adagrad, (True,)),
+    "lamb_step_": (_lamb, (True, False)),
+    "lars_step_": (_momentum, (True,)),
+    "ademamix_step_": (_ademamix, (True, True, False)),
+}
 
 
 def _step(name: str, before: dict[str, Any], _result: None, after: dict[str, Any]) -> None:
@@ -125,29 +200,44 @@ def _step(name: str, before: dict[str, Any], _result: None, after: dict[str, Any
 
 def _step_of_one(name: str, i: int, before: dict[str, Any], after: dict[str, Any]) -> None:
     rule, signs = _RULES[name]
-    states = step_states(name)
-    p, g, step = before["params"][i].double(), before["grads"][i].double(), after["steps"][i].double()
-    if before.get("grad_scale") is not None:
-        g = g / before["grad_scale"].double()
-    if before.get("maximize"):
-        g = -g
-    maps = [create_dynamic_map(signed).to(p.device) for signed in signs]
-    scales = [before[f"{state}_absmax"] for state in states]
-    old = [_decoded(before[s][i], a[i] if a else None, m) for s, a, m in zip(states, scales, maps, strict=True)]
-    new = rule(p, g, old, step, before | {"lr": before["lr"].item()})
+    p, g, old = _values(signs, i, before, step_states(name))
+    new = rule(p, g, old, int(before["steps"][i].item()) + 1, _options(name, i, before))
     new_p, *new_states = (torch.where(g.isfinite(), n, o) for n, o in zip(new, (p, *old), strict=True))
 
     _expect_close(after["params"][i], new_p, f"params[{i}]")
-    for state, x, code, quantized in zip(states, new_states, maps, scales, strict=True):
+    for state, x, signed in zip(step_states(name), new_states, signs, strict=True):
         actual = after[state][i]
-        if not quantized:
+        if not after[f"{state}_absmax"]:
             _expect_close(actual, x, f"{state}[{i}]")
             continue
         absmax = after[f"{state}_absmax"][i]
         blocks = _blocked(_rows(x, absmax), _BLOCK)
         _expect_close(absmax.view(blocks.shape[:2]), _absmax(blocks), f"{state}_absmax[{i}]")
         normalised = _normalised(blocks).flatten(1)[:, : _rows(x, absmax).shape[1]]
-        _expect_nearest(actual, normalised, code, f"{state}[{i}]")
+        _expect_nearest(actual, normalised, create_dynamic_map(signed).to(x.device), f"{state}[{i}]")
+
+
+def _values(
+    signs: tuple[bool, ...], i: int, before: dict[str, Any], states: list[str]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Parameter, gradient (unscaled, clipped and negated as asked) and states of parameter `i` in float64."""
+    p, g = before["params"][i].double(), before["grads"][i].double()
+    if before.get("grad_scale") is not None:
+        g = g / before["grad_scale"].double()
+    if before.get("clip") is not None:
+        g = g * before["clip"][i].double()
+    if before.get("maximize"):
+        g = -g
+    maps = [create_dynamic_map(signed).to(p.device) for signed in signs]
+    scales = [before[f"{state}_absmax"] for state in states]
+    return p, g, [_decoded(before[s][i], a[i] if a else None, m) for s, a, m in zip(states, scales, maps, strict=True)]
+
+
+def _options(name: str, i: int, before: dict[str, Any]) -> dict[str, Any]:
+    """What the rule of parameter `i` gets; options in a tensor take the place of the others."""
+    held = before["options"].tolist() if before.get("options") is not None else []
+    trust = before["trust"][i].item() if before.get("trust") is not None else 1.0
+    return before | dict(zip(option_names(name), held, strict=False)) | {"lr": before["lr"].item(), "trust": trust}
 
 
 def _rows(x: Tensor, absmax: Tensor) -> Tensor:
@@ -164,6 +254,45 @@ def _decoded(state: Tensor, absmax: Tensor | None, code: Tensor) -> Tensor:
     return (code[rows.long()] * scale).double().view(state.shape)
 
 
+# ---- norms -----------------------------------------------------------------------------------------------------
+
+
+def _expect_norms(actual: Tensor, tensors: list[Tensor], tolerance: float) -> None:
+    _expect(actual.shape == (len(tensors),) and actual.dtype == torch.float64, "norms of the wrong shape or dtype")
+    for i, x in enumerate(tensors):
+        expected = x.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).square().sum()
+        _expect((actual[i] - expected).abs() <= tolerance * expected, f"norm {i} is {actual[i]}, not {expected}")
+
+
+def _squared_norms(before: dict[str, Any], result: Tensor, _after: dict[str, Any]) -> None:
+    _expect_norms(result, before["tensors"], 1e-12)
+
+
+def _lamb_squared_norms(before: dict[str, Any], result: Tensor, _after: dict[str, Any]) -> None:
+    directions = []
+    for i in range(len(before["params"])):
+        p, g, states = _values((True, False), i, before, ["exp_avg", "exp_avg_sq"])
+        u, *_ = _lamb_direction(
+            p, g, states, int(before["steps"][i].item()) + 1, _options("lamb_squared_norms", i, before)
+        )
+        directions.append(torch.where(g.isfinite(), u, 0.0))
+    _expect_norms(result, directions, 1e-5)
+
+
+def _percentile_clip(before: dict[str, Any], result: Tensor, after: dict[str, Any]) -> None:
+    skip = before.get("found_inf") is not None and bool(before["found_inf"].item())
+    scale = before["grad_scale"].double() if before.get("grad_scale") is not None else 1.0
+    squares = before["squared_norms"] / scale**2
+    for i, step in enumerate(before["steps"]):
+        t, history, factor = int(step.item()) + 1, before["gnorm_vec"][i].double(), torch.ones(())
+        if not skip:
+            newest = torch.arange(100, device=history.device) == t % 100
+            history = torch.where(newest | (t == 1), squares[i], history)
+            factor = (history.sort().values[before["percentile"]] / squares[i]).sqrt().clamp(max=1.0)
+        _expect_close(after["gnorm_vec"][i], history, f"gnorm_vec[{i}]")
+        _expect_close(result[i], factor, f"factor {i}")
+
+
 REFERENCES: dict[str, Callable[[dict[str, Any], Any, dict[str, Any]], None]] = {
     "isa": _isa,
     "step_ops": _step_ops,
@@ -171,6 +300,9 @@ REFERENCES: dict[str, Callable[[dict[str, Any], Any, dict[str, Any]], None]] = {
     "dequantize_blockwise": _dequantize,
     "dequantize_blockwise.out": _dequantize_out,
     **{name: partial(_step, name) for name in _RULES},
+    "squared_norms": _squared_norms,
+    "lamb_squared_norms": _lamb_squared_norms,
+    "percentile_clip_": _percentile_clip,
 }
 
 

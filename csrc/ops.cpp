@@ -14,15 +14,18 @@ namespace {
 std::string isa() { return cpu::isa().name; }
 
 // The operators made from the table of rules, for whoever must treat them alike (the fake kernels).
-template <class... Rules>
-std::vector<std::string> step_ops(RuleList<Rules...>) {
-  return {step_names<Rules>().op...};
+std::vector<std::string> step_ops() {
+  std::vector<std::string> names;
+  for_each_rule(AllRules{}, [&](auto rule, int) { names.push_back(step_names<decltype(rule)>().op); });
+  return names;
 }
-std::vector<std::string> all_step_ops() { return step_ops(AllRules{}); }
 
-template <class... Rules>
-void define_steps(torch::stable::detail::StableLibrary& m, RuleList<Rules...>) {
-  (m.def(step_schema<Rules>().c_str()), ...);
+void define_rules(torch::stable::detail::StableLibrary& m) {
+  for_each_rule(AllRules{}, [&](auto rule, int) {
+    using Rule = decltype(rule);
+    m.def(step_schema<Rule>().c_str());
+    if constexpr (Rule::kDirectionNorm) m.def(direction_schema<Rule>().c_str());
+  });
 }
 
 }  // namespace
@@ -36,10 +39,14 @@ STABLE_TORCH_LIBRARY(bnbops, m) {
   m.def(
       "dequantize_blockwise.out(Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype, *, "
       "Tensor(a!) out) -> ()");
-  bnbops::define_steps(m, bnbops::AllRules{});
+  m.def("squared_norms(Tensor[] tensors) -> Tensor");
+  m.def(
+      "percentile_clip_(Tensor(a!)[] gnorm_vec, Tensor squared_norms, Tensor[] steps, *, int percentile, "
+      "Tensor? grad_scale=None, Tensor? found_inf=None) -> Tensor");
+  bnbops::define_rules(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bnbops, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&bnbops::isa));
-  m.impl("step_ops", TORCH_BOX(&bnbops::all_step_ops));
+  m.impl("step_ops", TORCH_BOX(&bnbops::step_ops));
 }

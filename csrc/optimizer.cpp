@@ -69,6 +69,28 @@ void check_param(const StepNames& names, const StepArguments& a, size_t i) {
   check_same_device(step, param);
 }
 
+void check_scalar(const Named& named) {
+  check_dtype(named, ScalarType::Float);
+  check_one_element(named);
+}
+
+// One fp32 number for each parameter.
+void check_factors(const Named& named, size_t params) {
+  check_dtype(named, ScalarType::Float);
+  check_contiguous(named);
+  BNBOPS_CHECK(named.tensor.dim() == 1 && named.tensor.numel() == static_cast<int64_t>(params), named,
+               " must have shape [", params, "], one number for each parameter, got ", shape_of(named.tensor));
+}
+
+void check_options(const Named& named, size_t count) {
+  check_dtype(named, ScalarType::Double);
+  check_contiguous(named);
+  BNBOPS_CHECK(named.tensor.is_cpu(), named, " must be on the CPU");
+  BNBOPS_CHECK(named.tensor.dim() == 1 && named.tensor.numel() == static_cast<int64_t>(count), named,
+               " must have shape [", count, "], one number for each option in the schema's order, got ",
+               shape_of(named.tensor));
+}
+
 void check_scalars(const StepNames& names, const StepArguments& a) {
   const char* op = names.op.c_str();
   const Named lr{*a.lr, op, "lr"};
@@ -76,14 +98,13 @@ void check_scalars(const StepNames& names, const StepArguments& a) {
   BNBOPS_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, lr, " must be float32 or float64, got ",
                dtype_name(dtype));
   check_one_element(lr);
-  if (a.grad_scale) {
-    check_dtype({*a.grad_scale, op, "grad_scale"}, ScalarType::Float);
-    check_one_element({*a.grad_scale, op, "grad_scale"});
+  for (const auto& [tensor, name] : {std::pair{&a.grad_scale, "grad_scale"}, std::pair{&a.found_inf, "found_inf"}}) {
+    if (*tensor) check_scalar({**tensor, op, name});
   }
-  if (a.found_inf) {
-    check_dtype({*a.found_inf, op, "found_inf"}, ScalarType::Float);
-    check_one_element({*a.found_inf, op, "found_inf"});
+  for (const auto& [tensor, name] : {std::pair{&a.clip, "clip"}, std::pair{&a.trust, "trust"}}) {
+    if (*tensor) check_factors({**tensor, op, name}, a.params.size());
   }
+  if (a.held_options) check_options({*a.held_options, op, "options"}, a.options.size());
 }
 
 void check_aliases(const StepNames& names, const StepArguments& a) {
@@ -100,17 +121,24 @@ void check_aliases(const StepNames& names, const StepArguments& a) {
     }
   }
   overlaps.reads({*a.lr, op, "lr"});
+  if (a.held_options) overlaps.reads({*a.held_options, op, "options"});
   if (a.grad_scale) overlaps.reads({*a.grad_scale, op, "grad_scale"});
   if (a.found_inf) overlaps.reads({*a.found_inf, op, "found_inf"});
+  if (a.clip) overlaps.reads({*a.clip, op, "clip"});
+  if (a.trust) overlaps.reads({*a.trust, op, "trust"});
   overlaps.check();
 }
 
 }  // namespace
 
-void check_step(const StepNames& names, const StepArguments& arguments) {
+void check_arguments(const StepNames& names, const StepArguments& arguments) {
   check_lengths(names, arguments);
   for (size_t i = 0; i < arguments.params.size(); ++i) check_param(names, arguments, i);
   check_scalars(names, arguments);
+}
+
+void check_step(const StepNames& names, const StepArguments& arguments) {
+  check_arguments(names, arguments);
   check_aliases(names, arguments);
 }
 

@@ -49,6 +49,9 @@ BNBOPS_HD bool is_finite(float x) { return (bits_of(x) & 0x7FFFFFFFU) < 0x7F8000
 // a / b where b is positive, else 0.
 BNBOPS_HD float divide_by_positive(float a, float b) { return b > 0 ? a / b : 0.0F; }
 
+// -1, 0 or 1.
+BNBOPS_HD float sign_of(float x) { return x > 0 ? 1.0F : x < 0 ? -1.0F : 0.0F; }
+
 BNBOPS_HD float select(bool condition, float a, float b) { return condition ? a : b; }
 
 BNBOPS_NAMESPACE_END

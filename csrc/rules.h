@@ -2,11 +2,16 @@
 //
 // A rule is code for one element that knows nothing of blocks, bytes or devices. It names its states and options
 // (operator schemas are made of them), turns the options into per-step scalars once on the host (`prepare`), and
-// updates one element in fp32 (`update`, which tells whether the result is fit to be kept). The number type F of an
-// update is float or, on a CPU with SIMD, a vector of floats: whatever has the operations of portable.h.
+// updates one element in fp32. `update` returns its witness: a number that is finite exactly if the result is fit to
+// be kept, which it is not where the gradient is not finite. The number type F is float or, on a CPU with SIMD, a
+// vector of floats: whatever has the operations of portable.h.
+//
+// New optimizer: a struct here, its row in AllRules, a class in bnbops/optim, a reference in tests/reference.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <initializer_list>
 
 #include "portable.h"
 
@@ -17,66 +22,466 @@ struct StateSpec {
   bool is_signed;  // an 8-bit state takes the signed or the unsigned dynamic map
 };
 
+struct OptionSpec {
+  const char *type, *name;  // as in a schema: "float", "bool" or "int"
+};
+
+// What `prepare` gets beside the options.
+struct StepScalars {
+  double lr;
+  double step;         // counts from 1
+  double grad_factor;  // unscales, clips, and negates to maximize
+  double trust;        // the parameter's trust ratio; 1 but for rules with kTrust
+};
+
+// A rule's states of one element.
+template <class F, int kCount>
+struct States {
+  F value[kCount > 0 ? kCount : 1];
+  BNBOPS_HD F& operator[](int k) { return value[k]; }
+  BNBOPS_HD const F& operator[](int k) const { return value[k]; }
+};
+
+template <class F, class Rule>
+using StatesOf = States<F, Rule::kStates>;
+
+// The first error message of a list in which nullptr stands for "fine".
+inline const char* first_error(std::initializer_list<const char*> errors) {
+  for (const char* error : errors) {
+    if (error != nullptr) return error;
+  }
+  return nullptr;
+}
+inline const char* require(bool ok, const char* message) { return ok ? nullptr : message; }
+inline bool is_rate(double x) { return x >= 0 && x < 1; }               // a decay rate
+inline bool is_amount(double x) { return x >= 0 && std::isfinite(x); }  // eps, weight decay, ...
+inline float to_float(double x) { return static_cast<float>(x); }
+
+struct NoTrust {
+  static constexpr bool kTrust = false;          // no ratio of norms scales the step of a parameter
+  static constexpr bool kDirectionNorm = false;  // or it is not made from the norm of `direction`
+};
+
 // Adam with decoupled weight decay; Adam itself is weight_decay = 0.
 // Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019, algorithm 2.
-struct Adam {
+struct Adam : NoTrust {
   static constexpr const char* kName = "adam";
   static constexpr int kStates = 2;
-  static constexpr StateSpec kStateSpecs[kStates] = {{"exp_avg", true}, {"exp_avg_sq", false}};
-  static constexpr int kOptions = 4;
-  static constexpr const char* kOptionNames[kOptions] = {"beta1", "beta2", "eps", "weight_decay"};
+  static constexpr StateSpec kStateSpecs[] = {{"exp_avg", true}, {"exp_avg_sq", false}};
+  static constexpr OptionSpec kOptions[] = {
+      {"float", "beta1"}, {"float", "beta2"}, {"float", "eps"}, {"float", "weight_decay"}};
 
   struct Hyper {
     float beta1, beta2, eps;
     float grad_weight;           // (1 - beta1) * grad_factor
-    float square_weight;         // (1 - beta2) * grad_factor^2
+    float root_square_weight;    // sqrt(1 - beta2) * grad_factor: its square may underflow where the product does not
     float decay;                 // 1 - lr * weight_decay
     float minus_step_size;       // -lr / (1 - beta1^t)
     float inv_sqrt_correction2;  // 1 / sqrt(1 - beta2^t)
   };
 
-  // grad_factor: +-1 / grad_scale; it unscales the gradient, and negates it to maximize.
-  static Hyper prepare(const double* option, double lr, double step, double grad_factor) {
+  static Hyper prepare(const double* option, const StepScalars& x) {
     const double beta1 = option[0], beta2 = option[1], eps = option[2], weight_decay = option[3];
     Hyper h{};
-    h.beta1 = static_cast<float>(beta1);
-    h.beta2 = static_cast<float>(beta2);
-    h.eps = static_cast<float>(eps);
-    h.grad_weight = static_cast<float>((1 - beta1) * grad_factor);
-    h.square_weight = static_cast<float>((1 - beta2) * grad_factor * grad_factor);
-    h.decay = static_cast<float>(1 - lr * weight_decay);
-    h.minus_step_size = static_cast<float>(-lr / (1 - std::pow(beta1, step)));
-    h.inv_sqrt_correction2 = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, step)));
+    h.beta1 = to_float(beta1);
+    h.beta2 = to_float(beta2);
+    h.eps = to_float(eps);
+    h.grad_weight = to_float((1 - beta1) * x.grad_factor);
+    h.root_square_weight = to_float(std::sqrt(1 - beta2) * x.grad_factor);
+    h.decay = to_float(1 - x.lr * weight_decay);
+    h.minus_step_size = to_float(-x.lr / (1 - std::pow(beta1, x.step)));
+    h.inv_sqrt_correction2 = to_float(1 / std::sqrt(1 - std::pow(beta2, x.step)));
     return h;
   }
 
-  // An error message for options out of range, or nullptr.
   static const char* invalid(const double* option) {
-    if (!(option[0] >= 0 && option[0] < 1)) return "beta1 must be in [0, 1)";
-    if (!(option[1] >= 0 && option[1] < 1)) return "beta2 must be in [0, 1)";
-    if (!(option[2] >= 0 && std::isfinite(option[2]))) return "eps must be finite and not negative";
-    if (!(option[3] >= 0 && std::isfinite(option[3]))) return "weight_decay must be finite and not negative";
-    return nullptr;
+    return first_error({require(is_rate(option[0]), "beta1 must be in [0, 1)"),
+                        require(is_rate(option[1]), "beta2 must be in [0, 1)"),
+                        require(is_amount(option[2]), "eps must be finite and not negative"),
+                        require(is_amount(option[3]), "weight_decay must be finite and not negative")});
   }
 
   template <class F>
-  BNBOPS_HD static auto update(F g, F& p, F (&s)[kStates], const Hyper& h) {
+  BNBOPS_HD static F update(F g, F& p, States<F, kStates>& s, const Hyper& h) {
     s[0] = fused_multiply_add(F(h.beta1), s[0], F(h.grad_weight) * g);
-    s[1] = fused_multiply_add(F(h.beta2), s[1], F(h.square_weight) * g * g);
+    const F root_square = F(h.root_square_weight) * g;
+    s[1] = fused_multiply_add(F(h.beta2), s[1], root_square * root_square);
     const F denominator = fused_multiply_add(square_root(s[1]), F(h.inv_sqrt_correction2), F(h.eps));
     const F direction = divide_by_positive(s[0], denominator);  // eps = 0 and no gradient yet: no step, not a NaN
     p = fused_multiply_add(F(h.minus_step_size), direction, p * F(h.decay));
-    return is_finite(s[1]);  // tells of a non-finite gradient, and of a square that overflows
+    return s[1];  // tells of a non-finite gradient, and of a square that overflows
   }
 };
 
-// An element whose update is no number (its gradient is not finite) keeps its parameter and states; the rest of the
-// block goes on.
+// Gradient descent without memory (torch.optim.SGD, momentum = 0).
+struct Sgd : NoTrust {
+  static constexpr const char* kName = "sgd";
+  static constexpr int kStates = 0;
+  static constexpr StateSpec kStateSpecs[] = {{nullptr, false}};
+  static constexpr OptionSpec kOptions[] = {{"float", "weight_decay"}};
+
+  struct Hyper {
+    float grad_factor, weight_decay, minus_lr;
+  };
+
+  static Hyper prepare(const double* option, const StepScalars& x) {
+    return {to_float(x.grad_factor), to_float(option[0]), to_float(-x.lr)};
+  }
+
+  static const char* invalid(const double* option) {
+    return require(is_amount(option[0]), "weight_decay must be finite and not negative");
+  }
+
+  template <class F>
+  BNBOPS_HD static F update(F g, F& p, States<F, kStates>&, const Hyper& h) {
+    const F direction = fused_multiply_add(F(h.weight_decay), p, F(h.grad_factor) * g);
+    p = fused_multiply_add(F(h.minus_lr), direction, p);
+    return direction;
+  }
+};
+
+// Gradient descent with momentum. Sutskever et al. 2013, equations 1 and 2; dampening and Nesterov as torch.optim.SGD.
+struct Momentum : NoTrust {
+  static constexpr const char* kName = "momentum";
+  static constexpr int kStates = 1;
+  static constexpr StateSpec kStateSpecs[] = {{"momentum_buffer", true}};
+  static constexpr OptionSpec kOptions[] = {
+      {"float", "momentum"}, {"float", "dampening"}, {"float", "weight_decay"}, {"bool", "nesterov"}};
+
+  struct Hyper {
+    float grad_factor, weight_decay, trust, minus_lr;
+    float kept;         // momentum, 0 at the first step
+    float grad_weight;  // 1 - dampening, 1 at the first step
+    float momentum;
+    bool nesterov;
+  };
+
+  static Hyper prepare(const double* option, const StepScalars& x) {
+    const bool first = x.step == 1;
+    Hyper h{};
+    h.grad_factor = to_float(x.grad_factor);
+    h.weight_decay = to_float(option[2]);
+    h.trust = to_float(x.trust);
+    h.minus_lr = to_float(-x.lr);
+    h.kept = first ? 0.0F : to_float(option[0]);
+    h.grad_weight = first ? 1.0F : to_float(1 - option[1]);
+    h.momentum = to_float(option[0]);
+    h.nesterov = option[3] != 0;
+    return h;
+  }
+
+  static const char* invalid(const double* option) {
+    return first_error(
+        {require(is_amount(option[0]), "momentum must be finite and not negative"),
+         require(std::isfinite(option[1]), "dampening must be finite"),
+         require(is_amount(option[2]), "weight_decay must be finite and not negative"),
+         require(option[3] == 0 || (option[0] > 0 && option[1] == 0), "nesterov needs a momentum and no dampening")});
+  }
+
+  template <class F>
+  BNBOPS_HD static F descend(F g, F& p, States<F, kStates>& s, const Hyper& h) {
+    s[0] = fused_multiply_add(F(h.kept), s[0], F(h.grad_weight) * g);
+    const F direction = h.nesterov ? fused_multiply_add(F(h.momentum), s[0], g) : s[0];
+    p = fused_multiply_add(F(h.minus_lr), direction, p);
+    return direction;
+  }
+
+  template <class F>
+  BNBOPS_HD static F update(F g, F& p, States<F, kStates>& s, const Hyper& h) {
+    return descend(fused_multiply_add(F(h.weight_decay), p, F(h.grad_factor) * g), p, s, h);
+  }
+};
+
+// You, Gitman & Ginsburg 2017, algorithm 1: momentum over gradients scaled by the trust ratio. The learning rate stays
+// outside the buffer, as in torch.optim.SGD.
+struct Lars : Momentum {
+  static constexpr const char* kName = "lars";
+  static constexpr bool kTrust = true;
+
+  template <class F>
+  BNBOPS_HD static F update(F g, F& p, States<F, kStates>& s, const Hyper& h) {
+    return descend(F(h.trust) * fused_multiply_add(F(h.weight_decay), p, F(h.grad_factor) * g), p, s, h);
+  }
+};
+
+// Chen et al. 2023, algorithm 2.
+struct Lion : NoTrust {
+  static constexpr const char* kName = "lion";
+  static constexpr int kStates = 1;
+  static constexpr StateSpec kStateSpecs[] = {{"exp_avg", true}};
+  static constexpr OptionSpec kOptions[] = {{"float", "beta1"}, {"float", "beta2"}, {"float", "weight_decay"}};
+
+  struct Hyper {
+    float beta1, beta2, minus_lr;
+    float grad_weight1, grad_weight2;  // (1 - beta) * grad_factor
+    float decay;                       // 1 - lr * weight_decay
+  };
+
+  static Hyper prepare(const double* option, const StepScalars& x) {
+    return {to_float(option[0]),
+            to_float(option[1]),
+            to_float(-x.lr),
+            to_float((1 - option[0]) * x.grad_factor),
+            to_float((1 - option[1]) * x.grad_factor),
+            to_float(1 - x.lr * option[2])};
+  }
+
+  static const char* invalid(const double* option) {
+    return first_error({require(is_rate(option[0]), "beta1 must be in [0, 1)"),
+                        require(is_rate(option[1]), "beta2 must be in [0, 1)"),
+                        require(is_amount(option[2]), "weight_decay must be finite and not negative")});
+  }
+
+  template <class F>
+  BNBOPS_HD static F update(F g, F& p, States<F, kStates>& s, const Hyper& h) {
+    const F interpolated = fused_multiply_add(F(h.beta1), s[0], F(h.grad_weight1) * g);
+    p = fused_multiply_add(F(h.minus_lr), sign_of(interpolated), p * F(h.decay));
+    s[0] = fused_multiply_add(F(h.beta2), s[0], F(h.grad_weight2) * g);
+    return s[0];
+  }
+};
+
+// Tieleman & Hinton 2012 (lecture 6e); eps outside the root and coupled weight decay as torch.optim.RMSprop.
+struct RmsProp : NoTrust {
+  static constexpr const char* kName = "rmsprop";
+  static constexpr int kStates = 1;
+  static constexpr StateSpec kStateSpecs[] = {{"square_avg", true}};  // the map that bitsandbytes takes
+  static constexpr OptionSpec kOptions[] = {{"float", "alpha"}, {"float", "eps"}, {"float", "weight_decay"}};
+
+  struct Hyper {
+    float grad_factor, weight_decay, minus_lr, alpha, square_weight, eps;
+  };
+
+  static Hyper prepare(const double* option, const StepScalars& x) {
+    return {to_float(x.grad_factor), to_float(option[2]),     to_float(-x.lr),
+            to_float(option[0]),     to_float(1 - option[0]), to_float(option[1])};
+  }
+
+  static const char* invalid(const double* option) {
+    return first_error({require(is_rate(option[0]), "alpha must be in [0, 1)"),
+                        require(is_amount(option[1]), "eps must be finite and not negative"),
+                        require(is_amount(option[2]), "weight_decay must be finite and not negative")});
+  }
+
+  // The gradient over the root of its mean square.
+  template <class F>
+  BNBOPS_HD static F normalized(F g, F p, F& square_avg, const Hyper& h) {
+    g = fused_multiply_add(F(h.weight_decay), p, F(h.grad_factor) * g);
+    square_avg = fused_multiply_add(F(h.alpha), square_avg, F(h.square_weight) * g * g);
+    return divide_by_positive(g, square_root(square_avg) + F(h.eps));
+  }
+
+  template <class F>
+  BNBOPS_HD static F update(F g, F& p, States<F, kStates>& s, const Hyper& h) {
+    p = fused_multiply_add(F(h.minus_lr), normalized(g, p, s[0], h), p);
+    return s[0];
+  }
+};
+
+// RMSprop whose steps are accumulated with momentum, as torch.optim.RMSprop.
+struct RmsPropMomentum : NoTrust {
+  static constexpr const char* kName = "rmsprop_momentum";
+  static constexpr int kStates = 2;
+  static constexpr StateSpec kStateSpecs[] = {RmsProp::kStateSpecs[0], {"momentum_buffer", true}};
+  static constexpr OptionSpec kOptions[] = {
+      RmsProp::kOptions[0], RmsProp::kOptions[1], RmsProp::kOptions[2], {"float", "momentum"}};
+
+  struct Hyper {
+    RmsProp::Hyper rmsprop;
+    float momentum;
+  };
+
+  static Hyper prepare(const double* option, const StepScalars& x) {
+    return {RmsProp::prepare(option, x), to_float(option[3])};
+  }
+
+  static const char* invalid(const double* option) {
+    return first_error(
+        {RmsProp::invalid(option), require(is_amount(option[3]), "momentum must be finite and not negative")});
+  }
+
+  template <class F>
+  BNBOPS_HD static F update(F g, F& p, States<F, kStates>& s, const Hyper& h) {
+    s[1] = fused_multiply_add(F(h.momentum), s[1], RmsProp::normalized(g, p, s[0], h.rmsprop));
+    p = fused_multiply_add(F(h.rmsprop.minus_lr), s[1], p);
+    return s[0];
+  }
+};
+
+// Duchi, Hazan & Singer 2011, figure 1 (diagonal); lr_decay as torch.optim.Adagrad.
+struct Adagrad : NoTrust {
+  static constexpr const char* kName = "adagrad";
+  static constexpr int kStates = 1;
+  static constexpr StateSpec kStateSpecs[] = {{"sum", true}};  // the map that bitsandbytes takes
+  static constexpr OptionSpec kOptions[] = {{"float", "lr_decay"}, {"float", "eps"}, {"float", "weight_decay"}};
+
+  struct Hyper {
+    float grad_factor, weight_decay, eps;
+    float minus_step_size;  // -lr / (1 + (t - 1) * lr_decay)
+  };
+
+  static Hyper prepare(const double* option, const StepScalars& x) {
+    return {to_float(x.grad_factor), to_float(option[2]), to_float(option[1]),
+            to_float(-x.lr / (1 + (x.step - 1) * option[0]))};
+  }
+
+  static const char* invalid(const double* option) {
+    return first_error({require(is_amount(option[0]), "lr_decay must be finite and not negative"),
+                        require(is_amount(option[1]), "eps must be finite and not negative"),
+                        require(is_amount(option[2]), "weight_decay must be finite and not negative")});
+  }
+
+  template <class F>
+  BNBOPS_HD static F update(F g, F& p, States<F, kStates>& s, const Hyper& h) {
+    g = fused_multiply_add(F(h.weight_decay), p, F(h.grad_factor) * g);
+    s[0] = fused_multiply_add(g, g, s[0]);
+    p = fused_multiply_add(F(h.minus_step_size), divide_by_positive(g, square_root(s[0]) + F(h.eps)), p);
+    return s[0];
+  }
+};
+
+// You et al. 2020, algorithm 2. The norms behind the trust ratio come from `direction`.
+struct Lamb {
+  static constexpr const char* kName = "lamb";
+  static constexpr bool kDirectionNorm = true;
+  static constexpr bool kTrust = true;
+  static constexpr int kStates = 2;
+  static constexpr StateSpec kStateSpecs[] = {{"exp_avg", true}, {"exp_avg_sq", false}};
+  static constexpr OptionSpec kOptions[] = {
+      {"float", "beta1"},        {"float", "beta2"},          {"float", "eps"},
+      {"float", "weight_decay"}, {"bool", "bias_correction"}, {"bool", "adam_w_mode"}};
+
+  struct Hyper {
+    float grad_factor, beta1, beta2, eps;
+    float grad_weight, square_weight;             // 1 - beta
+    float coupled_decay, decoupled_decay;         // weight decay of the gradient and of the direction
+    float inv_correction1, inv_sqrt_correction2;  // 1 / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
+    float minus_step_size;                        // -lr * trust
+  };
+
+  static Hyper prepare(const double* option, const StepScalars& x) {
+    const double beta1 = option[0], beta2 = option[1], weight_decay = option[3];
+    const bool corrected = option[4] != 0, decoupled = option[5] != 0;
+    Hyper h{};
+    h.grad_factor = to_float(x.grad_factor);
+    h.beta1 = to_float(beta1);
+    h.beta2 = to_float(beta2);
+    h.eps = to_float(option[2]);
+    h.grad_weight = to_float(1 - beta1);
+    h.square_weight = to_float(1 - beta2);
+    h.coupled_decay = to_float(decoupled ? 0 : weight_decay);
+    h.decoupled_decay = to_float(decoupled ? weight_decay : 0);
+    h.inv_correction1 = to_float(corrected ? 1 / (1 - std::pow(beta1, x.step)) : 1);
+    h.inv_sqrt_correction2 = to_float(corrected ? 1 / std::sqrt(1 - std::pow(beta2, x.step)) : 1);
+    h.minus_step_size = to_float(-x.lr * x.trust);
+    return h;
+  }
+
+  static const char* invalid(const double* option) { return Adam::invalid(option); }
+
+  // Moves the states on and returns the direction u, whose norm makes the trust ratio.
+  template <class F>
+  BNBOPS_HD static F direction(F g, F p, States<F, kStates>& s, const Hyper& h) {
+    g = fused_multiply_add(F(h.coupled_decay), p, F(h.grad_factor) * g);
+    s[0] = fused_multiply_add(F(h.beta1), s[0], F(h.grad_weight) * g);
+    s[1] = fused_multiply_add(F(h.beta2), s[1], F(h.square_weight) * g * g);
+    const F denominator = fused_multiply_add(square_root(s[1]), F(h.inv_sqrt_correction2), F(h.eps));
+    return fused_multiply_add(F(h.decoupled_decay), p, divide_by_positive(s[0] * F(h.inv_correction1), denominator));
+  }
+
+  template <class F>
+  BNBOPS_HD static F witness(const States<F, kStates>& s) {
+    return s[1];
+  }
+
+  template <class F>
+  BNBOPS_HD static F update(F g, F& p, States<F, kStates>& s, const Hyper& h) {
+    const F u = direction(g, p, s, h);
+    p = fused_multiply_add(F(h.minus_step_size), u, p);
+    return witness(s);
+  }
+};
+
+// Pagliardini, Ablin & Grangier 2024, algorithm 1.
+struct AdEmaMix : NoTrust {
+  static constexpr const char* kName = "ademamix";
+  static constexpr int kStates = 3;
+  static constexpr StateSpec kStateSpecs[] = {{"exp_avg", true}, {"exp_avg_slow", true}, {"exp_avg_sq", false}};
+  static constexpr OptionSpec kOptions[] = {{"float", "beta1"}, {"float", "beta2"}, {"float", "beta3"},
+                                            {"float", "alpha"}, {"float", "eps"},   {"float", "weight_decay"},
+                                            {"int", "t_alpha"}, {"int", "t_beta3"}};
+
+  struct Hyper {
+    float beta1, beta2, beta3, alpha, eps;
+    float grad_weight1, grad_weight3;  // (1 - beta) * grad_factor
+    float root_square_weight;          // sqrt(1 - beta2) * grad_factor
+    float decay, minus_lr;             // 1 - lr * weight_decay, -lr
+    float inv_correction1;             // 1 / (1 - beta1^t)
+    float inv_sqrt_correction2;        // 1 / sqrt(1 - beta2^t)
+  };
+
+  // Linear warm-up of alpha over `horizon` steps; 0 means none.
+  static double alpha_at(double step, double alpha, double horizon) {
+    return horizon > 0 ? std::min(step / horizon, 1.0) * alpha : alpha;
+  }
+
+  // beta3 goes from beta1 to its value over `horizon` steps, its half-life growing linearly.
+  static double beta3_at(double step, double beta1, double beta3, double horizon) {
+    const double done = step / horizon;
+    if (!(horizon > 0) || done >= 1 || beta3 == 0) return beta3;
+    const double ln3 = std::log(beta3);
+    return std::min(std::exp(ln3 / ((1 - done) * ln3 / std::log(beta1) + done)), beta3);
+  }
+
+  static Hyper prepare(const double* option, const StepScalars& x) {
+    const double beta1 = option[0], beta2 = option[1], beta3 = beta3_at(x.step, beta1, option[2], option[7]);
+    Hyper h{};
+    h.beta1 = to_float(beta1);
+    h.beta2 = to_float(beta2);
+    h.beta3 = to_float(beta3);
+    h.alpha = to_float(alpha_at(x.step, option[3], option[6]));
+    h.eps = to_float(option[4]);
+    h.grad_weight1 = to_float((1 - beta1) * x.grad_factor);
+    h.grad_weight3 = to_float((1 - beta3) * x.grad_factor);
+    h.root_square_weight = to_float(std::sqrt(1 - beta2) * x.grad_factor);
+    h.decay = to_float(1 - x.lr * option[5]);
+    h.minus_lr = to_float(-x.lr);
+    h.inv_correction1 = to_float(1 / (1 - std::pow(beta1, x.step)));
+    h.inv_sqrt_correction2 = to_float(1 / std::sqrt(1 - std::pow(beta2, x.step)));
+    return h;
+  }
+
+  static const char* invalid(const double* option) {
+    return first_error({require(is_rate(option[0]), "beta1 must be in [0, 1)"),
+                        require(is_rate(option[1]), "beta2 must be in [0, 1)"),
+                        require(is_rate(option[2]), "beta3 must be in [0, 1)"),
+                        require(is_amount(option[3]), "alpha must be finite and not negative"),
+                        require(is_amount(option[4]), "eps must be finite and not negative"),
+                        require(is_amount(option[5]), "weight_decay must be finite and not negative"),
+                        require(option[6] >= 0, "t_alpha must not be negative"),
+                        require(option[7] >= 0, "t_beta3 must not be negative")});
+  }
+
+  template <class F>
+  BNBOPS_HD static F update(F g, F& p, States<F, kStates>& s, const Hyper& h) {
+    s[0] = fused_multiply_add(F(h.beta1), s[0], F(h.grad_weight1) * g);
+    s[1] = fused_multiply_add(F(h.beta3), s[1], F(h.grad_weight3) * g);
+    const F root_square = F(h.root_square_weight) * g;
+    s[2] = fused_multiply_add(F(h.beta2), s[2], root_square * root_square);
+    const F mixed = fused_multiply_add(F(h.alpha), s[1], s[0] * F(h.inv_correction1));
+    const F denominator = fused_multiply_add(square_root(s[2]), F(h.inv_sqrt_correction2), F(h.eps));
+    p = fused_multiply_add(F(h.minus_lr), divide_by_positive(mixed, denominator), p * F(h.decay));
+    return s[2];
+  }
+};
+
+// Updates an element whose witness is finite; any other keeps its parameter and states, and the rest of its block goes
+// on.
 template <class Rule, class F>
-BNBOPS_HD void guarded_update(F g, F& p, F (&s)[Rule::kStates], const typename Rule::Hyper& h) {
-  F new_p = p, new_s[Rule::kStates];
-  for (int k = 0; k < Rule::kStates; ++k) new_s[k] = s[k];
-  const auto valid = Rule::update(g, new_p, new_s, h);
+BNBOPS_HD void guarded_update(F g, F& p, StatesOf<F, Rule>& s, const typename Rule::Hyper& h) {
+  F new_p = p;
+  StatesOf<F, Rule> new_s = s;
+  const auto valid = is_finite(Rule::update(g, new_p, new_s, h));
   p = select(valid, new_p, p);
   for (int k = 0; k < Rule::kStates; ++k) s[k] = select(valid, new_s[k], s[k]);
 }
@@ -86,6 +491,13 @@ template <class... Rules>
 struct RuleList {
   static constexpr int kSize = sizeof...(Rules);
 };
-using AllRules = RuleList<Adam>;
+using AllRules = RuleList<Adam, Sgd, Momentum, Lion, RmsProp, RmsPropMomentum, Adagrad, Lamb, Lars, AdEmaMix>;
+
+// Calls visit(rule, index) for each of them; a rule is an empty struct.
+template <class Visit, class... Rules>
+constexpr void for_each_rule(RuleList<Rules...>, const Visit& visit) {
+  int index = 0;
+  (visit(Rules{}, index++), ...);
+}
 
 BNBOPS_NAMESPACE_END

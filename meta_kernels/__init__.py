@@ -3,6 +3,6 @@
 They compute shapes and dtypes, and refuse by shape or dtype what the real kernels refuse.
 """
 
-from . import blockwise, optimizer
+from . import blockwise, norms, optimizer
 
-__all__ = ["blockwise", "optimizer"]
+__all__ = ["blockwise", "norms", "optimizer"]

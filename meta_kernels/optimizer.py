@@ -51,6 +51,10 @@ def _check_absmax(what: str, absmax: Tensor, param: Tensor) -> None:
     )
 
 
+def _is_quantized(lists: dict[str, list[Tensor]]) -> bool:
+    return any(tensors for name, tensors in lists.items() if name.endswith("_absmax"))
+
+
 def _check_param(op: str, i: int, params: list[Tensor], lists: dict[str, list[Tensor]], states: list[str]) -> None:
     param, grad, step = params[i], lists["grads"][i], lists["steps"][i]
 
@@ -67,7 +71,7 @@ def _check_param(op: str, i: int, params: list[Tensor], lists: dict[str, list[Te
     check(grad.dtype in (param.dtype, torch.float32), f"{what} must be {expected}, got {name_of(grad.dtype)}")
     check_device(what, grad, param)
     check_shape(what, grad)
-    quantized = bool(lists[f"{states[0]}_absmax"])
+    quantized = _is_quantized(lists)
     for name in states:
         state, what = lists[name][i], f"{op}: {name}[{i}]"
         check_dtype(what, state, torch.uint8 if quantized else torch.float32)
@@ -87,35 +91,73 @@ def _check_param(op: str, i: int, params: list[Tensor], lists: dict[str, list[Te
     check_device(what, step, param)
 
 
-def _check_scalars(
-    op: str, params: list[Tensor], lr: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None
-) -> None:
+def _check_options(op: str, options: Tensor, count: int) -> None:
+    what = f"{op}: options"
+    check_dtype(what, options, torch.float64)
+    check_contiguous(what, options)
+    check(options.device.type == "cpu", f"{what} must be on the CPU")
+    check(
+        options.dim() == 1 and options.numel() == count,
+        f"{what} must have shape [{count}], one number for each option in the schema's order, got "
+        f"{list(options.shape)}",
+    )
+
+
+def _check_scalars(op: str, params: list[Tensor], lr: Tensor, scalars: dict[str, Tensor | None]) -> None:
     check(lr.dtype in (torch.float32, torch.float64), f"{op}: lr must be float32 or float64, got {name_of(lr.dtype)}")
     check_one_element(f"{op}: lr", lr)
-    for name, tensor in (("grad_scale", grad_scale), ("found_inf", found_inf)):
-        if tensor is not None:
+    for name in ("grad_scale", "found_inf"):
+        if (tensor := scalars.get(name)) is not None:
             check_dtype(f"{op}: {name}", tensor, torch.float32)
             check_one_element(f"{op}: {name}", tensor)
-    for name, tensor in (("lr", lr), ("grad_scale", grad_scale), ("found_inf", found_inf)):
+    for name in ("clip", "trust"):
+        if (tensor := scalars.get(name)) is not None:
+            check_dtype(f"{op}: {name}", tensor, torch.float32)
+            check_contiguous(f"{op}: {name}", tensor)
+            check(
+                tensor.dim() == 1 and tensor.numel() == len(params),
+                f"{op}: {name} must have shape [{len(params)}], one number for each parameter, got "
+                f"{list(tensor.shape)}",
+            )
+    for name, tensor in {"lr": lr, **scalars}.items():
         if tensor is not None and params and tensor.device.type != "cpu":
             check_device(f"{op}: {name}", tensor, params[0])
 
 
-def _register(op: str) -> None:
+_SCALARS = ("grad_scale", "found_inf", "clip", "trust")
+
+
+def _register(op: str, result) -> None:
+    """A fake for an operator with a rule's arguments, which returns `result(params)`."""
     schema = getattr(torch.ops.bnbops, op).default._schema
     names = [a.name for a in schema.arguments if not a.kwarg_only]
     states = [name.removesuffix("_absmax") for name in names if name.endswith("_absmax")]
 
-    def fake(params, *args, lr, grad_scale=None, found_inf=None, **options):
+    count = sum(a.kwarg_only and str(a.type) in ("float", "bool", "int") for a in schema.arguments) - 1  # maximize
+
+    def fake(params, *args, lr, options=None, **scalars):
         lists = dict(zip(names[1:], args, strict=True))
-        quantized = any(lists[f"{name}_absmax"] for name in states)
-        _check_lengths(op, params, lists, states, quantized)
+        _check_lengths(op, params, lists, states, _is_quantized(lists))
         for i in range(len(params)):
             _check_param(op, i, params, lists, states)
-        _check_scalars(op, params, lr, grad_scale, found_inf)
+        _check_scalars(op, params, lr, {name: scalars.get(name) for name in _SCALARS})
+        if options is not None:
+            _check_options(op, options, count)
+        return result(params)
 
     torch.library.register_fake(f"bnbops::{op}", fake)
 
 
+_library = torch.library.Library("bnbops", "IMPL")
+
+
+def _norms(params: list[Tensor]) -> Tensor:
+    return torch.empty(len(params), dtype=torch.float64, device=params[0].device if params else None)
+
+
 for _op in torch.ops.bnbops.step_ops():
-    _register(_op)
+    _register(_op, lambda params: None)
+    _norms_op = _op.removesuffix("_step_") + "_squared_norms"
+    if hasattr(torch.ops.bnbops, _norms_op):
+        _register(_norms_op, _norms)
+        _library.impl(_norms_op, torch.library.fallthrough_kernel, "Autograd")  # not differentiable

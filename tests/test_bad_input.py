@@ -12,8 +12,8 @@ from torch import Tensor
 
 import bnbops
 from bnbops.functional import create_dynamic_map
-from reference.adam import Hyper
 from reference.group import Group, op_options, random_group
+from rule_cases import usual
 
 DEVICES = ["cpu", *(["cuda"] if bnbops.has_cuda and torch.cuda.is_available() else [])]
 ERRORS = (RuntimeError, ValueError, TypeError)
@@ -94,7 +94,8 @@ def overlapping_grad(group: Group, options: dict) -> None:
 
 
 def mixed_layouts(group: Group, options: dict) -> None:
-    group.exp_avg_sq_absmax[0] = group.exp_avg_sq_absmax[0].new_zeros(6)
+    scales = group.absmax["exp_avg_sq"]
+    scales[0] = scales[0].new_zeros(6)
 
 
 Change = Callable[[Group, dict], None]
@@ -163,7 +164,7 @@ EVERY_CODEC = LISTS | SHAPES_AND_DTYPES | DEVICES_AND_STRIDES | ALIASES | RANGES
 EIGHT_BIT_ONLY = {
     "absmax missing": (drop("exp_avg_absmax"), "exp_avg_absmax"),
     "no absmax for one state": (clear("exp_avg_sq_absmax"), "exp_avg_sq_absmax"),
-    "no absmax at all": (lambda g, o: (g.exp_avg_absmax.clear(), g.exp_avg_sq_absmax.clear()), "exp_avg|absmax"),
+    "no absmax at all": (lambda g, o: [scales.clear() for scales in g.absmax.values()], "exp_avg|absmax"),
     "short absmax": (swap("exp_avg_absmax", lambda x: x[:-1]), "exp_avg_absmax"),
     "long absmax": (swap("exp_avg_sq_absmax", lambda x: torch.cat([x, x])), "exp_avg_sq_absmax"),
     "absmax of another rank": (swap("exp_avg_absmax", lambda x: x[None, None]), "exp_avg_absmax"),
@@ -180,7 +181,7 @@ ROWS_ONLY = {
 }
 FP32_ONLY = {
     "fp32 states with absmax": (
-        lambda g, o: [x.extend(torch.zeros(1) for _ in g.params) for x in (g.exp_avg_absmax, g.exp_avg_sq_absmax)],
+        lambda g, o: [x.extend(torch.zeros(1) for _ in g.params) for x in g.absmax.values()],
         "exp_avg",
     ),
     "codes without absmax": (swap("exp_avg", Tensor.byte), "exp_avg"),
@@ -200,8 +201,10 @@ STEP_CASES = [
 @pytest.mark.parametrize("case", STEP_CASES, ids=lambda case: f"{case[0][0]}-{case[0][1]}-{case[1]}")
 def test_adam_step_refuses(case, device):
     codec, _, change, match = case
-    group = random_group([(5, 300), (64,), (5, 300)], bits=codec[0], layout=codec[1]).map(lambda x: x.to(device))
-    options = op_options(Hyper())
+    group = random_group("adam", [(5, 300), (64,), (5, 300)], bits=codec[0], layout=codec[1]).map(
+        lambda x: x.to(device)
+    )
+    options = op_options(usual("adam"))
     change(group, options)
     check_refused(torch.ops.bnbops.adam_step_, list(group.lists().values()), options, match)
 
@@ -209,8 +212,10 @@ def test_adam_step_refuses(case, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("codec", [(32, "rows"), (8, "rows"), (8, "flat")], ids=str)
 def test_the_cases_above_start_from_good_arguments(codec, device):
-    group = random_group([(5, 300), (64,), (5, 300)], bits=codec[0], layout=codec[1]).map(lambda x: x.to(device))
-    torch.ops.bnbops.adam_step_(*group.lists().values(), **op_options(Hyper()))
+    group = random_group("adam", [(5, 300), (64,), (5, 300)], bits=codec[0], layout=codec[1]).map(
+        lambda x: x.to(device)
+    )
+    torch.ops.bnbops.adam_step_(*group.lists().values(), **op_options(usual("adam")))
     assert group.steps[0].item() == 8
 
 

@@ -112,7 +112,7 @@ def test_bad_input(name):
     Two wrong things at once show that both check in the same order. What only data can tell (order of a codebook,
     shared memory) is no business of a fake: `data` are the real kernels' words for it.
     """
-    data = ("must be sorted", "share memory", "must be positive and finite", "must be finite")
+    data = ("must be sorted", "share memory", "must be positive and finite", "must be finite", "must not be negative")
     rng = random.Random(0)
     good = [sample.map(Tensor.detach) for sample in samples(name)]
     refusals = set()
@@ -140,13 +140,13 @@ def fake_cuda(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", WITH_TENSORS)
 def test_fake_cuda_tensors(name):
-    """Everything on the GPU but, as with torch's fused optimizers, an lr on the CPU."""
+    """Everything on the GPU but, as with torch's fused optimizers, an lr on the CPU; options always are."""
     for sample in samples(name):
         real = outcome(operator(name), sample.map(Tensor.detach).arguments(operator(name)))
         with FakeTensorMode() as mode:
             arguments = sample.map(fake_cuda).arguments(operator(name))
-            if "lr" in arguments:
-                arguments["lr"] = mode.from_tensor(sample.kwargs["lr"])
+            for held in sample.kwargs.keys() & {"lr", "options"}:
+                arguments[held] = mode.from_tensor(sample.kwargs[held])
             result = operator(name)(**arguments)
         assert ("result", described(result)) == real, sample.name
         devices = tree_map_only(Tensor, lambda x: x.device, result)
@@ -155,7 +155,7 @@ def test_fake_cuda_tensors(name):
 
 @pytest.mark.parametrize("name", WITH_TENSORS)
 def test_mixed_devices_are_refused(name):
-    """Each tensor in turn on the CPU while the others are on the GPU."""
+    """One tensor of each argument in turn on the CPU while the others are on the GPU."""
     first, *_ = samples(name)
     arguments = first.arguments(operator(name))
     for argument, value in arguments.items():
@@ -163,7 +163,10 @@ def test_mixed_devices_are_refused(name):
             continue
         with FakeTensorMode() as mode:
             mixed = first.map(fake_cuda).arguments(operator(name))
-            mixed[argument] = tree_map_only(Tensor, mode.from_tensor, value)
+            if isinstance(value, list):
+                mixed[argument][-1] = mode.from_tensor(value[-1])
+            else:
+                mixed[argument] = mode.from_tensor(value)
             with pytest.raises(RuntimeError, match=r"is on another device than the first tensor"):
                 operator(name)(**mixed)
 
@@ -173,6 +176,7 @@ def test_meta_tensors(name):
     """torch.device("meta") uses the same fakes."""
     for sample in samples(name):
         arguments = sample.map(lambda x: x.to("meta")).arguments(operator(name))
+        arguments |= {k: v for k, v in sample.kwargs.items() if k == "options"}  # always on the CPU
         real = outcome(operator(name), sample.arguments(operator(name)))
         meta = outcome(operator(name), arguments)
         assert meta[0] == "result", meta

@@ -16,8 +16,9 @@ import torch
 import bnbops
 from bnbops.functional import create_dynamic_map, create_fp8_map, create_linear_map
 from reference import quantize as ref
-from reference.adam import Hyper
-from reference.group import random_group
+from reference.group import op_options, random_group
+from reference.rules import RULES
+from rule_cases import CODECS, usual
 
 ISAS = ["baseline", "avx2", "avx512"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -59,17 +60,33 @@ def items() -> Iterator[tuple[str, list[torch.Tensor]]]:
                 codes, absmax = ops.quantize_blockwise(values(50_001, dtype), code, blocksize)
                 decoded = [ops.dequantize_blockwise(codes, absmax, code, blocksize, to) for to in DTYPES]
                 yield f"quantize {name} {dtype} {blocksize}", [codes, absmax, *decoded]
+    for rule in RULES:
+        for codec in CODECS if RULES[rule].states else ["fp32"]:
+            for dtype in DTYPES:
+                for grad_dtype in dict.fromkeys([dtype, torch.float32]):
+                    yield f"{rule} {codec} {dtype} {grad_dtype}", steps_and_norms(rule, codec, dtype, grad_dtype)
+
+
+def steps_and_norms(rule: str, codec: str, dtype: torch.dtype, grad_dtype: torch.dtype) -> list[torch.Tensor]:
+    """Every tensor of a group after steps with different options, and the norms on the way."""
+    ops = torch.ops.bnbops
     shapes = [(7, 300), (3, 255), (2, 513), (1, 1), (64, 64), (1000,), (5, 1), (2, 3, 129), (0, 4)]
-    for bits, layout in ((32, "rows"), (8, "rows"), (8, "flat")):
-        for dtype in DTYPES:
-            for grad_dtype in dict.fromkeys([dtype, torch.float32]):
-                dtypes = {"dtype": dtype, "grad_dtype": grad_dtype}
-                group = random_group(shapes, bits=bits, layout=layout, **dtypes, steps=(0, 3, 500))
-                special = group.grads[0].view(-1)
-                special[:6] = torch.tensor([torch.inf, torch.nan, 3e38, -3e38, 1e-41, -0.0]).to(grad_dtype)
-                for h in (Hyper(weight_decay=0.1), Hyper(eps=0.0, maximize=True), Hyper(lr=0.1, beta1=0.5, beta2=0.9)):
-                    group.step(h)
-                yield f"adam {bits} {layout} {dtype} {grad_dtype}", [x for xs in group.lists().values() for x in xs]
+    group = random_group(rule, shapes, **CODECS[codec], dtype=dtype, grad_dtype=grad_dtype, steps=(0, 3, 500))
+    special = group.grads[0].view(-1)
+    special[:6] = torch.tensor([torch.inf, torch.nan, 3e38, -3e38, 1e-41, -0.0]).to(grad_dtype)
+    results = []
+    for changed, maximize in (
+        ({"nesterov": True, "dampening": 0.0, "t_alpha": 0, "t_beta3": 0}, False),
+        ({"eps": 0.0, "weight_decay": 0.0, "adam_w_mode": False}, True),
+        ({"lr": 0.1, "beta1": 0.5, "beta2": 0.9, "alpha": 0.7, "lr_decay": 0.3, "bias_correction": False}, False),
+    ):
+        options, clip = usual(rule, **changed), torch.linspace(0.3, 1, len(shapes))
+        results.append(ops.squared_norms([*group.params, *group.grads]))
+        if rule == "lamb":
+            norms = ops.lamb_squared_norms(*group.lists().values(), **op_options(options), maximize=maximize, clip=clip)
+            results.append(norms)
+        group.step(options, maximize=maximize, clip=clip)
+    return results + [x for tensors in group.lists().values() for x in tensors]
 
 
 def digest(tensors: list[torch.Tensor]) -> str:

@@ -11,6 +11,27 @@ using cpu::DType;
 template <class Lanes>
 constexpr int kGroup = 4 * Lanes::kWidth;  // elements whose codes are stored together
 
+BNBOPS_HD int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// kWidth elements of a tensor from the i-th on, as fp32. The dtype is the same for a whole call: a well-predicted
+// branch.
+template <class Lanes>
+BNBOPS_HD typename Lanes::Float load_as(const void* tensor, DType dtype, int64_t i) {
+  if (dtype == DType::kFloat32) return Lanes::load(static_cast<const float*>(tensor) + i);
+  const auto* halves = static_cast<const uint16_t*>(tensor) + i;
+  return dtype == DType::kBFloat16 ? Lanes::load_bfloat16(halves) : Lanes::load_float16(halves);
+}
+
+template <class Lanes>
+BNBOPS_HD void store_as(void* tensor, DType dtype, int64_t i, typename Lanes::Float x) {
+  auto* halves = static_cast<uint16_t*>(tensor) + i;
+  switch (dtype) {
+    case DType::kFloat32: return Lanes::store(static_cast<float*>(tensor) + i, x);
+    case DType::kBFloat16: return Lanes::store_bfloat16(halves, x);
+    case DType::kFloat16: return Lanes::store_float16(halves, x);
+  }
+}
+
 // Calls full(i) for each whole chunk of n elements, then tail(i, rest) for what is left.
 template <int kSize, class Full, class Tail>
 BNBOPS_HD void for_chunks(int64_t n, const Full& full, const Tail& tail) {
@@ -31,13 +52,21 @@ BNBOPS_HD uint32_t largest_magnitude_bits(const float* x, int64_t n) {
       n, [&](int64_t i) { take(x + i); },
       [&](int64_t i, int64_t rest) {
         float padded[Lanes::kWidth] = {};
-        memcpy(padded, x + i, rest * sizeof(float));
+        Lanes::copy(padded, x + i, rest * sizeof(float));
         take(padded);
       });
   return static_cast<uint32_t>(Lanes::reduce_max(largest));
 }
 
 constexpr uint32_t kInfinityBits = 0x7F800000U;
+
+// The rare elements that need care before encoding: non-finite ones, and negative ones under an unsigned map.
+inline void make_encodable(const float* from, int64_t n, bool is_signed, float* to) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = encodable(from[i]);
+    to[i] = is_signed || x > 0 ? x : 0.0F;
+  }
+}
 
 // Codes of n elements: `group(x, codes)` encodes kGroup of them.
 template <class Lanes, class Group>
@@ -47,9 +76,9 @@ BNBOPS_HD void encode_groups(const float* x, int64_t n, uint8_t* codes, const Gr
       [&](int64_t i, int64_t rest) {
         float padded[kGroup<Lanes>] = {};
         uint8_t padded_codes[kGroup<Lanes>];
-        memcpy(padded, x + i, rest * sizeof(float));
+        Lanes::copy(padded, x + i, rest * sizeof(float));
         group(padded, padded_codes);
-        memcpy(codes + i, padded_codes, rest);
+        Lanes::copy(codes + i, padded_codes, rest);
       });
 }
 
@@ -80,49 +109,24 @@ BNBOPS_HD void encode_entries(const float* x, int64_t n, float inverse_absmax, u
   });
 }
 
+// Writes the values of n codes as `dtype`.
 template <class Lanes>
 BNBOPS_HD void decode(const typename Lanes::Codebook& codebook, const uint8_t* codes, int64_t n, float absmax,
-                      float* out) {
-  const auto group = [&](const uint8_t* from, float* to) {
+                      void* out, DType dtype) {
+  auto* bytes = static_cast<uint8_t*>(out);
+  const auto group = [&](const uint8_t* from, uint8_t* to) {
     typename Lanes::Float values[4];
     codebook.decode(from, absmax, values);
-    for (int i = 0; i < 4; ++i) Lanes::store(to + i * Lanes::kWidth, values[i]);
+    for (int v = 0; v < 4; ++v) store_as<Lanes>(to, dtype, v * Lanes::kWidth, values[v]);
   };
   for_chunks<kGroup<Lanes>>(
-      n, [&](int64_t i) { group(codes + i, out + i); },
+      n, [&](int64_t i) { group(codes + i, bytes + i * size_of(dtype)); },
       [&](int64_t i, int64_t rest) {
         uint8_t padded[kGroup<Lanes>] = {};
-        float values[kGroup<Lanes>];
-        memcpy(padded, codes + i, rest);
+        uint8_t values[kGroup<Lanes> * sizeof(float)];
+        Lanes::copy(padded, codes + i, rest);
         group(padded, values);
-        memcpy(out + i, values, rest * sizeof(float));
-      });
-}
-
-// 16-bit floats to and from fp32: `vector` moves kWidth elements.
-template <class Lanes, class Vector>
-BNBOPS_HD void widen(const uint16_t* from, int64_t n, float* to, const Vector& vector) {
-  for_chunks<Lanes::kWidth>(
-      n, [&](int64_t i) { Lanes::store(to + i, vector(from + i)); },
-      [&](int64_t i, int64_t rest) {
-        uint16_t padded[Lanes::kWidth] = {};
-        float values[Lanes::kWidth];
-        memcpy(padded, from + i, rest * sizeof(uint16_t));
-        Lanes::store(values, vector(padded));
-        memcpy(to + i, values, rest * sizeof(float));
-      });
-}
-
-template <class Lanes, class Vector>
-BNBOPS_HD void narrow(const float* from, int64_t n, uint16_t* to, const Vector& vector) {
-  for_chunks<Lanes::kWidth>(
-      n, [&](int64_t i) { vector(to + i, Lanes::load(from + i)); },
-      [&](int64_t i, int64_t rest) {
-        float padded[Lanes::kWidth] = {};
-        uint16_t halves[Lanes::kWidth];
-        memcpy(padded, from + i, rest * sizeof(float));
-        vector(halves, Lanes::load(padded));
-        memcpy(to + i, halves, rest * sizeof(uint16_t));
+        Lanes::copy(bytes + i * size_of(dtype), values, rest * size_of(dtype));
       });
 }
 
@@ -131,28 +135,16 @@ template <class Lanes>
 inline const float* read(const void* tensor, DType dtype, int64_t first, int64_t n, float* scratch) {
   if (dtype == DType::kFloat32) return static_cast<const float*>(tensor) + first;
   const auto* from = static_cast<const uint16_t*>(tensor) + first;
-  if (dtype == DType::kBFloat16) {
-    widen<Lanes>(from, n, scratch, [](const uint16_t* x) { return Lanes::load_bfloat16(x); });
-  } else {
-    widen<Lanes>(from, n, scratch, [](const uint16_t* x) { return Lanes::load_float16(x); });
-  }
+  for_chunks<Lanes::kWidth>(
+      n, [&](int64_t i) { Lanes::store(scratch + i, load_as<Lanes>(from, dtype, i)); },
+      [&](int64_t i, int64_t rest) {
+        uint16_t padded[Lanes::kWidth] = {};
+        float values[Lanes::kWidth];
+        Lanes::copy(padded, from + i, rest * sizeof(uint16_t));
+        Lanes::store(values, load_as<Lanes>(padded, dtype, 0));
+        Lanes::copy(scratch + i, values, rest * sizeof(float));
+      });
   return scratch;
-}
-
-// The way back of `read`: nothing to do where `values` already is the tensor.
-template <class Lanes>
-inline void write(void* tensor, DType dtype, int64_t first, int64_t n, const float* values) {
-  if (dtype == DType::kFloat32) {
-    float* to = static_cast<float*>(tensor) + first;
-    if (to != values) memcpy(to, values, n * sizeof(float));
-    return;
-  }
-  auto* to = static_cast<uint16_t*>(tensor) + first;
-  if (dtype == DType::kBFloat16) {
-    narrow<Lanes>(values, n, to, [](uint16_t* out, typename Lanes::Float x) { Lanes::store_bfloat16(out, x); });
-  } else {
-    narrow<Lanes>(values, n, to, [](uint16_t* out, typename Lanes::Float x) { Lanes::store_float16(out, x); });
-  }
 }
 
 BNBOPS_NAMESPACE_END

@@ -7,9 +7,9 @@ namespace bnbops::cpu {
 
 enum class DType : uint8_t { kFloat32, kBFloat16, kFloat16 };
 
-constexpr int kMaxStates = 2;
+constexpr int kMaxStates = 3;
 constexpr int kMaxRules = 16;
-constexpr int64_t kChunk = 4096;  // elements a thread dequantizes at a time
+constexpr int64_t kChunk = 4096;  // elements of a piece of work that has no blocks
 
 struct QuantizeJob {
   const void* values;
@@ -41,12 +41,17 @@ struct StepJob {
 };
 
 using StepKernel = void (*)(const StepJob&, int64_t first, int64_t last);
+using SquaresKernel = void (*)(const StepJob&, int64_t first, int64_t last, double* sums);
 
 // Each works on a range of blocks (dequantize: of chunks), so that callers can split a job among threads.
 struct Kernels {
   void (*quantize)(const QuantizeJob&, int64_t first, int64_t last);
   void (*dequantize)(const DequantizeJob&, int64_t first, int64_t last);
-  StepKernel step[kMaxRules];  // by position in AllRules
+  // Sums of squares, one for each chunk; every sum has the same bits everywhere.
+  void (*squares)(const void* values, DType dtype, int64_t numel, int64_t first, int64_t last, double* sums);
+  // By position in AllRules:
+  StepKernel step[kMaxRules];
+  SquaresKernel direction_squares[kMaxRules];  // of the rule's directions, one sum for each block; or null
 };
 
 extern const Kernels kBaselineKernels;

@@ -27,6 +27,11 @@ BNBOPS_HD __m256 is_finite(Avx2Number x) {
 BNBOPS_HD Avx2Number divide_by_positive(Avx2Number a, Avx2Number b) {
   return _mm256_and_ps(_mm256_cmp_ps(b.v, _mm256_setzero_ps(), _CMP_GT_OQ), _mm256_div_ps(a.v, b.v));
 }
+BNBOPS_HD Avx2Number sign_of(Avx2Number x) {
+  const __m256 one = _mm256_set1_ps(1.0F), zero = _mm256_setzero_ps();
+  const __m256 positive = _mm256_and_ps(_mm256_cmp_ps(x.v, zero, _CMP_GT_OQ), one);
+  return _mm256_sub_ps(positive, _mm256_and_ps(_mm256_cmp_ps(x.v, zero, _CMP_LT_OQ), one));
+}
 BNBOPS_HD Avx2Number select(__m256 condition, Avx2Number a, Avx2Number b) {
   return _mm256_blendv_ps(b.v, a.v, condition);
 }
@@ -97,6 +102,8 @@ struct Avx2Lanes {
     const Int bytes = _mm256_packus_epi16(_mm256_packs_epi32(k[0], k[1]), _mm256_packs_epi32(k[2], k[3]));
     _mm256_storeu_si256(reinterpret_cast<Int*>(codes), in_order(bytes));
   }
+
+  BNBOPS_HD static void copy(void* to, const void* from, int64_t bytes) { memcpy(to, from, bytes); }
 
   struct Codebook {
     const float* values;

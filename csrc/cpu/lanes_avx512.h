@@ -21,11 +21,16 @@ BNBOPS_HD Avx512Number fused_multiply_add(Avx512Number a, Avx512Number b, Avx512
 }
 BNBOPS_HD Avx512Number square_root(Avx512Number x) { return _mm512_sqrt_ps(x.v); }
 BNBOPS_HD __mmask16 is_finite(Avx512Number x) {
-  const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x7FFFFFFF));
-  return _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(0x7F800000));
+  constexpr int kNanOrInfinity = 0x99;
+  return _knot_mask16(_mm512_fpclass_ps_mask(x.v, kNanOrInfinity));
 }
 BNBOPS_HD Avx512Number divide_by_positive(Avx512Number a, Avx512Number b) {
   return _mm512_maskz_div_ps(_mm512_cmp_ps_mask(b.v, _mm512_setzero_ps(), _CMP_GT_OQ), a.v, b.v);
+}
+BNBOPS_HD Avx512Number sign_of(Avx512Number x) {
+  const __m512 one = _mm512_set1_ps(1.0F), zero = _mm512_setzero_ps();
+  const __m512 positive = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, zero, _CMP_GT_OQ), one);
+  return _mm512_mask_mov_ps(positive, _mm512_cmp_ps_mask(x.v, zero, _CMP_LT_OQ), _mm512_set1_ps(-1.0F));
 }
 BNBOPS_HD Avx512Number select(__mmask16 condition, Avx512Number a, Avx512Number b) {
   return _mm512_mask_blend_ps(condition, b.v, a.v);
@@ -100,6 +105,15 @@ struct Avx512Lanes {
   BNBOPS_HD static void store_codes(const Int (&k)[4], uint8_t* codes) {
     const Int bytes = _mm512_packus_epi16(_mm512_packs_epi32(k[0], k[1]), _mm512_packs_epi32(k[2], k[3]));
     _mm512_storeu_si512(codes, transposed(bytes));
+  }
+
+  BNBOPS_HD static void copy(void* to, const void* from, int64_t bytes) {
+    auto* target = static_cast<uint8_t*>(to);
+    const auto* source = static_cast<const uint8_t*>(from);
+    for (; bytes > 0; bytes -= 64, target += 64, source += 64) {
+      const __mmask64 rest = bytes >= 64 ? ~0ULL : (1ULL << bytes) - 1;
+      _mm512_mask_storeu_epi8(target, rest, _mm512_maskz_loadu_epi8(rest, source));
+    }
   }
 
   // The codebook as four planes of bytes: a lookup of 64 bytes in 256 is two vpermi2b and a blend, cheaper than

@@ -56,6 +56,9 @@ struct ScalarLanes {
   }
 
 #if !defined(__CUDACC__)
+  // Copies a tail, of at most a group's elements.
+  BNBOPS_HD static void copy(void* to, const void* from, int64_t bytes) { memcpy(to, from, bytes); }
+
   // A codebook prepared for decoding 4 * kWidth codes at a time.
   struct Codebook {
     const float* values;

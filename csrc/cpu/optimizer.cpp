@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "cpu/binding.h"
+#include "cpu/schedule.h"
 #include "rules.h"
 
 namespace bnbops::cpu {
@@ -14,29 +15,61 @@ namespace {
 
 constexpr int64_t kGrain = 64;  // blocks worth a thread
 
-double scalar(const Tensor& tensor) {
-  const void* data = tensor.const_data_ptr();
-  return tensor.scalar_type() == ScalarType::Double ? *static_cast<const double*>(data)
-                                                    : *static_cast<const float*>(data);
-}
+// Takes arguments off the dispatcher's stack, one by one.
+class Arguments {
+ public:
+  explicit Arguments(StableIValue* stack) : next_(stack) {}
+  template <class T>
+  T take() {
+    return torch::stable::detail::to<T>(*next_++);
+  }
+  double option(const OptionSpec& spec) {
+    switch (spec.type[0]) {
+      case 'b': return take<bool>();
+      case 'i': return static_cast<double>(take<int64_t>());
+      default: return take<double>();
+    }
+  }
 
-// Pops the arguments off the dispatcher's stack, in the order of step_schema.
+ private:
+  StableIValue* next_;
+};
+
+// The arguments of common_schema.
 template <class Rule>
-StepArguments unpack(StableIValue* stack) {
-  using torch::stable::detail::to;
-  const auto list = [&] { return to<std::vector<Tensor>>(*stack++); };
+StepArguments take_common(Arguments& stack) {
+  const auto list = [&] { return stack.take<std::vector<Tensor>>(); };
   StepArguments a;
   a.params = list();
   a.grads = list();
   for (int k = 0; k < Rule::kStates; ++k) a.states.push_back(list());
   for (int k = 0; k < Rule::kStates; ++k) a.absmax.push_back(list());
   a.steps = list();
-  a.lr = to<Tensor>(*stack++);
-  for (int i = 0; i < Rule::kOptions; ++i) a.options.push_back(to<double>(*stack++));
-  a.maximize = to<bool>(*stack++);
-  a.grad_scale = to<std::optional<Tensor>>(*stack++);
-  a.found_inf = to<std::optional<Tensor>>(*stack++);
+  a.lr = stack.take<Tensor>();
+  for (const auto& option : Rule::kOptions) a.options.push_back(stack.option(option));
+  a.maximize = stack.take<bool>();
+  a.held_options = stack.take<std::optional<Tensor>>();
+  a.grad_scale = stack.take<std::optional<Tensor>>();
   return a;
+}
+
+void check_factors(const StepNames& names, const std::optional<Tensor>& factors, const char* argument) {
+  for (int64_t i = 0; factors && i < factors->numel(); ++i) {
+    const float factor = static_cast<const float*>(factors->const_data_ptr())[i];
+    BNBOPS_CHECK(std::isfinite(factor) && factor >= 0, "bnbops::", names.op, ": ", argument, "[", i,
+                 "] must be finite and not negative, got ", factor);
+  }
+}
+
+// Options in a tensor are no constants of a compiled graph.
+void use_held_options(StepArguments& a) {
+  if (!a.held_options) return;
+  const auto* values = static_cast<const double*>(a.held_options->const_data_ptr());
+  a.options.assign(values, values + a.options.size());
+}
+
+double factor_of(const std::optional<Tensor>& factors, size_t i) {
+  return factors ? static_cast<const float*>(factors->const_data_ptr())[i] : 1.0;
 }
 
 // The values that only a host-side tensor can have checked.
@@ -45,22 +78,12 @@ void check_values(const StepNames& names, const StepArguments& a) {
   const char* invalid = Rule::invalid(a.options.data());
   BNBOPS_CHECK(invalid == nullptr, "bnbops::", names.op, ": ", invalid);
   BNBOPS_CHECK(std::isfinite(scalar(*a.lr)), "bnbops::", names.op, ": lr must be finite, got ", scalar(*a.lr));
-  if (a.grad_scale) {
-    const double scale = scalar(*a.grad_scale);
-    BNBOPS_CHECK(std::isfinite(scale) && scale > 0, "bnbops::", names.op,
-                 ": grad_scale must be positive and finite, got ", scale);
-  }
-  for (size_t i = 0; i < a.steps.size(); ++i) {
-    const double step = scalar(a.steps[i]);
-    BNBOPS_CHECK(std::isfinite(step) && step >= 0, "bnbops::", names.op, ": steps[", i,
-                 "] must be finite and not negative, got ", step);
-  }
+  const std::string op = "bnbops::" + names.op + ": ";
+  if (a.grad_scale) check_grad_scale(op, *a.grad_scale);
+  check_factors(names, a.clip, "clip");
+  check_factors(names, a.trust, "trust");
+  check_step_values(op, a.steps);
 }
-
-struct Work {  // jobs and, for each, the number of the first block in the whole call
-  std::vector<StepJob> jobs;
-  std::vector<int64_t> first_block;
-};
 
 StepJob make_job(const StepArguments& a, size_t i, const Tensor& grad, const BlockLayout& layout, const void* hyper) {
   StepJob job{};
@@ -78,62 +101,96 @@ StepJob make_job(const StepArguments& a, size_t i, const Tensor& grad, const Blo
   return job;
 }
 
-// Runs all blocks of all jobs, split evenly among the threads however the tensors' sizes differ.
-void run(const Work& work, int64_t blocks, StepKernel kernel) {
-  torch::stable::parallel_for(0, blocks, kGrain, [&](int64_t first, int64_t last) {
-    auto next = std::upper_bound(work.first_block.begin(), work.first_block.end(), first) - work.first_block.begin();
-    for (size_t j = next - 1; first < last; ++j) {
-      const int64_t begin = work.first_block[j];
-      const int64_t end = j + 1 < work.jobs.size() ? std::min(last, work.first_block[j + 1]) : last;
-      kernel(work.jobs[j], first - begin, end - begin);
-      first = end;
+// What a call has to do, and what must live until it is done.
+template <class Rule>
+struct Work {
+  std::vector<StepJob> jobs;
+  Schedule schedule;                         // of blocks
+  std::vector<typename Rule::Hyper> hypers;  // one for each distinct set of scalars in a run of parameters
+  std::vector<Tensor> grads;                 // copies of strided gradients
+};
+
+template <class Rule>
+Work<Rule> make_work(const StepArguments& a) {
+  Work<Rule> work;
+  work.hypers.reserve(a.params.size());
+  work.grads.reserve(a.params.size());
+  const double sign = a.maximize ? -1.0 : 1.0;
+  StepScalars x{scalar(*a.lr), -1, sign / (a.grad_scale ? scalar(*a.grad_scale) : 1.0), 1.0};
+  const double grad_factor = x.grad_factor;
+  for (size_t i = 0; i < a.params.size(); ++i) {
+    const BlockLayout layout = state_layout(a, i);
+    const double step = scalar(a.steps[i]) + 1;
+    if (work.hypers.empty() || step != x.step || a.clip || a.trust) {
+      x.step = step;
+      x.grad_factor = grad_factor * factor_of(a.clip, i);
+      x.trust = factor_of(a.trust, i);
+      work.hypers.push_back(Rule::prepare(a.options.data(), x));
     }
-  });
+    work.grads.push_back(in_logical_order(a.grads[i]));
+    work.jobs.push_back(make_job(a, i, work.grads.back(), layout, &work.hypers.back()));
+    work.schedule.add(layout.blocks());
+  }
+  return work;
 }
 
 template <class Rule>
 void step(StepArguments& a, StepKernel kernel) {
   const StepNames names = step_names<Rule>();
   check_step(names, a);
+  use_held_options(a);
   check_values<Rule>(names, a);
   if (a.found_inf && scalar(*a.found_inf) != 0) return;
+  const Work<Rule> work = make_work<Rule>(a);
+  for (const Tensor& count : a.steps) *static_cast<float*>(count.mutable_data_ptr()) += 1;
+  work.schedule.run(kGrain, [&](size_t job, int64_t first, int64_t last) { kernel(work.jobs[job], first, last); });
+}
 
-  const double lr = scalar(*a.lr);
-  const double factor = (a.maximize ? -1.0 : 1.0) / (a.grad_scale ? scalar(*a.grad_scale) : 1.0);
-  std::vector<typename Rule::Hyper> hypers;  // one for each distinct step in a run of parameters
-  std::vector<Tensor> grads;                 // keeps copies of strided gradients alive
-  hypers.reserve(a.params.size());
-  grads.reserve(a.params.size());
-  Work work;
-  int64_t blocks = 0;
-  double prepared = -1;
-  for (size_t i = 0; i < a.params.size(); ++i) {
-    const double count = scalar(a.steps[i]) + 1;
-    const BlockLayout layout = state_layout(a, i);
-    if (layout.blocks() == 0) continue;
-    if (count != prepared) {
-      hypers.push_back(Rule::prepare(a.options.data(), lr, count, factor));
-      prepared = count;
-    }
-    grads.push_back(in_logical_order(a.grads[i]));
-    work.jobs.push_back(make_job(a, i, grads.back(), layout, &hypers.back()));
-    work.first_block.push_back(blocks);
-    blocks += layout.blocks();
-  }
-  for (Tensor& count : a.steps) *static_cast<float*>(count.mutable_data_ptr()) += 1;
-  run(work, blocks, kernel);
+template <class Rule>
+Tensor direction_norms(StepArguments& a, SquaresKernel kernel) {
+  const StepNames names = direction_names<Rule>();
+  check_arguments(names, a);
+  use_held_options(a);
+  check_values<Rule>(names, a);
+  const Work<Rule> work = make_work<Rule>(a);
+  std::vector<double> sums(work.schedule.pieces());
+  work.schedule.run(kGrain, [&](size_t job, int64_t first, int64_t last) {
+    kernel(work.jobs[job], first, last, sums.data() + work.schedule.first_piece(job));
+  });
+  Tensor result = torch::stable::empty({static_cast<int64_t>(a.params.size())}, ScalarType::Double);
+  work.schedule.sum_by_job(sums, static_cast<double*>(result.mutable_data_ptr()));
+  return result;
 }
 
 template <class Rule, int kIndex>
 void boxed_step(StableIValue* stack, uint64_t /*num_args*/, uint64_t /*num_outputs*/) {
-  StepArguments arguments = unpack<Rule>(stack);
-  step<Rule>(arguments, isa().kernels->step[kIndex]);
+  Arguments arguments(stack);
+  StepArguments a = take_common<Rule>(arguments);
+  a.found_inf = arguments.take<std::optional<Tensor>>();
+  a.clip = arguments.take<std::optional<Tensor>>();
+  if (Rule::kTrust) a.trust = arguments.take<std::optional<Tensor>>();
+  step<Rule>(a, isa().kernels->step[kIndex]);
+}
+
+template <class Rule, int kIndex>
+void boxed_direction_norms(StableIValue* stack, uint64_t /*num_args*/, uint64_t /*num_outputs*/) {
+  Arguments arguments(stack);
+  StepArguments a = take_common<Rule>(arguments);
+  a.clip = arguments.take<std::optional<Tensor>>();
+  stack[0] = torch::stable::detail::from(direction_norms<Rule>(a, isa().kernels->direction_squares[kIndex]));
+}
+
+template <class Rule, int kIndex>
+void implement(torch::stable::detail::StableLibrary& m) {
+  m.impl(step_names<Rule>().op.c_str(), &boxed_step<Rule, kIndex>);
+  if constexpr (Rule::kDirectionNorm) {
+    m.impl(direction_names<Rule>().op.c_str(), &boxed_direction_norms<Rule, kIndex>);
+  }
 }
 
 template <class... Rules, int... kIndex>
-void implement_steps(torch::stable::detail::StableLibrary& m, RuleList<Rules...>,
-                     std::integer_sequence<int, kIndex...>) {
-  (m.impl(step_names<Rules>().op.c_str(), &boxed_step<Rules, kIndex>), ...);
+void implement_all(torch::stable::detail::StableLibrary& m, RuleList<Rules...>, std::integer_sequence<int, kIndex...>) {
+  (implement<Rules, kIndex>(m), ...);
 }
 
 }  // namespace
@@ -141,5 +198,5 @@ void implement_steps(torch::stable::detail::StableLibrary& m, RuleList<Rules...>
 
 STABLE_TORCH_LIBRARY_IMPL(bnbops, CPU, m) {
   using bnbops::AllRules;
-  bnbops::cpu::implement_steps(m, AllRules{}, std::make_integer_sequence<int, AllRules::kSize>{});
+  bnbops::cpu::implement_all(m, AllRules{}, std::make_integer_sequence<int, AllRules::kSize>{});
 }

@@ -9,7 +9,7 @@ template <class Rule>
 __global__ void update(const float* g, float* p, float* state, int n, typename Rule::Hyper hyper) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= n) return;
-  float s[Rule::kStates];
+  StatesOf<float, Rule> s;
   for (int k = 0; k < Rule::kStates; ++k) s[k] = state[k * n + i];
   guarded_update<Rule>(g[i], p[i], s, hyper);
   for (int k = 0; k < Rule::kStates; ++k) state[k * n + i] = s[k];

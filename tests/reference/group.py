@@ -1,37 +1,53 @@
-"""One group of parameters with its optimizer state, as the Adam operator takes it."""
+"""One group of parameters with its optimizer state, as the operator of a rule takes it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bnbops.functional import create_dynamic_map
-from reference.adam import Hyper, decode, flat_absmax, row_absmax, state_absmax, state_normalised
-from reference.quantize import nearest_by_midpoints
+from reference.rules import RULES
+from reference.states import decode, encode, flat_absmax, row_absmax
 
-SIGNED, UNSIGNED = create_dynamic_map(True), create_dynamic_map(False)  # test_codebooks holds their bits
+CODEBOOKS = {signed: create_dynamic_map(signed) for signed in (True, False)}  # test_codebooks holds their bits
+NOT_NEGATIVE = {"exp_avg_sq", "square_avg", "sum"}  # states that are sums of squares
 
 
 @dataclass
 class Group:
-    """Lists of tensors, one entry per parameter. fp32 states have empty absmax lists."""
+    """Lists of tensors, one entry per parameter; states and their scales by name. fp32 states have empty absmax lists.
 
+    `rule` is the operator's name without "_step_", a row of `rules.RULES`.
+    """
+
+    rule: str
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
-    exp_avg: list[Tensor] = field(default_factory=list)
-    exp_avg_sq: list[Tensor] = field(default_factory=list)
-    exp_avg_absmax: list[Tensor] = field(default_factory=list)
-    exp_avg_sq_absmax: list[Tensor] = field(default_factory=list)
+    states: dict[str, list[Tensor]] = field(default_factory=dict)
+    absmax: dict[str, list[Tensor]] = field(default_factory=dict)
     steps: list[Tensor] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        for name in RULES[self.rule].states:
+            self.states.setdefault(name, [])
+            self.absmax.setdefault(name, [])
+
     def lists(self) -> dict[str, list[Tensor]]:
-        """The op's list arguments, by name and in order."""
-        return dict(vars(self))
+        """The operator's list arguments, by name and in order."""
+        scales = {f"{name}_absmax": tensors for name, tensors in self.absmax.items()}
+        return {"params": self.params, "grads": self.grads, **self.states, **scales, "steps": self.steps}
 
     def map(self, f: Callable[[Tensor], Tensor]) -> "Group":
         """A group of `f(tensor)`."""
-        return Group(**{name: [f(x) for x in tensors] for name, tensors in self.lists().items()})
+        lists = {name: [f(x) for x in tensors] for name, tensors in self.lists().items()}
+        return Group(
+            self.rule,
+            states={name: lists[name] for name in self.states},
+            absmax={name: lists[f"{name}_absmax"] for name in self.absmax},
+            **{name: lists[name] for name in ("params", "grads", "steps")},
+        )
 
     def clone(self) -> "Group":
         """A copy that shares no memory (and keeps strides)."""
@@ -41,31 +57,36 @@ class Group:
         """The same tensors with other gradients."""
         return replace(self, grads=list(grads))
 
-    def step(self, h: Hyper, **scaling: Tensor) -> None:
-        """Runs the operator."""
-        torch.ops.bnbops.adam_step_(*self.lists().values(), **op_options(h), **scaling)
+    def step(self, options: dict[str, Any] | None = None, /, **scaling: bool | Tensor) -> None:
+        """Runs the operator with the rule's usual options, or these."""
+        RULES[self.rule].operator(*self.lists().values(), **op_options(options or RULES[self.rule].options), **scaling)
 
-    def moments(self, i: int) -> tuple[Tensor, Tensor]:
-        """The values of parameter `i`'s states."""
-        m, v = self.exp_avg[i], self.exp_avg_sq[i]
-        if not self.exp_avg_absmax:
-            return m, v
-        return decode(m, self.exp_avg_absmax[i], SIGNED), decode(v, self.exp_avg_sq_absmax[i], UNSIGNED)
+    def append_state(self, values: dict[str, Tensor], bits: int, layout: str) -> None:
+        """Adds the states of one parameter: fp32, or 8-bit codes with absmax by "rows" or "flat"."""
+        for name, x in values.items():
+            if bits == 8:
+                empty = row_absmax(x.shape) if layout == "rows" else flat_absmax(x.shape)
+                x, absmax = encode(x, empty, CODEBOOKS[RULES[self.rule].states[name]])
+                self.absmax[name].append(absmax)
+            self.states[name].append(x)
+
+    def state_values(self, i: int) -> list[Tensor]:
+        """Parameter `i`'s states in fp32."""
+        return [
+            decode(tensors[i], self.absmax[name][i], CODEBOOKS[RULES[self.rule].states[name]])
+            if self.absmax[name]
+            else tensors[i]
+            for name, tensors in self.states.items()
+        ]
 
 
-def op_options(h: Hyper) -> dict:
-    """The op's keyword arguments."""
-    return {
-        "lr": torch.tensor(h.lr, dtype=torch.float64),
-        "beta1": h.beta1,
-        "beta2": h.beta2,
-        "eps": h.eps,
-        "weight_decay": h.weight_decay,
-        "maximize": h.maximize,
-    }
+def op_options(options: dict[str, Any]) -> dict[str, Any]:
+    """An operator's keyword arguments: as the rules take them, but `lr` is a tensor."""
+    return options | {"lr": torch.tensor(options["lr"], dtype=torch.float64)}
 
 
 def random_group(
+    rule: str,
     shapes: Sequence[tuple[int, ...]],
     *,
     bits: int,
@@ -75,30 +96,31 @@ def random_group(
     steps: Sequence[int] = (7,),
     seed: int = 0,
 ) -> Group:
-    """A group in the middle of training: moments over many decades, `steps` (repeated) so far."""
+    """A group in the middle of training: states over many decades, `steps` (repeated) so far."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(shape: tuple[int, ...], scale: float) -> Tensor:
         decades = 10 ** (-3 * torch.rand(shape, generator=generator))
         return torch.randn(shape, generator=generator) * decades * scale
 
-    group = Group()
+    group = Group(rule)
     for i, shape in enumerate(shapes):
         group.params.append(normal(shape, 1.0).to(dtype))
         group.grads.append(normal(shape, 0.1).to(grad_dtype or dtype))
         group.steps.append(torch.tensor(float(steps[i % len(steps)])))
-        append_state(group, normal(shape, 0.03), normal(shape, 0.05).square(), bits, layout)
+        values = {name: normal(shape, 0.05) for name in RULES[rule].states}
+        values = {name: x.square() if name in NOT_NEGATIVE else x for name, x in values.items()}
+        group.append_state(values, bits, layout)
     return group
 
 
-def append_state(group: Group, m: Tensor, v: Tensor, bits: int, layout: str) -> None:
-    """Adds the states of one parameter: fp32, or 8-bit codes with absmax by "rows" or "flat"."""
-    if bits == 32:
-        group.exp_avg.append(m)
-        group.exp_avg_sq.append(v)
-        return
-    empty = row_absmax(m.shape) if layout == "rows" else flat_absmax(m.shape)
-    group.exp_avg.append(nearest_by_midpoints(state_normalised(m, empty), SIGNED))
-    group.exp_avg_sq.append(nearest_by_midpoints(state_normalised(v, empty), UNSIGNED))
-    group.exp_avg_absmax.append(state_absmax(m, empty))
-    group.exp_avg_sq_absmax.append(state_absmax(v, empty))
+def fresh_group(
+    rule: str, shapes: Sequence[tuple[int, ...]], *, bits: int, layout: str = "rows", dtype: torch.dtype = torch.float32
+) -> Group:
+    """Random parameters before their first step, with zero gradients."""
+    group = random_group(rule, shapes, bits=32, dtype=dtype)
+    fresh = Group(rule, group.params, [torch.zeros_like(p) for p in group.params])
+    for shape in shapes:
+        fresh.append_state({name: torch.zeros(shape) for name in RULES[rule].states}, bits, layout)
+        fresh.steps.append(torch.zeros(()))
+    return fresh
