@@ -1,6 +1,7 @@
-"""AdamW step time: bnbops with 8- and 32-bit states beside torch's fused AdamW, bitsandbytes and torchao.
+"""Step time: bnbops with 8- and 32-bit states beside torch's fused AdamW, bitsandbytes and torchao.
 
-Verifies every candidate against plain fp32 arithmetic first, then times those very optimizers in turns.
+Verifies every candidate against plain fp32 arithmetic first, then times those very optimizers in turns. With
+--optimizers, other families than AdamW (families.py).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import families
 import torch
 from measure import (
     Candidate,
@@ -225,6 +227,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     peers = ["bitsandbytes", "torchao.optim"]
     options = parser(__doc__, peers)
     options.add_argument("--params", type=count, default=count("32Mi"), help="elements of the large parameter")
+    options.add_argument(
+        "--optimizers", nargs="+", choices=["AdamW", *families.FAMILIES, "all"], default=["AdamW"], help="to time"
+    )
     args = options.parse_args(argv)
     if args.quick:
         args.params = min(args.params, 4 * WIDTH)
@@ -235,16 +240,27 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 
     large = [(max(1, args.params // WIDTH), WIDTH)]
     small = [SMALL_SHAPES[i % len(SMALL_SHAPES)] for i in range(small_count)]
-    own, others = contenders(), peer_contenders(args.peers)
+    chosen = ["AdamW", *families.FAMILIES] if "all" in args.optimizers else args.optimizers
+    bitsandbytes = import_peer("bitsandbytes") if "bitsandbytes" in args.peers else None
+    sections = [families.run(name, large[0], rounds, memory, bitsandbytes) for name in chosen if name != "AdamW"]
+    if "AdamW" in chosen:
+        sections += adamw_sections(large, small, rounds, memory, args.peers)
+    if args.json:
+        save(args.json, sections)
+    return sections
+
+
+def adamw_sections(
+    large: list[tuple[int, int]], small: list[tuple[int, ...]], rounds: int, memory: Memory, peers: list[str]
+) -> list[dict[str, Any]]:
+    own, others = contenders(), peer_contenders(peers)
     sections = []
     for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
         title = f"AdamW step, one {name} parameter {list(large[0])}"
         sections.append(run_section(problem(title, large, dtype), own + others, rounds, memory))
     for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-        title = f"AdamW step, {small_count} small {name} parameters"
+        title = f"AdamW step, {len(small)} small {name} parameters"
         sections.append(run_section(problem(title, small, dtype), own, 3 * rounds, memory))
-    if args.json:
-        save(args.json, sections)
     return sections
 
 

@@ -5,10 +5,10 @@ from bnbops._library import isa, load_cuda_operators, load_operators
 load_operators(__path__)
 has_cuda = load_cuda_operators(__path__)
 
-from bnbops import functional, meta_kernels, optim  # noqa: E402
+from bnbops import functional, meta_kernels, nn, optim  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "compiled_train_step", "functional", "has_cuda", "isa", "meta_kernels", "optim"]
+__all__ = ["__version__", "compiled_train_step", "functional", "has_cuda", "isa", "meta_kernels", "nn", "optim"]
 
 isa()  # a wrong BNBOPS_ISA fails here, not in the middle of training
 

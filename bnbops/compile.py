@@ -60,7 +60,8 @@ class CompiledTrainStep(Generic[P, R]):
         self._steps_before: list[list[float]] | None = None  # set while a call that compiles is under way
         # Isolated: the compile cache hangs on the code object, which all instances of this class share.
         self._compiled = torch.compile(self._traced(), fullgraph=True, isolate_recompiles=True, **compile_options)
-        self._prepare()
+        for optimizer in optimizers:
+            optimizer.init_state()
 
     @property
     def recompiles(self) -> int:
@@ -69,6 +70,8 @@ class CompiledTrainStep(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         leaves = self._prepare()
+        for optimizer in self.optimizers:
+            optimizer.hold_options()
         _reject_unseen_hooks(leaves, self.step_fn)
         self._steps_before = None
         try:
@@ -83,6 +86,8 @@ class CompiledTrainStep(Generic[P, R]):
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             raise GraphBreakError(_explain(error, _name(self.step_fn))) from error
         finally:
+            for optimizer in self.optimizers:
+                optimizer.drop_options()
             if self._steps_before is not None:
                 _allow_as_graph_inputs(leaves)
         if self._steps_before is not None:
@@ -319,8 +324,7 @@ def _explain(error: Exception, name: str) -> str:
         return (
             f"{name}() was compiled too often (torch._dynamo.config.recompile_limit): something that is a constant of "
             "the graph differs from call to call. Batches of many shapes: pad them, or pass dynamic=True. A Python "
-            "number or flag among the arguments: pass a tensor. A scheduler that changes more than lr: "
-            'OneCycleLR(..., cycle_momentum=False). TORCH_LOGS="recompiles" names it.'
+            "number or flag that the step reads: pass a tensor. TORCH_LOGS=recompiles names it."
         )
     report = str(error)
     what = [report.splitlines()[0]]

@@ -193,3 +193,24 @@ def test_count(text, number):
 def test_count_refuses(text):
     with pytest.raises(Exception, match="positive number"):
         measure.count(text)
+
+
+@pytest.mark.parametrize("peers", PEERS, ids=" ".join)
+def test_optim_step_of_other_families(peers, capsys):
+    optim_step.main([*ALONE, *peers, "--optimizers", "SGD", "Lion"])
+    out = capsys.readouterr().out
+    own = [[f"bnbops {name}{bits}bit" for bits in (8, 32)] for name in ("SGD", "Lion")]
+    theirs = [[f"bitsandbytes {name}8bit"] if peers else [] for name in ("SGD", "Lion")]
+    torch_sgd = ["torch SGD, fused"]
+    assert [names(table)[1:] for table in tables(out)] == [own[0] + theirs[0] + torch_sgd, own[1] + theirs[1]]
+    assert out.count("verified ") == 3
+
+
+def test_a_wrong_family_is_refused(monkeypatch):
+    class Off(optim_step.bnbops.optim.SGD32bit):
+        def __init__(self, params, lr, **options):
+            super().__init__(params, 1.001 * lr, **options)
+
+    monkeypatch.setattr(optim_step.bnbops.optim, "SGD32bit", Off)
+    with pytest.raises(measure.VerificationError, match=r"SGD32bit is .* off torch SGD, fused"):
+        optim_step.main([*ALONE, "--optimizers", "SGD"])

@@ -25,7 +25,7 @@ def readable(graph: torch.fx.Graph) -> str:
     inputs, lines = [], []
     for node in graph.nodes:
         if node.op == "placeholder":
-            pattern = r"^.*?(leaves_\d+|args_\d+|param_groups_\d+_lr|state_\d+_[a-z_]+?)_$"
+            pattern = r"^.*?(leaves_\d+|args_\d+|held_\d+_scalars_lr|held_\d+_options|state_\d+_[a-z_]+?)(_options)?_$"
             short[node.name] = re.sub(pattern, r"\1", node.name)
             inputs.append(f"input {short[node.name]}: {str(node.meta['example_value'].dtype)[6:]}")
         elif node.op == "output":
@@ -66,9 +66,10 @@ def test_the_graph() -> None:
         readable(graph),
         """\
 input args_0: float32
+input held_0_options: float64
+input held_0_scalars_lr: float64
 input leaves_0: float32
 input leaves_1: float32
-input param_groups_0_lr: float64
 input state_0_exp_avg: uint8
 input state_0_exp_avg_absmax: float32
 input state_0_exp_avg_sq: uint8
@@ -108,14 +109,15 @@ adam_step_ = adam_step_(
     [state_0_exp_avg_absmax],
     [state_0_exp_avg_sq_absmax],
     [state_0_step],
-    lr=param_groups_0_lr,
+    lr=held_0_scalars_lr,
     maximize=False,
     grad_scale=None,
     found_inf=None,
-    beta1=0.9,
-    beta2=0.999,
-    eps=1e-08,
-    weight_decay=0.01
+    beta1=0.0,
+    beta2=0.0,
+    eps=0.0,
+    weight_decay=0.0,
+    options=held_0_options
 )
 adam_step__1 = adam_step_(
     [leaves_1],
@@ -125,14 +127,15 @@ adam_step__1 = adam_step_(
     [],
     [],
     [state_1_step],
-    lr=param_groups_0_lr,
+    lr=held_0_scalars_lr,
     maximize=False,
     grad_scale=None,
     found_inf=None,
-    beta1=0.9,
-    beta2=0.999,
-    eps=1e-08,
-    weight_decay=0.01
+    beta1=0.0,
+    beta2=0.0,
+    eps=0.0,
+    weight_decay=0.0,
+    options=held_0_options
 )
 _set_grad_enabled_5 = _set_grad_enabled(True)
 detach = detach(loss)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bnbops.optim import AdamW, AdamW8bit
+from bnbops import optim
+from bnbops.optim import AdamW8bit
 from optimizer_cases import MIXED, assert_same, assert_same_state, flat_state, params, train
 
 
@@ -18,6 +19,24 @@ def through_torch_save(state_dict: dict) -> dict:
     torch.save(state_dict, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
+
+
+# Every optimizer, and options that give its state more tensors.
+CASES = {
+    "AdamW": {},
+    "AdamW8bit": {},
+    "Adam8bit, clipping": {"percentile_clipping": 5},
+    "SGD32bit": {"momentum": 0.0},
+    "SGD8bit": {"momentum": 0.9, "nesterov": True},
+    "Lion8bit": {},
+    "RMSprop8bit": {},
+    "RMSprop8bit, momentum": {"momentum": 0.9},
+    "Adagrad8bit": {"lr_decay": 0.1, "initial_accumulator_value": 0.1},
+    "LAMB8bit": {"trust_clip": True},
+    "LARS8bit": {"momentum": 0.9},
+    "AdEMAMix8bit": {"t_alpha": 10, "t_beta3": 10},
+    "PagedAdamW8bit": {},
+}
 
 
 def copied(
@@ -37,10 +56,11 @@ def copied(
 
 @pytest.mark.parametrize("how", ["state_dict", "torch.save", "deepcopy", "pickle"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("cls", [AdamW8bit, AdamW], ids=lambda cls: cls.__name__)
-def test_training_continues_bit_exactly(cls, dtype, how):
+@pytest.mark.parametrize("case", CASES)
+def test_training_continues_bit_exactly(case, dtype, how):
     p = params(*MIXED, dtype=dtype)
-    optimizer = cls([{"params": p[:2]}, {"params": p[2:], "weight_decay": 0.3, "lr": 3e-3}])
+    cls, options = getattr(optim, case.split(",")[0]), CASES[case]
+    optimizer = cls([{"params": p[:2]}, {"params": p[2:], "weight_decay": 0.3, "lr": 3e-3}], lr=1e-3, **options)
     train(p, optimizer, range(3))
     other, q = copied(optimizer, p, how)
     assert_same_state(optimizer, other)
@@ -92,6 +112,89 @@ def test_partial_state_loads():
     assert_same_state(optimizer, fresh)
 
 
+def test_frozen_parameters():
+    """They get no state, and the others keep theirs; once thawed they begin at step one."""
+    p = params(*MIXED)
+    p[1].requires_grad_(False)
+    optimizer = AdamW8bit(p)
+    optimizer.init_state()
+    train([p[0], *p[2:]], optimizer, range(2))
+    assert list(optimizer.state_dict()["state"]) == [0, 2, 3]
+    q = copy.deepcopy(p)
+    fresh = AdamW8bit(q)
+    fresh.load_state_dict(through_torch_save(optimizer.state_dict()))
+    for parameters, one in ((p, optimizer), (q, fresh)):
+        parameters[1].requires_grad_(True)
+        train(parameters, one, range(2, 4))
+    assert_same(p, q)
+    assert_same_state(optimizer, fresh)
+    assert [fresh.state[x]["step"].item() for x in q] == [4, 2, 4, 4]
+
+
+def test_parameters_added_after_loading():
+    p = params(*MIXED)
+    optimizer = AdamW8bit(p[:2])
+    train(p[:2], optimizer, range(2))
+    q = copy.deepcopy(p)
+    fresh = AdamW8bit(q[:2])
+    fresh.load_state_dict(optimizer.state_dict())
+    for parameters, one in ((p, optimizer), (q, fresh)):
+        one.add_param_group({"params": parameters[2:], "optim_bits": 32, "lr": 0.5})
+        train(parameters, one, range(2, 4))
+    assert_same(p, q)
+    assert_same_state(optimizer, fresh)
+    assert [fresh.state[x]["step"].item() for x in q] == [4, 4, 2, 2]
+    with pytest.raises(ValueError, match="group"):
+        AdamW8bit(p).load_state_dict(fresh.state_dict())
+
+
+def test_groups_come_from_the_state_dict():
+    """What was changed during training, and what a user put there, is saved and loaded."""
+    p = params((64, 80))
+    optimizer = AdamW8bit([{"params": p, "name": "all"}], lr=1e-3)
+    train(p, optimizer, range(1))
+    optimizer.param_groups[0] |= {"lr": 0.25, "betas": (0.5, 0.75)}
+    fresh = AdamW8bit(params((64, 80)), lr=123.0, maximize=True)
+    fresh.load_state_dict(through_torch_save(optimizer.state_dict()))
+    group = fresh.param_groups[0]
+    assert (group["name"], group["lr"], group["betas"], group["maximize"]) == ("all", 0.25, (0.5, 0.75), False)
+    group["lr"] = 0.125
+    assert fresh.state_dict()["param_groups"][0]["lr"] == 0.125
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_a_state_dict_without_options_added_since():
+    """Format version 1 had no percentile clipping and no paged states at first."""
+    p = params((64, 80))
+    optimizer = AdamW8bit(p)
+    train(p, optimizer, range(1))
+    state_dict = optimizer.state_dict()
+    for option in ("percentile_clipping", "is_paged"):
+        del state_dict["param_groups"][0][option]
+    fresh = AdamW8bit(params((64, 80)), percentile_clipping=5)
+    fresh.load_state_dict(state_dict)
+    assert (fresh.param_groups[0]["percentile_clipping"], fresh.param_groups[0]["is_paged"]) == (100, False)
+    assert_same_state(optimizer, fresh)
+
+
+def test_states_go_to_their_parameters_device():
+    p = params(*MIXED)
+    optimizer = AdamW8bit(p)
+    train(p, optimizer, range(2))
+    q = [nn.Parameter(x.detach().to("meta")) for x in p]
+    fresh = AdamW8bit(q)
+    fresh.load_state_dict(optimizer.state_dict())
+    expected, loaded = flat_state(optimizer), flat_state(fresh)
+    assert loaded.keys() == expected.keys()
+    for key, tensor in loaded.items():
+        assert tensor.is_meta and (tensor.shape, tensor.dtype) == (expected[key].shape, expected[key].dtype)
+
+    before = copy.deepcopy(optimizer)
+    with pytest.raises(NotImplementedError, match="meta"):  # there is nothing to load
+        optimizer.load_state_dict(fresh.state_dict())
+    assert_same_state(optimizer, before)
+
+
 def test_flat_absmax_loads():
     """bitsandbytes' layout, one absmax for 256 elements across rows, is kept and used."""
     p = params((100, 77))
@@ -130,6 +233,12 @@ BAD_STATE_DICTS = {
     "hyperparameter missing": (edit("param_groups", 0, "betas"), "betas"),
     "state of an unknown parameter": (edit("state", 77, to=lambda _: {"step": torch.zeros(())}), "77"),
     "no step": (edit("state", 1, "step"), "step"),
+    "other hyperparameters": (
+        edit("param_groups", to=lambda g: [{"params": g[0]["params"], "format_version": 1, "momentum": 0.9}, g[1]]),
+        "another optimizer",
+    ),
+    "a version to come": (edit("param_groups", 1, "format_version", to=99), "format_version 99"),
+    "no version": (edit("param_groups", 1, "format_version"), "format_version"),
     "no exp_avg": (edit("state", 0, "exp_avg"), "exp_avg"),
     "absmax missing": (edit("state", 0, "exp_avg_absmax"), "exp_avg_absmax"),
     "extra key": (edit("state", 0, "momentum", to=lambda _: torch.zeros(64, 80)), "momentum"),
@@ -146,6 +255,7 @@ BAD_STATE_DICTS = {
     "step of two elements": (edit("state", 1, "step", to=lambda x: x.repeat(2)), "step"),
     "integer step": (edit("state", 1, "step", to=lambda x: x.long()), "step"),
     "step as a number": (edit("state", 1, "step", to=5), "step"),
+    "short gnorm_vec": (edit("state", 1, "gnorm_vec", to=lambda _: torch.zeros(99)), "gnorm_vec"),
     "state as a list": (edit("state", 1, "exp_avg", to=lambda x: x.tolist()), "exp_avg"),
 }
 

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from bnbops.optim.base import Optimizer
+from bnbops.optim.options import CommonKeywords, check_unsupported, decay_rates, non_negative, takes_common_keywords
+from bnbops.optim.precision import variant
 
-
-def _check_unsupported(name: str, amsgrad: bool, is_paged: bool, percentile_clipping: int, block_wise: bool) -> None:
-    """Refuses arguments that scripts pass but this version does not implement."""
-    if amsgrad:
-        raise ValueError(f"{name} does not support amsgrad=True")
-    if is_paged:
-        raise ValueError(f"{name} does not support is_paged=True yet")
-    if percentile_clipping != 100:
-        raise ValueError(f"{name} does not support percentile_clipping={percentile_clipping} yet, only 100 (off)")
-    if not block_wise:
-        raise ValueError(f"{name} quantizes in blocks only; block_wise=False is not supported")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Adam(Optimizer):
@@ -27,18 +20,12 @@ class Adam(Optimizer):
     Args:
         params: parameters or param groups; float32, bfloat16 or float16. Gradients may also be float32.
         lr: learning rate, a float or a 0-dim tensor.
-        betas: decay rates of the averages of gradient and squared gradient.
+        betas: decay rates of the averages of gradient and squared gradient; also as a string, "(0.9, 0.999)".
         eps: added to the denominator.
         weight_decay: parameters shrink by `lr * weight_decay` a step.
         amsgrad: must be False.
-        optim_bits: 8 quantizes the states of parameters with two dimensions or more and at least `min_8bit_size`
-            elements; their shape decides, whatever the sharding.
-        args: an object with attributes `optim_bits` and `min_8bit_size` that take the place of these two.
-        min_8bit_size: see `optim_bits`.
-        is_paged: must be False.
-        percentile_clipping: must be 100 (off).
-        block_wise: must be True.
-        maximize: ascend instead of descend.
+        optim_bits, args, min_8bit_size, is_paged: see `Optimizer`.
+        keywords: percentile_clipping, block_wise, maximize and paged_directory; see `Optimizer`.
 
     Raises:
         ValueError: a value out of range, or one that is not supported.
@@ -46,13 +33,14 @@ class Adam(Optimizer):
 
     _op = "adam_step_"
     _state_names = ("exp_avg", "exp_avg_sq")
-    _fixed_bits: int | None = None  # of the classes whose name says the precision
+    _checks: ClassVar = {"betas": decay_rates(2), "eps": non_negative, "weight_decay": non_negative}
 
+    @takes_common_keywords
     def __init__(
         self,
         params,
         lr=1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] | str = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0,
         amsgrad: bool = False,
@@ -60,44 +48,27 @@ class Adam(Optimizer):
         args: Any = None,
         min_8bit_size: int = 4096,
         is_paged: bool = False,
-        *,
-        percentile_clipping: int = 100,
-        block_wise: bool = True,
-        maximize: bool = False,
+        **keywords: Unpack[CommonKeywords],
     ) -> None:
-        name = type(self).__name__
-        _check_unsupported(name, amsgrad, is_paged, percentile_clipping, block_wise)
-        if args is not None:
-            optim_bits, min_8bit_size = args.optim_bits, args.min_8bit_size
-        elif self._fixed_bits is not None:
-            if optim_bits not in (32, self._fixed_bits):  # 32 is the signature's default
-                raise ValueError(f"{name} always has {self._fixed_bits}-bit states, got optim_bits={optim_bits}")
-            optim_bits = self._fixed_bits
-        if len(betas) != 2:
-            raise ValueError(f"betas must be two numbers, got {betas}")
-        defaults = {
-            "lr": lr,
-            "betas": tuple(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "optim_bits": optim_bits,
-            "min_8bit_size": min_8bit_size,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults)
+        check_unsupported(type(self).__name__, amsgrad=amsgrad)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(
+            params,
+            defaults,
+            optim_bits=optim_bits,
+            args=args,
+            min_8bit_size=min_8bit_size,
+            is_paged=is_paged,
+            **keywords,
+        )
 
-    def _options(self, group: dict[str, Any]) -> dict[str, float]:
+    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
         beta1, beta2 = group["betas"]
         return {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "weight_decay": group["weight_decay"]}
 
 
-class Adam8bit(Adam):
-    """`Adam` with 8-bit states; its `optim_bits` argument is there for bitsandbytes' signature only."""
-
-    _fixed_bits = 8
-
-
-class Adam32bit(Adam):
-    """`Adam` with 32-bit states; its `optim_bits` argument is there for bitsandbytes' signature only."""
-
-    _fixed_bits = 32
+Adam8bit = variant(Adam, bits=8)
+Adam32bit = variant(Adam, bits=32)
+PagedAdam = variant(Adam, paged=True)
+PagedAdam8bit = variant(Adam, bits=8, paged=True)
+PagedAdam32bit = variant(Adam, bits=32, paged=True)

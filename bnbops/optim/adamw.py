@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bnbops.optim.adam import Adam
+from bnbops.optim.options import CommonKeywords, takes_common_keywords
+from bnbops.optim.precision import variant
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class AdamW(Adam):
     """`Adam` with weight_decay = 0.01 by default; the arguments are the same."""
 
+    @takes_common_keywords
     def __init__(
         self,
         params,
         lr=1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] | str = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
@@ -22,20 +28,15 @@ class AdamW(Adam):
         args: Any = None,
         min_8bit_size: int = 4096,
         is_paged: bool = False,
-        **keywords: Any,
+        **keywords: Unpack[CommonKeywords],
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, optim_bits, args, min_8bit_size, is_paged, **keywords
         )
 
 
-class AdamW8bit(AdamW):
-    """`AdamW` with 8-bit states; its `optim_bits` argument is there for bitsandbytes' signature only."""
-
-    _fixed_bits = 8
-
-
-class AdamW32bit(AdamW):
-    """`AdamW` with 32-bit states; its `optim_bits` argument is there for bitsandbytes' signature only."""
-
-    _fixed_bits = 32
+AdamW8bit = variant(AdamW, bits=8)
+AdamW32bit = variant(AdamW, bits=32)
+PagedAdamW = variant(AdamW, paged=True, without=("is_paged",))
+PagedAdamW8bit = variant(AdamW, bits=8, paged=True, without=("is_paged",))
+PagedAdamW32bit = variant(AdamW, bits=32, paged=True, without=("is_paged",))

@@ -1,0 +1,154 @@
+"""Saving, loading and copying optimizers."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnbops.optim import interchange
+from bnbops.optim.batch import Batch
+from bnbops.optim.manager import GlobalOptimManager
+from bnbops.optim.overrides import Overrides
+from bnbops.optim.paged import PagedMemory
+from bnbops.optim.state import Allocate, check_state, copied
+
+FORMAT_VERSION = 1
+# Group options that are of this process, not of the training run: the live ones stay.
+_OWN = ("is_paged",)
+# Those that version 1 had not from the start, and what it did.
+_DEFAULTS = {"percentile_clipping": 100}
+
+
+class CheckpointedOptimizer(torch.optim.Optimizer):
+    """What `Optimizer` does with state dicts, pickles and copies."""
+
+    _state_names: tuple[str, ...]
+    _optional_states: tuple[str, ...]
+    _overrides: Overrides
+    _paged_directory: str | os.PathLike[str] | None
+    _paged_memory: PagedMemory | None
+    _held: list[Batch] | None
+
+    def _prepare(self) -> None:
+        raise NotImplementedError
+
+    def _allocator(self, param: Tensor, config: dict[str, Any]) -> Allocate | None:
+        raise NotImplementedError
+
+    def bitsandbytes_state_dict(self) -> dict[str, Any]:
+        """`state_dict()` as bitsandbytes' class of the same name writes it, for its `load_state_dict`.
+
+        Raises:
+            ValueError: an option that bitsandbytes' class does not have.
+        """
+        return interchange.to_bitsandbytes(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict()` returned, here or in bitsandbytes' class of the same name.
+
+        Tensors are copied, moved to their parameter's device (or files, if paged) and not cast.
+
+        Raises:
+            ValueError: the state dict does not fit this optimizer. Nothing has changed then.
+        """
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        if interchange.is_bitsandbytes(state_dict):
+            state_dict = interchange.from_bitsandbytes(self, state_dict)
+        loaded = _matched_states(self, state_dict, self._state_names, self._optional_states)
+        self._prepare()
+
+        state: dict[Tensor, Any] = defaultdict(dict)
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param in loaded:
+                    config = self._overrides.applied(group, self._overrides.number(param))
+                    state[param] = copied(param, loaded[param], self._allocator(param, config))
+        groups = [_merged_group(*pair) for pair in zip(self.param_groups, state_dict["param_groups"], strict=True)]
+        self.__setstate__({"state": state, "param_groups": groups})
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_paged_directory": self._paged_directory}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "defaults" not in state:  # load_state_dict
+            return
+        self._overrides, self._paged_memory, self._held = Overrides(), None, None
+        GlobalOptimManager.get_instance().watch(self)
+        for group in self.param_groups:  # deepcopy and pickle put states into ordinary memory
+            for param in group["params"]:
+                if group["is_paged"] and param in self.state:
+                    self.state[param] = copied(param, self.state[param], self._allocator(param, group))
+
+
+def _matched_params(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[int, Tensor]:
+    """The parameter for each id of a state dict.
+
+    Raises:
+        ValueError: the groups do not fit the optimizer's.
+    """
+    if missing := {"state", "param_groups"} - state_dict.keys():
+        raise ValueError(f"not an optimizer state dict: {sorted(missing)} missing")
+    groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
+    if len(saved_groups) != len(groups):
+        raise ValueError(f"the state dict has {len(saved_groups)} param groups, this optimizer {len(groups)}")
+    for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        if len(saved["params"]) != len(group["params"]):
+            raise ValueError(
+                f"param group {i} of the state dict has {len(saved['params'])} parameters, this optimizer's "
+                f"{len(group['params'])}"
+            )
+        version = saved.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"param group {i} of the state dict has format_version {version}; this bnbops reads "
+                f"version {FORMAT_VERSION}"
+            )
+        if keys := (optimizer.defaults.keys() & group.keys()) - {*_OWN, *_DEFAULTS} - saved.keys():
+            raise ValueError(f"param group {i} of the state dict lacks {sorted(keys)}; is it of another optimizer?")
+    ids = chain.from_iterable(saved["params"] for saved in saved_groups)
+    params = chain.from_iterable(group["params"] for group in groups)
+    return dict(zip(ids, params, strict=True))
+
+
+def _matched_states(
+    optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], names: tuple[str, ...], optional: tuple[str, ...]
+) -> dict[Tensor, dict[str, Tensor]]:
+    """The states of a state dict by the optimizer's parameters.
+
+    Raises:
+        ValueError: groups or states do not fit an optimizer with states `names` and, for some parameters, `optional`.
+    """
+    by_id = _matched_params(optimizer, state_dict)
+    states = {key: state for key, state in state_dict["state"].items() if state}
+    if unknown := states.keys() - by_id.keys():
+        raise ValueError(f"the state dict has states for parameters that no group holds: {sorted(unknown)}")
+    for key, state in states.items():
+        if problem := check_state(by_id[key], state, names, optional):
+            raise ValueError(f"state of parameter {key} (shape {list(by_id[key].shape)}): {problem}")
+    return {by_id[key]: state for key, state in states.items()}
+
+
+def _merged_group(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved param group with the live parameters, and what schedulers and others have put into the live group.
+
+    A tensor lr keeps its identity: compiled steps hold it.
+    """
+    own = {key: group[key] for key in ("params", *_OWN)}
+    merged = {**group, **_DEFAULTS, **saved, **own}
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(saved["lr"])
+        merged["lr"] = group["lr"]
+    elif isinstance(saved["lr"], Tensor):
+        merged["lr"] = saved["lr"].clone()
+    return merged

@@ -1,0 +1,68 @@
+"""Lion (Chen et al. 2023, algorithm 2)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from bnbops.optim.base import Optimizer
+from bnbops.optim.options import CommonKeywords, decay_rates, non_negative, takes_common_keywords
+from bnbops.optim.precision import variant
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Lion(Optimizer):
+    """Lion: the sign of an average of gradients, with decoupled weight decay.
+
+    Every element moves by `lr`, so rates are 3 to 10 times smaller than Adam's, and decays as many times larger.
+
+    Args:
+        params: parameters or param groups; float32, bfloat16 or float16. Gradients may also be float32.
+        lr: learning rate, a float or a 0-dim tensor.
+        betas: decay rates of the average in the step, and of the average that is kept; also as a string.
+        weight_decay: parameters shrink by `lr * weight_decay` a step.
+        optim_bits, args, min_8bit_size, is_paged: see `Optimizer`.
+        keywords: percentile_clipping, block_wise, maximize and paged_directory; see `Optimizer`.
+
+    Raises:
+        ValueError: a value out of range, or one that is not supported.
+    """
+
+    _op = "lion_step_"
+    _state_names = ("exp_avg",)
+    _checks: ClassVar = {"betas": decay_rates(2), "weight_decay": non_negative}
+
+    @takes_common_keywords
+    def __init__(
+        self,
+        params,
+        lr=1e-4,
+        betas: tuple[float, float] | str = (0.9, 0.99),
+        weight_decay: float = 0,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        is_paged: bool = False,
+        **keywords: Unpack[CommonKeywords],
+    ) -> None:
+        super().__init__(
+            params,
+            {"lr": lr, "betas": betas, "weight_decay": weight_decay},
+            optim_bits=optim_bits,
+            args=args,
+            min_8bit_size=min_8bit_size,
+            is_paged=is_paged,
+            **keywords,
+        )
+
+    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
+        beta1, beta2 = group["betas"]
+        return {"beta1": beta1, "beta2": beta2, "weight_decay": group["weight_decay"]}
+
+
+Lion8bit = variant(Lion, bits=8, without=("optim_bits",))
+Lion32bit = variant(Lion, bits=32, without=("optim_bits",))
+PagedLion = variant(Lion, paged=True, without=("is_paged",))
+PagedLion8bit = variant(Lion, bits=8, paged=True, without=("optim_bits", "is_paged"))
+PagedLion32bit = variant(Lion, bits=32, paged=True, without=("optim_bits", "is_paged"))

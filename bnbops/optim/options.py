@@ -1,0 +1,171 @@
+"""Arguments of the optimizers: their ranges, those that bitsandbytes takes from `args`, and those common to all."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Callable, Mapping
+from functools import wraps
+from numbers import Real
+from typing import Any, TypedDict, TypeVar
+
+from torch import Tensor
+
+Init = TypeVar("Init", bound=Callable[..., None])
+Check = Callable[[str, Any], None]  # (name, value); raises ValueError
+
+
+def require(ok: bool, message: str) -> None:
+    """Raises ValueError with `message` unless `ok`."""
+    if not ok:
+        raise ValueError(message)
+
+
+def finite(name: str, value: Any) -> None:
+    require(isinstance(value, Real) and math.isfinite(value), f"{name} must be a finite number, got {value!r}")
+
+
+def non_negative(name: str, value: Any) -> None:
+    require(
+        isinstance(value, Real) and math.isfinite(value) and value >= 0,
+        f"{name} must be finite and not negative, got {value!r}",
+    )
+
+
+def decay_rate(name: str, value: Any) -> None:
+    require(isinstance(value, Real) and 0 <= value < 1, f"{name} must be in [0, 1), got {value!r}")
+
+
+def decay_rates(count: int) -> Check:
+    """For `betas`: a sequence of `count` numbers in [0, 1)."""
+
+    def check(name: str, value: Any) -> None:
+        ok = isinstance(value, tuple | list) and len(value) == count
+        require(ok, f"{name} must be {count} numbers, got {value!r}")
+        for i, beta in enumerate(value):
+            decay_rate(f"{name}[{i}]", beta)
+
+    return check
+
+
+def schedule_length(name: str, value: Any) -> None:
+    require(value is None or (isinstance(value, int) and value >= 0), f"{name} must be None or an int, got {value!r}")
+
+
+def learning_rate(name: str, value: Any) -> None:
+    require(not isinstance(value, Tensor) or value.numel() == 1, f"a tensor {name} must have one element")
+    non_negative(name, value.item() if isinstance(value, Tensor) else value)
+
+
+def bits(name: str, value: Any) -> None:
+    require(value in (8, 32), f"{name} must be 8 or 32, got {value!r}")
+
+
+def size(name: str, value: Any) -> None:
+    require(isinstance(value, int) and value >= 0, f"{name} must be an int and not negative, got {value!r}")
+
+
+def percentile(name: str, value: Any) -> None:
+    require(isinstance(value, int) and 0 <= value <= 100, f"{name} must be an int from 0 to 100 (off), got {value!r}")
+
+
+COMMON_CHECKS: dict[str, Check] = {
+    "optim_bits": bits,
+    "min_8bit_size": size,
+    "percentile_clipping": percentile,
+}
+
+
+def as_numbers(betas: Any) -> Any:
+    """`betas` as plain numbers, also from tensors or a command line's string like "(0.9, 0.999)".
+
+    Raises:
+        ValueError: a string of something else.
+    """
+    if isinstance(betas, tuple | list):
+        return tuple(beta.item() if isinstance(beta, Tensor) and beta.numel() == 1 else beta for beta in betas)
+    if not isinstance(betas, str):
+        return betas
+    try:
+        return tuple(float(beta) for beta in betas.strip().strip("()[]").split(","))
+    except ValueError:
+        raise ValueError(f"betas must be numbers, such as (0.9, 0.999), got {betas!r}") from None
+
+
+def check_unsupported(name: str, **flags: bool) -> None:
+    """Refuses arguments of bitsandbytes' signatures that are there only to say that they are off.
+
+    Raises:
+        ValueError: one of them is set.
+    """
+    for flag, value in flags.items():
+        require(not value, f"{name} does not support {flag}={value!r}")
+
+
+def common_defaults(
+    name: str, defaults: Mapping[str, Any], args: Any, block_wise: bool, **given: Any
+) -> dict[str, Any]:
+    """A family's defaults and those common to all, replaced by what `args` has (bitsandbytes' `args` argument).
+
+    Raises:
+        ValueError: something that is not supported, or `args` has none of the attributes.
+    """
+    values = {**given, "block_wise": block_wise, "skip_zeros": False, "max_unorm": defaults.get("max_unorm", 0.0)}
+    from_args = {key: getattr(args, key) for key in values if hasattr(args, key)}
+    require(
+        args is None or bool(from_args),
+        f"args must have at least one of the attributes {', '.join(values)}; {type(args).__name__} has none",
+    )
+    values |= from_args
+    require(values.pop("block_wise"), f"{name} quantizes in blocks only; block_wise=False is not supported")
+    check_unsupported(name, skip_zeros=values.pop("skip_zeros"))
+    if "max_unorm" not in defaults:
+        check_unsupported(name, max_unorm=values.pop("max_unorm"))
+    return {**defaults, **values}
+
+
+class CommonKeywords(TypedDict, total=False):
+    """Keyword-only arguments of every class, behind those of bitsandbytes' signature."""
+
+    percentile_clipping: int
+    block_wise: bool
+    maximize: bool
+    paged_directory: str | os.PathLike[str] | None
+
+
+class CommonAndPaged(CommonKeywords, total=False):
+    """Those of the classes whose bitsandbytes namesakes cannot be paged."""
+
+    is_paged: bool
+
+
+_DEFAULTS = {
+    "is_paged": False,
+    "percentile_clipping": 100,
+    "block_wise": True,
+    "maximize": False,
+    "paged_directory": None,
+}
+
+
+def takes_common_keywords(init: Init) -> Init:
+    """Makes `**keywords: Unpack[CommonKeywords]` just these: `help()` shows them, and others are refused."""
+    signature = inspect.signature(init)
+    *named, keywords = signature.parameters.values()
+    annotations = {name: ref.__forward_arg__ for name, ref in CommonAndPaged.__annotations__.items()}
+    spelled_out = [
+        keywords.replace(name=name, kind=keywords.KEYWORD_ONLY, default=default, annotation=annotations[name])
+        for name, default in _DEFAULTS.items()
+        if name not in signature.parameters
+    ]
+    signature = signature.replace(parameters=[*named, *spelled_out])
+
+    @wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs.keys() - signature.parameters.keys():
+            raise TypeError(f"{init.__qualname__}() got an unexpected keyword argument '{name}'")
+        init(self, *args, **kwargs)
+
+    checked.__signature__ = signature
+    return checked
