@@ -319,3 +319,21 @@ def test_scheduler_survives_a_checkpoint():
         other.step()
         assert fresh.param_groups[0]["lr"].item() == optimizer.param_groups[0]["lr"].item()
     assert_same(p, q)
+
+
+@pytest.mark.parametrize(
+    ("saved", "live", "keys"), [("LAMB8bit", "Adam8bit", "max_unorm"), ("LARS8bit", "SGD8bit", "max_unorm")]
+)
+def test_a_state_dict_of_another_optimizer_with_the_same_states_is_refused(saved: str, live: str, keys: str) -> None:
+    p = params(*MIXED)
+    options = {"lr": 0.1, **({"momentum": 0.9} if "LARS" in saved else {})}
+    source = getattr(optim, saved)(p, **options)
+    train(p, source, range(2))
+    target = getattr(optim, live)(p, **options)
+    train(p, target, range(2))
+    before = copy.deepcopy(flat_state(target)), copy.deepcopy(target.param_groups)
+    with pytest.raises(ValueError, match=rf"has \[.*'{keys}'.*\], which {live} has not; is it of another optimizer"):
+        target.load_state_dict(source.state_dict())
+    for key, tensor in flat_state(target).items():
+        assert torch.equal(tensor, before[0][key]), key
+    assert [group["lr"] for group in target.param_groups] == [group["lr"] for group in before[1]]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bnbops.optim import interchange
 from bnbops.optim.batch import Batch
-from bnbops.optim.manager import GlobalOptimManager
+from bnbops.optim.manager import KNOWN_OPTIONS, GlobalOptimManager
 from bnbops.optim.overrides import Overrides
 from bnbops.optim.paged import PagedMemory
 from bnbops.optim.state import Allocate, check_state, copied
@@ -116,6 +116,11 @@ def _matched_params(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
             )
         if keys := (optimizer.defaults.keys() & group.keys()) - {*_OWN, *_DEFAULTS} - saved.keys():
             raise ValueError(f"param group {i} of the state dict lacks {sorted(keys)}; is it of another optimizer?")
+        if keys := set(KNOWN_OPTIONS) & saved.keys() - group.keys():
+            raise ValueError(
+                f"param group {i} of the state dict has {sorted(keys)}, which {type(optimizer).__name__} has not; "
+                "is it of another optimizer?"
+            )
     ids = chain.from_iterable(saved["params"] for saved in saved_groups)
     params = chain.from_iterable(group["params"] for group in groups)
     return dict(zip(ids, params, strict=True))
