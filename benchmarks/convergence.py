@@ -53,13 +53,13 @@ SETTINGS = {
     "Adam": Setting("Adam", {"text": 2e-3, "digits": 2e-3}, {}),
     "AdamW": Setting("AdamW", {"text": 2e-3, "digits": 2e-3}, {"weight_decay": 0.1}),
     "AdEMAMix": Setting("AdEMAMix", {"text": 2e-3, "digits": 2e-3}, {}),
-    "Lion": Setting("Lion", {"text": 1e-3, "digits": 1e-3}, {"weight_decay": 0.1}),
+    "Lion": Setting("Lion", {"text": 7e-4, "digits": 1e-3}, {"weight_decay": 0.1}),
     "SGD": Setting("SGD", {"text": 0.1, "digits": 0.1}, {"momentum": 0.9}),
     "LARS": Setting("LARS", {"text": 0.3, "digits": 0.2}, {"momentum": 0.9}),
     "LAMB": Setting("LAMB", {"text": 2e-2, "digits": 2e-2}, {}),
     "RMSprop": Setting("RMSprop", {"text": 5e-4, "digits": 1e-3}, {}),
     "RMSprop, momentum": Setting("RMSprop", {"text": 1e-4, "digits": 1e-4}, {"momentum": 0.9}),
-    "Adagrad": Setting("Adagrad", {"text": 1e-2, "digits": 1e-2}, {}),
+    "Adagrad": Setting("Adagrad", {"text": 5e-3, "digits": 1e-2}, {}),
 }
 
 
@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each (%(default)s)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # faster for tensors this small
-    for task in (text_task(300), digits_task(200)):
+    for task in (text_task(200), digits_task(200)):
         report(task, args.optimizers, range(args.seeds))
 
 

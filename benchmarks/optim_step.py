@@ -241,8 +241,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     large = [(max(1, args.params // WIDTH), WIDTH)]
     small = [SMALL_SHAPES[i % len(SMALL_SHAPES)] for i in range(small_count)]
     chosen = ["AdamW", *families.FAMILIES] if "all" in args.optimizers else args.optimizers
-    bitsandbytes = import_peer("bitsandbytes") if "bitsandbytes" in args.peers else None
-    sections = [families.run(name, large[0], rounds, memory, bitsandbytes) for name in chosen if name != "AdamW"]
+    others = [name for name in chosen if name != "AdamW"]
+    bitsandbytes = import_peer("bitsandbytes") if others and "bitsandbytes" in args.peers else None
+    sections = [families.run(name, large[0], rounds, memory, bitsandbytes) for name in others]
     if "AdamW" in chosen:
         sections += adamw_sections(large, small, rounds, memory, args.peers)
     if args.json:

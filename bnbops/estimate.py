@@ -16,6 +16,7 @@ from bnbops import optim
 from bnbops.optim.manager import GlobalOptimManager
 from bnbops.optim.state import BLOCKSIZE, UNPAGED, absmax_name
 
+LARGEST = 10**18  # number of parameters: torch counts bytes in 64 bits
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the parameters that the operators step
 
 _MANAGER = GlobalOptimManager.get_instance()
@@ -131,14 +132,9 @@ def _of_module(module: nn.Module, dtype: torch.dtype | None) -> list[nn.Paramete
 
 
 def _of_count(count: float, dtype: torch.dtype | None) -> list[nn.Parameter]:
-    if (
-        isinstance(count, bool)
-        or not isinstance(count, (int, float))
-        or not math.isfinite(count)
-        or count < 1
-        or count % 1
-    ):
-        raise ValueError(f"expected a module or a positive whole number of parameters, got {count!r}")
+    number = isinstance(count, int | float) and not isinstance(count, bool)
+    if not number or not 1 <= count <= LARGEST or count % 1:
+        raise ValueError(f"expected a module or a whole number of parameters from 1 to {LARGEST:.0e}, got {count!r}")
     rows, rest = divmod(int(count), BLOCKSIZE)
     shapes = [(rows, BLOCKSIZE)] * (rows > 0) + [(rest,)] * (rest > 0)
     return [_parameter(shape, dtype or torch.float32, True) for shape in shapes]

@@ -19,7 +19,8 @@ BNBOPS_NAMESPACE_BEGIN
 
 struct StateSpec {
   const char* name;
-  bool is_signed;  // an 8-bit state takes the signed or the unsigned dynamic map
+  bool is_signed;           // an 8-bit state takes the signed or the unsigned dynamic map
+  bool is_divisor = false;  // a positive value never becomes 0, which the next step would divide by
 };
 
 struct OptionSpec {
@@ -67,7 +68,7 @@ struct NoTrust {
 struct Adam : NoTrust {
   static constexpr const char* kName = "adam";
   static constexpr int kStates = 2;
-  static constexpr StateSpec kStateSpecs[] = {{"exp_avg", true}, {"exp_avg_sq", false}};
+  static constexpr StateSpec kStateSpecs[] = {{"exp_avg", true}, {"exp_avg_sq", false, true}};
   static constexpr OptionSpec kOptions[] = {
       {"float", "beta1"}, {"float", "beta2"}, {"float", "eps"}, {"float", "weight_decay"}};
 
@@ -245,7 +246,7 @@ struct Lion : NoTrust {
 struct RmsProp : NoTrust {
   static constexpr const char* kName = "rmsprop";
   static constexpr int kStates = 1;
-  static constexpr StateSpec kStateSpecs[] = {{"square_avg", true}};  // the map that bitsandbytes takes
+  static constexpr StateSpec kStateSpecs[] = {{"square_avg", true, true}};  // the map that bitsandbytes takes
   static constexpr OptionSpec kOptions[] = {{"float", "alpha"}, {"float", "eps"}, {"float", "weight_decay"}};
 
   struct Hyper {
@@ -312,7 +313,7 @@ struct RmsPropMomentum : NoTrust {
 struct Adagrad : NoTrust {
   static constexpr const char* kName = "adagrad";
   static constexpr int kStates = 1;
-  static constexpr StateSpec kStateSpecs[] = {{"sum", true}};  // the map that bitsandbytes takes
+  static constexpr StateSpec kStateSpecs[] = {{"sum", true, true}};  // the map that bitsandbytes takes
   static constexpr OptionSpec kOptions[] = {{"float", "lr_decay"}, {"float", "eps"}, {"float", "weight_decay"}};
 
   struct Hyper {
@@ -346,7 +347,7 @@ struct Lamb {
   static constexpr bool kDirectionNorm = true;
   static constexpr bool kTrust = true;
   static constexpr int kStates = 2;
-  static constexpr StateSpec kStateSpecs[] = {{"exp_avg", true}, {"exp_avg_sq", false}};
+  static constexpr StateSpec kStateSpecs[] = {{"exp_avg", true}, {"exp_avg_sq", false, true}};
   static constexpr OptionSpec kOptions[] = {
       {"float", "beta1"},        {"float", "beta2"},          {"float", "eps"},
       {"float", "weight_decay"}, {"bool", "bias_correction"}, {"bool", "adam_w_mode"}};
@@ -406,7 +407,7 @@ struct Lamb {
 struct AdEmaMix : NoTrust {
   static constexpr const char* kName = "ademamix";
   static constexpr int kStates = 3;
-  static constexpr StateSpec kStateSpecs[] = {{"exp_avg", true}, {"exp_avg_slow", true}, {"exp_avg_sq", false}};
+  static constexpr StateSpec kStateSpecs[] = {{"exp_avg", true}, {"exp_avg_slow", true}, {"exp_avg_sq", false, true}};
   static constexpr OptionSpec kOptions[] = {{"float", "beta1"}, {"float", "beta2"}, {"float", "beta3"},
                                             {"float", "alpha"}, {"float", "eps"},   {"float", "weight_decay"},
                                             {"int", "t_alpha"}, {"int", "t_beta3"}};

@@ -227,10 +227,16 @@ BAD = {
     "unknown optimizer": (lambda: estimate(10, "adamfoo"), f"unknown optimizer 'adamfoo'; bnbops.optim has {KNOWN}"),
     "torch's optimizer": (lambda: estimate(10, torch.optim.AdamW), "unknown optimizer <class"),
     "the base class": (lambda: estimate(10, "Optimizer"), "unknown optimizer 'Optimizer'"),
-    "no parameters": (lambda: estimate(0, "adam"), "expected a module or a positive whole number of parameters, got 0"),
-    "half a parameter": (lambda: estimate(2.5, "adam"), "positive whole number of parameters, got 2.5"),
-    "infinite": (lambda: estimate(float("inf"), "adam"), "positive whole number of parameters, got inf"),
-    "text": (lambda: estimate("7B", "adam"), "expected a module or a positive whole number of parameters, got '7B'"),
+    "no parameters": (
+        lambda: estimate(0, "adam"),
+        "expected a module or a whole number of parameters from 1 to 1e+18, got 0",
+    ),
+    "half a parameter": (lambda: estimate(2.5, "adam"), "whole number of parameters from 1 to 1e+18, got 2.5"),
+    "infinite": (lambda: estimate(float("inf"), "adam"), "whole number of parameters from 1 to 1e+18, got inf"),
+    "text": (
+        lambda: estimate("7B", "adam"),
+        "expected a module or a whole number of parameters from 1 to 1e+18, got '7B'",
+    ),
     "empty module": (lambda: estimate(nn.ReLU(), "adam"), "ReLU has no parameters"),
     "shards": (lambda: estimate(10, "adam", shards=0), "shards must be a positive whole number, got 0"),
     "half a shard": (lambda: estimate(10, "adam", shards=1.5), "shards must be a positive whole number, got 1.5"),
@@ -295,8 +301,9 @@ def test_options_reach_the_optimizer(capsys):
 
 USAGE = {
     "--params 7B --optimizer adam": "expected a number of parameters such as 7e9, got '7B'",
-    "--params -3 --optimizer adam": "positive whole number of parameters, got -3",
-    "--params nan --optimizer adam": "positive whole number of parameters, got nan",
+    "--params -3 --optimizer adam": "whole number of parameters from 1 to 1e+18, got -3",
+    "--params 1e300 --optimizer adam": "whole number of parameters from 1 to 1e+18, got 1e+300",
+    "--params nan --optimizer adam": "whole number of parameters from 1 to 1e+18, got nan",
     "--params 7e9 --optimizer adamfoo": f"unknown optimizer 'adamfoo'; bnbops.optim has {KNOWN}",
     "--params 7e9 --optimizer adam --shards 0": "shards must be a positive whole number, got 0",
     "--params 7e9 --optimizer adam --dtype int4": "invalid choice: 'int4'",

@@ -123,6 +123,9 @@ def test_bad_input(name):
         if real[0] == "refusal" and any(words in real[1] for words in data):
             assert fake[0] == "result", wrong
             continue
+        if real[0] == "refusal" and "no tensor arguments" in real[1]:  # the dispatcher has no kernel to ask
+            assert fake[0] == "refusal", wrong
+            continue
         assert fake == real, wrong
         if real[0] == "refusal":
             refusals.add(real[1])

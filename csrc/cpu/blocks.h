@@ -82,14 +82,19 @@ BNBOPS_HD void encode_groups(const float* x, int64_t n, uint8_t* codes, const Gr
       });
 }
 
-template <class Lanes, bool kSigned>
+// With kKeepPositive, the smallest positive entry stands for whatever is positive and nearer to 0.
+template <class Lanes, bool kSigned, bool kKeepPositive = false>
 BNBOPS_HD void encode_dynamic(const float* x, int64_t n, float inverse_absmax, uint8_t* codes) {
   const DynamicTables<Lanes> tables(kSigned ? kEncodeSigned : kEncodeUnsigned);
   const auto inverse = Lanes::splat(inverse_absmax);
   encode_groups<Lanes>(x, n, codes, [&](const float* from, uint8_t* to) {
     typename Lanes::Int k[4];
     for (int i = 0; i < 4; ++i) {
-      k[i] = nearest_magnitude<Lanes, kSigned>(Lanes::load(from + i * Lanes::kWidth), inverse, tables);
+      const auto value = Lanes::load(from + i * Lanes::kWidth);
+      k[i] = nearest_magnitude<Lanes, kSigned>(value, inverse, tables);
+      if constexpr (kKeepPositive) {
+        k[i] = Lanes::max(k[i], Lanes::add_if_less(Lanes::splat_int(!kSigned), 1, Lanes::splat(0), value));
+      }
     }
     kSigned ? Lanes::store_signed(k, to) : Lanes::store_unsigned(k, to);
   });

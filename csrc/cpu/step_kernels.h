@@ -106,15 +106,21 @@ void step_float32(const StepJob& job, int64_t first, int64_t last) {
 
 // Encodes one block of a state and returns its scale; `largest` are the bits of its largest magnitude. Elements of x
 // that have no encoding as they are change.
-template <class Lanes, bool kSigned>
+template <class Lanes, bool kSigned, bool kDivisor>
 float encode_state(float* x, int64_t n, uint32_t largest, uint8_t* codes) {
   if (largest >= kInfinityBits) {
     make_encodable(x, n, kSigned, x);
     largest = largest_magnitude_bits<Lanes, kSigned>(x, n);
   }
   const float absmax = float_from_bits(largest);
-  encode_dynamic<Lanes, kSigned>(x, n, inverse_scale(absmax), codes);
+  encode_dynamic<Lanes, kSigned, kDivisor>(x, n, inverse_scale(absmax), codes);
   return absmax;
+}
+
+template <class Lanes>
+auto encoder_of(const StateSpec& spec) {
+  if (spec.is_divisor) return spec.is_signed ? encode_state<Lanes, true, true> : encode_state<Lanes, false, true>;
+  return spec.is_signed ? encode_state<Lanes, true, false> : encode_state<Lanes, false, false>;
 }
 
 // The maps of 8-bit states, by StateSpec::is_signed.
@@ -169,7 +175,7 @@ void step_quantized(const StepJob& job, int64_t first, int64_t last) {
     for_elements<Lanes, Rule, true, kGroup<Lanes>>(
         job, span, [&](const Elements<Rule>& at, int64_t i) { work.update_group(job, at, i, hyper); });
     for (int k = 0; k < Rule::kStates; ++k) {
-      const auto encode = Rule::kStateSpecs[k].is_signed ? encode_state<Lanes, true> : encode_state<Lanes, false>;
+      const auto encode = encoder_of<Lanes>(Rule::kStateSpecs[k]);
       const auto largest = static_cast<uint32_t>(Lanes::reduce_max(work.largest[k]));
       uint8_t* codes = static_cast<uint8_t*>(job.state[k]) + span.begin;
       job.absmax[k][block] = encode(work.state[k], span.n, largest, codes);

@@ -31,7 +31,7 @@ def test_8bit_states_reach_the_loss_of_32bit_states(name, task):
     """Within 2 %, on held-out data, where both have learnt and at least 90 % of the state is really in 8 bits."""
     c = convergence.compare(TASKS[task]()[0], SETTINGS[name], TASKS[task]()[1])
     for full, eight in c.runs:
-        assert full.after < 0.6 * full.before and eight.after < 0.6 * eight.before
+        assert full.after < 0.7 * full.before and eight.after < 0.7 * eight.before
         assert full.quantized == 0 and eight.quantized > 0.9
     assert abs(c.difference) <= 0.02, f"{c.mean(1):.4f} with 8-bit states, {c.mean(0):.4f} with 32-bit states"
 

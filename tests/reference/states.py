@@ -75,11 +75,21 @@ def assert_within(actual: Tensor, expected: Tensor, error: Tensor, what: str) ->
     assert not wrong.any(), f"{what}: off by {(off / error)[wrong].max():.3g} times what rounding explains"
 
 
-def assert_encoded(codes: Tensor, absmax: Tensor, x: Tensor, error: Tensor, code: Tensor, what: str) -> None:
-    """`codes` are the nearest to `x` over the absmax of its block, for an `x` known to within `error`."""
+def assert_encoded(
+    codes: Tensor, absmax: Tensor, x: Tensor, error: Tensor, code: Tensor, what: str, divisor: bool = False
+) -> None:
+    """`codes` are the nearest to `x` over the absmax of its block, for an `x` known to within `error`.
+
+    A `divisor` that is positive takes a positive entry: the next step divides by it.
+    """
     block_error = block_absmax(error, absmax)
     assert_within(absmax, block_absmax(x, absmax), block_error, f"{what}_absmax")
     normalised = state_normalised(x, absmax)
+    if divisor:
+        smallest = code[code > 0].min().double()
+        positive = x > error.clamp_min(2.0**-126)
+        either = ((x > 0) | (error > 0)) & (code[codes.long()] == smallest)  # within `error` of 0, or of an underflow
+        normalised = torch.where(positive | either, normalised.clamp_min(smallest), normalised)
     scale = of_each_element(absmax.double(), x)
     error = error + normalised.abs() * of_each_element(block_error, x)
     slack = 10 * 2**-23 * normalised.abs() + torch.where(scale > 0, error / scale, 0.0)  # see test_quantize.SLACK

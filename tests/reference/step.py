@@ -8,6 +8,8 @@ from reference.rounding import UNIT, Rounded, half_ulp, rounded, where
 from reference.rules import RULES
 from reference.states import assert_encoded, assert_within
 
+DIVISORS = ("exp_avg_sq", "square_avg", "sum")  # states whose root a step divides by
+
 
 def gradient(
     group: Group, i: int, *, maximize: bool = False, grad_scale: Tensor | None = None, clip: Tensor | None = None
@@ -47,6 +49,7 @@ def check_step(before: Group, after: Group, options: dict, **scaling: bool | Ten
         for (name, signed), x in zip(RULES[before.rule].states.items(), states, strict=True):
             actual, what = after.states[name][i], f"{name}[{i}]"
             if after.absmax[name]:
-                assert_encoded(actual, after.absmax[name][i], x.value, x.error, CODEBOOKS[signed], what)
+                codebook, divisor = CODEBOOKS[signed], name in DIVISORS
+                assert_encoded(actual, after.absmax[name][i], x.value, x.error, codebook, what, divisor)
             else:
                 assert_within(actual, x.value, x.error, what)
