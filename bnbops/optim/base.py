@@ -255,10 +255,16 @@ class Optimizer(CheckpointedOptimizer):
             calls[quantized].add(param, state)
         return list(calls.values())
 
+    def _param_lists(self) -> list[list[Tensor]]:
+        """All parameters, without a look at param_groups in a graph that holds options."""
+        if torch.compiler.is_compiling() and self._held is not None:
+            return [batch.params for batch in self._held]
+        return [group["params"] for group in self.param_groups]
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients. (torch's own cannot be traced.)"""
-        for batch in self._batches():
-            for param in batch.params:
+        for params in self._param_lists():
+            for param in params:
                 if set_to_none:
                     param.grad = None  # unread: a compiled step would depend on what it was
                 elif param.grad is not None:

@@ -3,12 +3,10 @@
 import torch
 from torch import Tensor
 
-from reference.group import CODEBOOKS, Group
+from reference.group import CODEBOOKS, NOT_NEGATIVE, Group
 from reference.rounding import UNIT, Rounded, half_ulp, rounded, where
 from reference.rules import RULES
 from reference.states import assert_encoded, assert_within
-
-DIVISORS = ("exp_avg_sq", "square_avg", "sum")  # states whose root a step divides by
 
 
 def gradient(
@@ -49,7 +47,7 @@ def check_step(before: Group, after: Group, options: dict, **scaling: bool | Ten
         for (name, signed), x in zip(RULES[before.rule].states.items(), states, strict=True):
             actual, what = after.states[name][i], f"{name}[{i}]"
             if after.absmax[name]:
-                codebook, divisor = CODEBOOKS[signed], name in DIVISORS
+                codebook, divisor = CODEBOOKS[signed], name in NOT_NEGATIVE  # a step divides by its root
                 assert_encoded(actual, after.absmax[name][i], x.value, x.error, codebook, what, divisor)
             else:
                 assert_within(actual, x.value, x.error, what)
