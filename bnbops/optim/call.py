@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bnbops.optim.norms import whole_squared_norms
-from bnbops.optim.state import absmax_name, is_sharded, local
+from bnbops.optim.state import NORMS_KEPT, absmax_name, is_sharded, local
 
 
 class Plan(NamedTuple):
@@ -86,8 +86,8 @@ class Call:
         """Has the operator check its arguments, and change nothing: as if a gradient scaler had found an overflow."""
         self.op(*self.lists, **{**self.scalars, "found_inf": torch.ones((), device=self.params[0].device)})
         for i, vec in enumerate(self.gnorm_vecs):
-            if vec.shape != (100,) or vec.dtype != torch.float32:
-                raise RuntimeError(f"gnorm_vec[{i}] must be float32 [100], got {vec.dtype} {list(vec.shape)}")
+            if vec.shape != (NORMS_KEPT,) or vec.dtype != torch.float32:
+                raise RuntimeError(f"gnorm_vec[{i}] must be float32 [{NORMS_KEPT}], got {vec.dtype} {list(vec.shape)}")
 
     def run(self) -> None:
         """Takes the step."""
