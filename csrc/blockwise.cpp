@@ -31,9 +31,7 @@ void check_dequantize_out(const Tensor& A, const Tensor& absmax, const Tensor& c
   check_dtype(named, dtype);
   check_same_device(named, A);
   BNBOPS_CHECK(same_shape(out, A), named, " has shape ", shape_of(out), ", but A has ", shape_of(A));
-  for (int64_t d = 0; d < out.dim(); ++d) {
-    BNBOPS_CHECK(out.size(d) < 2 || out.stride(d) != 0, named, " is expanded; its elements need memory of their own");
-  }
+  check_not_expanded(named);
   Overlaps overlaps;
   overlaps.reads({A, kOp, "A"});
   overlaps.reads({absmax, kOp, "absmax"});

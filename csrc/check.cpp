@@ -66,6 +66,14 @@ void check_contiguous(const Named& named) {
   BNBOPS_CHECK(named.tensor.is_contiguous(), named, " must be contiguous; call .contiguous() first");
 }
 
+void check_not_expanded(const Named& named) {
+  const Tensor& tensor = named.tensor;
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    BNBOPS_CHECK(tensor.size(d) < 2 || tensor.stride(d) != 0, named,
+                 " is expanded; its elements need memory of their own");
+  }
+}
+
 void check_one_element(const Named& named) {
   BNBOPS_CHECK(named.tensor.numel() == 1, named, " must have one element, got shape ", shape_of(named.tensor));
 }

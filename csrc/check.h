@@ -45,6 +45,7 @@ void check_dtype(const Named& named, ScalarType expected);
 void check_float(const Named& named);
 void check_same_device(const Named& named, const Tensor& other);
 void check_contiguous(const Named& named);
+void check_not_expanded(const Named& named);
 void check_one_element(const Named& named);
 void check_codebook(const Named& named, const Tensor& like);
 

@@ -7,6 +7,7 @@
 #include "cpu/kernels.h"
 #include "optimizer.h"
 #include "rules.h"
+#include "weight_4bit.h"
 
 namespace bnbops {
 namespace {
@@ -28,6 +29,26 @@ void define_rules(torch::stable::detail::StableLibrary& m) {
   });
 }
 
+// Operators on 4-bit weights: csrc/weight_4bit.h tells what the arguments mean.
+void define_4bit(torch::stable::detail::StableLibrary& m) {
+  const std::string type = "int[] shape, int blocksize, str quant_type, ";
+  const std::string typed_result = "int blocksize, str quant_type, int[] shape, ScalarType dtype, ";
+  const std::string nested = kNestedSchema;
+  const auto def = [&](const std::string& schema) { m.def(schema.c_str()); };
+  def("quantize_4bit(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) -> (Tensor, Tensor)");
+  def("dequantize_4bit(Tensor A, Tensor absmax, " + typed_result + nested + ") -> Tensor");
+  def("dequantize_4bit.out(Tensor A, Tensor absmax, " + typed_result + nested + ", Tensor(a!) out) -> ()");
+  def("embedding_4bit(Tensor indices, Tensor weight, Tensor absmax, int[] shape, int blocksize, str quant_type, "
+      "ScalarType dtype, " +
+      nested + ") -> Tensor");
+  def("linear_4bit(Tensor x, Tensor weight, Tensor absmax, Tensor? bias, " + type + nested + ") -> Tensor");
+  def("linear_4bit_input_grad(Tensor grad, Tensor weight, Tensor absmax, " + type + nested + ") -> Tensor");
+  def("grouped_linear_4bit(Tensor x, Tensor weight, Tensor absmax, Tensor? bias, Tensor offsets, " + type + nested +
+      ") -> Tensor");
+  def("grouped_linear_4bit_input_grad(Tensor grad, Tensor weight, Tensor absmax, Tensor offsets, " + type + nested +
+      ") -> Tensor");
+}
+
 }  // namespace
 }  // namespace bnbops
 
@@ -39,6 +60,7 @@ STABLE_TORCH_LIBRARY(bnbops, m) {
   m.def(
       "dequantize_blockwise.out(Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype, *, "
       "Tensor(a!) out) -> ()");
+  bnbops::define_4bit(m);
   m.def("squared_norms(Tensor[] tensors) -> Tensor");
   m.def(
       "percentile_clip_(Tensor(a!)[] gnorm_vec, Tensor squared_norms, Tensor[] steps, *, int percentile, "

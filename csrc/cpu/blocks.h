@@ -68,17 +68,17 @@ inline void make_encodable(const float* from, int64_t n, bool is_signed, float* 
   }
 }
 
-// Codes of n elements: `group(x, codes)` encodes kGroup of them.
-template <class Lanes, class Group>
+// Codes of n elements: `group(x, codes)` encodes kGroup of them. Elements beyond the last one count as 0.
+template <class Lanes, int kPerByte = 1, class Group>
 BNBOPS_HD void encode_groups(const float* x, int64_t n, uint8_t* codes, const Group& group) {
   for_chunks<kGroup<Lanes>>(
-      n, [&](int64_t i) { group(x + i, codes + i); },
+      n, [&](int64_t i) { group(x + i, codes + i / kPerByte); },
       [&](int64_t i, int64_t rest) {
         float padded[kGroup<Lanes>] = {};
-        uint8_t padded_codes[kGroup<Lanes>];
+        uint8_t padded_codes[kGroup<Lanes> / kPerByte];
         Lanes::copy(padded, x + i, rest * sizeof(float));
         group(padded, padded_codes);
-        Lanes::copy(codes + i, padded_codes, rest);
+        Lanes::copy(codes + i / kPerByte, padded_codes, (rest + kPerByte - 1) / kPerByte);
       });
 }
 
@@ -114,10 +114,10 @@ BNBOPS_HD void encode_entries(const float* x, int64_t n, float inverse_absmax, u
   });
 }
 
-// Writes the values of n codes as `dtype`.
-template <class Lanes>
-BNBOPS_HD void decode(const typename Lanes::Codebook& codebook, const uint8_t* codes, int64_t n, float absmax,
-                      void* out, DType dtype) {
+// Writes the values of n codes, the first one at the beginning of a byte, as `dtype`.
+template <class Lanes, class Codebook>
+BNBOPS_HD void decode(const Codebook& codebook, const uint8_t* codes, int64_t n, float absmax, void* out, DType dtype) {
+  constexpr int kPerByte = Codebook::kPerByte;
   auto* bytes = static_cast<uint8_t*>(out);
   const auto group = [&](const uint8_t* from, uint8_t* to) {
     typename Lanes::Float values[4];
@@ -125,11 +125,11 @@ BNBOPS_HD void decode(const typename Lanes::Codebook& codebook, const uint8_t* c
     for (int v = 0; v < 4; ++v) store_as<Lanes>(to, dtype, v * Lanes::kWidth, values[v]);
   };
   for_chunks<kGroup<Lanes>>(
-      n, [&](int64_t i) { group(codes + i, bytes + i * size_of(dtype)); },
+      n, [&](int64_t i) { group(codes + i / kPerByte, bytes + i * size_of(dtype)); },
       [&](int64_t i, int64_t rest) {
-        uint8_t padded[kGroup<Lanes>] = {};
+        uint8_t padded[kGroup<Lanes> / kPerByte] = {};
         uint8_t values[kGroup<Lanes> * sizeof(float)];
-        Lanes::copy(padded, codes + i, rest);
+        Lanes::copy(padded, codes + i / kPerByte, (rest + kPerByte - 1) / kPerByte);
         group(padded, values);
         Lanes::copy(bytes + i * size_of(dtype), values, rest * size_of(dtype));
       });

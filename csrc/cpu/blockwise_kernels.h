@@ -76,7 +76,7 @@ struct BlockReader {
   }
 };
 
-// Quantizes blocks [first, last): `encode(x, n, inverse_absmax, codes)` is the codec.
+// Quantizes blocks [first, last): `encode(x, n, inverse_absmax, i)` is the codec, x the elements from the i-th on.
 template <class Lanes, class Encode>
 void quantize_blocks(const QuantizeJob& job, int64_t first, int64_t last, bool is_signed, const Encode& encode) {
   for (int64_t block = first; block < last; ++block) {
@@ -85,7 +85,7 @@ void quantize_blocks(const QuantizeJob& job, int64_t first, int64_t last, bool i
     job.absmax[block] = reader.absmax();
     const float inverse = inverse_scale(job.absmax[block]);
     reader.careful |= !is_signed;
-    reader.each_piece([&](const float* x, int64_t n, int64_t i) { encode(x, n, inverse, job.codes + i); });
+    reader.each_piece([&](const float* x, int64_t n, int64_t i) { encode(x, n, inverse, i); });
   }
 }
 
@@ -96,8 +96,8 @@ void quantize_any(const QuantizeJob& job, int64_t first, int64_t last) {
   BucketEncoder encoder;
   encoder.nearest = make_nearest_encoder(job.codebook);
   const auto run = [&](const auto& entry) {
-    quantize_blocks<Lanes>(job, first, last, true, [&](const float* x, int64_t n, float inverse, uint8_t* codes) {
-      encode_entries<Lanes>(x, n, inverse, codes, entry);
+    quantize_blocks<Lanes>(job, first, last, true, [&](const float* x, int64_t n, float inverse, int64_t i) {
+      encode_entries<Lanes>(x, n, inverse, job.codes + i, entry);
     });
   };
   if ((last - first) * std::min(job.blocksize, job.numel) >= kWorthBuckets && make_buckets(encoder)) {
@@ -107,12 +107,19 @@ void quantize_any(const QuantizeJob& job, int64_t first, int64_t last) {
   }
 }
 
+template <class Lanes, bool kSigned>
+void quantize_dynamic(const QuantizeJob& job, int64_t first, int64_t last) {
+  quantize_blocks<Lanes>(job, first, last, kSigned, [&](const float* x, int64_t n, float inverse, int64_t i) {
+    encode_dynamic<Lanes, kSigned>(x, n, inverse, job.codes + i);
+  });
+}
+
 template <class Lanes>
 void quantize(const QuantizeJob& job, int64_t first, int64_t last) {
   if (same_codebook(job.codebook, kDynamicSigned)) {
-    quantize_blocks<Lanes>(job, first, last, true, encode_dynamic<Lanes, true>);
+    quantize_dynamic<Lanes, true>(job, first, last);
   } else if (same_codebook(job.codebook, kDynamicUnsigned)) {
-    quantize_blocks<Lanes>(job, first, last, false, encode_dynamic<Lanes, false>);
+    quantize_dynamic<Lanes, false>(job, first, last);
   } else {
     quantize_any<Lanes>(job, first, last);
   }

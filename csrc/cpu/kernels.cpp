@@ -6,6 +6,7 @@
 #include "cpu/blockwise_kernels.h"
 #include "cpu/norm_kernels.h"
 #include "cpu/step_kernels.h"
+#include "cpu/weight_4bit_kernels.h"
 
 namespace bnbops {
 inline namespace BNBOPS_ISA {
@@ -14,7 +15,14 @@ namespace {
 template <class Lanes>
 constexpr cpu::Kernels make_kernels() {
   static_assert(AllRules::kSize <= cpu::kMaxRules);
-  cpu::Kernels kernels{quantize<Lanes>, dequantize<Lanes>, squares<Lanes>, {}, {}};
+  cpu::Kernels kernels{quantize<Lanes>,
+                       dequantize<Lanes>,
+                       quantize_4bit<Lanes>,
+                       dequantize_4bit<Lanes>,
+                       linear_4bit<Lanes>,
+                       squares<Lanes>,
+                       {},
+                       {}};
   for_each_rule(AllRules{}, [&](auto rule, int index) {
     using Rule = decltype(rule);
     static_assert(Rule::kStates <= cpu::kMaxStates);

@@ -9,7 +9,8 @@ enum class DType : uint8_t { kFloat32, kBFloat16, kFloat16 };
 
 constexpr int kMaxStates = 3;
 constexpr int kMaxRules = 16;
-constexpr int64_t kChunk = 4096;  // elements of a piece of work that has no blocks
+constexpr int64_t kChunk = 4096;    // elements of a piece of work that has no blocks
+constexpr int64_t kXPadding = 256;  // in_features are padded to a multiple of this
 
 struct QuantizeJob {
   const void* values;
@@ -27,6 +28,29 @@ struct DequantizeJob {
   void* values;
   DType dtype;
   int64_t numel, blocksize;
+};
+
+// A 4-bit weight: two codes a byte, numbered in logical order. Scales are fp32, or codes of doubly quantized ones.
+struct Weight4bit {
+  const uint8_t* codes;
+  const float* codebook;         // 16 entries
+  const float* absmax;           // null if the scales are nested:
+  const uint8_t* nested_codes;   // scale b is nested_codebook[nested_codes[b]] * nested_absmax[b / nested_blocksize]
+  const float* nested_codebook;  //   + nested_offset
+  const float* nested_absmax;
+  float nested_offset;
+  int64_t blocksize, nested_blocksize;
+};
+
+// out = x @ W.T + bias for the matrix W [out_features, in_features] that begins at element `first` of the weight.
+struct Linear4bitJob {
+  Weight4bit weight;
+  int64_t first, in_features, out_features, rows;
+  const float* x;  // fp32 [rows, x_stride], zeros after in_features
+  int64_t x_stride;
+  const void* bias;  // of out's dtype, or null
+  void* out;         // [rows, out_features]
+  DType dtype;
 };
 
 // One parameter of an optimizer step: `rows` rows of `inner` elements, each row cut into blocks of 256 and a rest.
@@ -47,6 +71,10 @@ using SquaresKernel = void (*)(const StepJob&, int64_t first, int64_t last, doub
 struct Kernels {
   void (*quantize)(const QuantizeJob&, int64_t first, int64_t last);
   void (*dequantize)(const DequantizeJob&, int64_t first, int64_t last);
+  // 4-bit weights. `quantize` works on blocks; QuantizeJob's codebook is kNF4 or kFP4.
+  void (*quantize_4bit)(const QuantizeJob&, int64_t first, int64_t last);
+  void (*dequantize_4bit)(const Weight4bit&, int64_t first, int64_t numel, void* out, DType dtype);
+  void (*linear_4bit)(const Linear4bitJob&, int64_t first_feature, int64_t last_feature);
   // Sums of squares, one for each chunk; every sum has the same bits everywhere.
   void (*squares)(const void* values, DType dtype, int64_t numel, int64_t first, int64_t last, double* sums);
   // By position in AllRules:

@@ -59,6 +59,9 @@ struct Avx2Lanes {
   BNBOPS_HD static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   BNBOPS_HD static Float abs(Float x) { return _mm256_andnot_ps(splat(-0.0F), x); }
   BNBOPS_HD static Float min(Float a, Float b) { return _mm256_min_ps(a, b); }
+  BNBOPS_HD static Float select_if_less(Float a, Float b, Float x, Float y) {
+    return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+  }
   BNBOPS_HD static Int add(Int i, int x) { return _mm256_add_epi32(i, splat_int(x)); }
   BNBOPS_HD static Int max(Int a, Int b) { return _mm256_max_epi32(a, b); }
   BNBOPS_HD static Int as_int(Float x) { return _mm256_castps_si256(x); }
@@ -102,10 +105,18 @@ struct Avx2Lanes {
     const Int bytes = _mm256_packus_epi16(_mm256_packs_epi32(k[0], k[1]), _mm256_packs_epi32(k[2], k[3]));
     _mm256_storeu_si256(reinterpret_cast<Int*>(codes), in_order(bytes));
   }
+  BNBOPS_HD static void store_nibbles(const Int (&k)[4], uint8_t* bytes) {
+    const Int codes = _mm256_packus_epi16(_mm256_packs_epi32(k[0], k[1]), _mm256_packs_epi32(k[2], k[3]));
+    const Int pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x0110));  // 16 * first + second
+    const Int halves = _mm256_packus_epi16(pairs, pairs);
+    const __m128i first = _mm256_castsi256_si128(halves), second = _mm256_extracti128_si256(halves, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), _mm_unpacklo_epi16(first, second));
+  }
 
   BNBOPS_HD static void copy(void* to, const void* from, int64_t bytes) { memcpy(to, from, bytes); }
 
   struct Codebook {
+    static constexpr int kPerByte = 1;
     const float* values;
     explicit Codebook(const float* table) : values(table) {}
     BNBOPS_HD void decode(const uint8_t* codes, float scale, Float (&out)[4]) const {
@@ -116,12 +127,36 @@ struct Avx2Lanes {
     }
   };
 
+  // A lookup in 8 entries takes the low 3 bits of an index; the fourth chooses between two.
+  struct Codebook4bit {
+    static constexpr int kPerByte = 2;
+    Float low, high;
+    explicit Codebook4bit(const float* table) : low(load(table)), high(load(table + 8)) {}
+    BNBOPS_HD void decode(const uint8_t* source, float scale, Float (&out)[4]) const {
+      const Int shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
+      for (int v = 0; v < 4; ++v) {
+        int32_t codes;
+        memcpy(&codes, source + 4 * v, sizeof(codes));
+        const Int index = _mm256_srlv_epi32(splat_int(codes), shifts);
+        const Float fourth_bit = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+        const Float value =
+            _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), fourth_bit);
+        out[v] = mul(value, splat(scale));
+      }
+    }
+  };
+
   BNBOPS_HD static Float load(const float* x) { return _mm256_loadu_ps(x); }
   BNBOPS_HD static void store(float* out, Float x) { _mm256_storeu_ps(out, x); }
   BNBOPS_HD static int32_t reduce_max(Int x) {
     __m128i m = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
     m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4E));
     return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xB1)));
+  }
+  BNBOPS_HD static float reduce_add(Float x) {
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
   }
 
   BNBOPS_HD static Float load_bfloat16(const uint16_t* x) {

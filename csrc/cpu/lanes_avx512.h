@@ -60,6 +60,9 @@ struct Avx512Lanes {
   BNBOPS_HD static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   BNBOPS_HD static Float abs(Float x) { return _mm512_abs_ps(x); }
   BNBOPS_HD static Float min(Float a, Float b) { return _mm512_min_ps(a, b); }
+  BNBOPS_HD static Float select_if_less(Float a, Float b, Float x, Float y) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
+  }
   BNBOPS_HD static Int add(Int i, int x) { return _mm512_add_epi32(i, splat_int(x)); }
   BNBOPS_HD static Int max(Int a, Int b) { return _mm512_max_epi32(a, b); }
   BNBOPS_HD static Int as_int(Float x) { return _mm512_castps_si512(x); }
@@ -106,6 +109,13 @@ struct Avx512Lanes {
     const Int bytes = _mm512_packus_epi16(_mm512_packs_epi32(k[0], k[1]), _mm512_packs_epi32(k[2], k[3]));
     _mm512_storeu_si512(codes, transposed(bytes));
   }
+  BNBOPS_HD static void store_nibbles(const Int (&k)[4], uint8_t* bytes) {
+    const Int codes = _mm512_packus_epi16(_mm512_packs_epi32(k[0], k[1]), _mm512_packs_epi32(k[2], k[3]));
+    const Int pairs = _mm512_maddubs_epi16(codes, _mm512_set1_epi16(0x0110));  // 16 * first + second
+    const __m256i order = _mm256_setr_epi16(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);  // transposed()
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes),
+                        _mm256_permutexvar_epi16(order, _mm512_cvtepi16_epi8(pairs)));
+  }
 
   BNBOPS_HD static void copy(void* to, const void* from, int64_t bytes) {
     auto* target = static_cast<uint8_t*>(to);
@@ -119,6 +129,7 @@ struct Avx512Lanes {
   // The codebook as four planes of bytes: a lookup of 64 bytes in 256 is two vpermi2b and a blend, cheaper than
   // gathering floats, and exact for every codebook.
   struct Codebook {
+    static constexpr int kPerByte = 1;
     Int plane[4][4];
     explicit Codebook(const float* table) {
       alignas(64) uint8_t bytes[4][256];
@@ -150,9 +161,29 @@ struct Avx512Lanes {
     }
   };
 
+  // vpermps takes the low 4 bits of an index: it is enough to shift each code to the bottom of its dword.
+  struct Codebook4bit {
+    static constexpr int kPerByte = 2;
+    Float values;
+    Int shifts;  // by byte; the lowest one of dword i gets the bits from 4 * (i ^ 1) on
+    explicit Codebook4bit(const float* table)
+        : values(_mm512_loadu_ps(table)),
+          shifts(_mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 36, 32, 44, 40, 52, 48, 60, 56)) {}
+    BNBOPS_HD Float lookup(const uint8_t* source) const {  // 8 bytes
+      int64_t codes;
+      memcpy(&codes, source, sizeof(codes));
+      return _mm512_permutexvar_ps(_mm512_multishift_epi64_epi8(shifts, _mm512_set1_epi64(codes)), values);
+    }
+    BNBOPS_HD void decode(const uint8_t* source, float scale, Float (&out)[4]) const {
+      const Float factor = splat(scale);
+      for (int v = 0; v < 4; ++v) out[v] = mul(lookup(source + 8 * v), factor);
+    }
+  };
+
   BNBOPS_HD static Float load(const float* x) { return _mm512_loadu_ps(x); }
   BNBOPS_HD static void store(float* out, Float x) { _mm512_storeu_ps(out, x); }
   BNBOPS_HD static int32_t reduce_max(Int x) { return _mm512_reduce_max_epi32(x); }
+  BNBOPS_HD static float reduce_add(Float x) { return _mm512_reduce_add_ps(x); }
 
   BNBOPS_HD static Float load_bfloat16(const uint16_t* x) {
     return _mm512_castsi512_ps(

@@ -28,6 +28,7 @@ struct ScalarLanes {
   BNBOPS_HD static Float fma(Float a, Float b, Float c) { return fused_multiply_add(a, b, c); }
   BNBOPS_HD static Float abs(Float x) { return float_from_bits(bits_of(x) & 0x7FFFFFFFU); }
   BNBOPS_HD static Float min(Float a, Float b) { return a < b ? a : b; }
+  BNBOPS_HD static Float select_if_less(Float a, Float b, Float x, Float y) { return a < b ? x : y; }
   BNBOPS_HD static Int add(Int i, int x) { return i + x; }
   BNBOPS_HD static Int max(Int a, Int b) { return a > b ? a : b; }
   BNBOPS_HD static Int as_int(Float x) { return static_cast<Int>(bits_of(x)); }
@@ -54,6 +55,10 @@ struct ScalarLanes {
   BNBOPS_HD static void store_codes(const Int (&k)[4], uint8_t* codes) {
     for (int i = 0; i < 4; ++i) codes[i] = static_cast<uint8_t>(k[i]);
   }
+  // Four vectors of 4-bit codes, two to a byte, the first one in the upper half.
+  BNBOPS_HD static void store_nibbles(const Int (&k)[4], uint8_t* bytes) {
+    for (int i = 0; i < 2; ++i) bytes[i] = static_cast<uint8_t>(k[2 * i] << 4 | k[2 * i + 1]);
+  }
 
 #if !defined(__CUDACC__)
   // Copies a tail, of at most a group's elements.
@@ -61,6 +66,7 @@ struct ScalarLanes {
 
   // A codebook prepared for decoding 4 * kWidth codes at a time.
   struct Codebook {
+    static constexpr int kPerByte = 1;
     const float* values;
     explicit Codebook(const float* table) : values(table) {}
     BNBOPS_HD void decode(const uint8_t* codes, float scale, Float (&out)[4]) const {
@@ -68,9 +74,20 @@ struct ScalarLanes {
     }
   };
 
+  // Likewise for 16 entries and two codes a byte.
+  struct Codebook4bit {
+    static constexpr int kPerByte = 2;
+    const float* values;
+    explicit Codebook4bit(const float* table) : values(table) {}
+    BNBOPS_HD void decode(const uint8_t* codes, float scale, Float (&out)[4]) const {
+      for (int i = 0; i < 4; ++i) out[i] = values[codes[i / 2] >> (i % 2 ? 0 : 4) & 15] * scale;
+    }
+  };
+
   BNBOPS_HD static Float load(const float* x) { return *x; }
   BNBOPS_HD static void store(float* out, Float x) { *out = x; }
   BNBOPS_HD static int32_t reduce_max(Int x) { return x; }
+  BNBOPS_HD static float reduce_add(Float x) { return x; }
 
   BNBOPS_HD static Float load_bfloat16(const uint16_t* x) { return float_from_bits(static_cast<uint32_t>(*x) << 16); }
   BNBOPS_HD static void store_bfloat16(uint16_t* out, Float x) {

@@ -1,0 +1,202 @@
+// CPU binding of products with 4-bit weights. Few rows go through a kernel that decodes the weight as it multiplies;
+// many are worth decoding it once, for torch's own matrix product.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <array>
+
+#include "cpu/memory.h"
+#include "cpu/weight_4bit_binding.h"
+
+namespace bnbops::cpu {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kGrain = 65536;   // weights worth a thread
+constexpr int64_t kFusedRows = 32;  // at most so many rows of activations are worth decoding the weight again
+
+// One matrix [out_features, in_features] of a weight: all of it, or an expert's.
+struct Matrix4bit {
+  Weight4bit weight;
+  int64_t first, out_features, in_features;
+};
+
+Tensor dense(const Matrix4bit& matrix, const Tensor& like) {
+  Tensor out = torch::stable::new_empty(like, {matrix.out_features, matrix.in_features}, like.scalar_type());
+  prefer_huge_pages(out);
+  dequantize_range(matrix.weight, matrix.first, out.numel(), out.mutable_data_ptr(), dtype_of(out));
+  return out;
+}
+
+Tensor dense_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// x as contiguous fp32 rows with zeros up to a multiple of kXPadding.
+Tensor padded_rows(const Tensor& x) {
+  const int64_t rows = x.size(0), features = x.size(1), stride = divide_up(features, kXPadding) * kXPadding;
+  if (x.scalar_type() == ScalarType::Float && stride == features) return in_logical_order(x);
+  Tensor padded = torch::stable::new_zeros(x, {rows, stride}, ScalarType::Float);
+  Tensor inner = torch::stable::narrow(padded, 1, 0, features);
+  torch::stable::copy_(inner, x);
+  return padded;
+}
+
+void fused_linear(const Tensor& x, const Matrix4bit& matrix, const void* bias, Tensor& out) {
+  const Tensor rows = padded_rows(x);
+  const Linear4bitJob job{
+      matrix.weight, matrix.first, matrix.in_features,     matrix.out_features, x.size(0), data_of<float>(rows),
+      rows.size(1),  bias,         out.mutable_data_ptr(), dtype_of(out)};
+  const Kernels& kernels = *isa().kernels;
+  const int64_t grain = divide_up(kGrain, std::max<int64_t>(matrix.in_features, 1));
+  torch::stable::parallel_for(0, matrix.out_features, grain,
+                              [&](int64_t first, int64_t last) { kernels.linear_4bit(job, first, last); });
+}
+
+// x [rows, in_features] to out [rows, out_features], contiguous.
+void linear_into(const Tensor& x, const Matrix4bit& matrix, const OptionalTensor& bias, Tensor& out) {
+  if (x.size(0) == 0) return;
+  if (x.size(0) > kFusedRows) {
+    torch::stable::copy_(out, dense_linear(x, dense(matrix, x), bias));
+    return;
+  }
+  if (!bias) return fused_linear(x, matrix, nullptr, out);
+  const Tensor in_order = in_logical_order(*bias);
+  fused_linear(x, matrix, in_order.const_data_ptr(), out);
+}
+
+Tensor as_matrix(const Tensor& x) {
+  const int64_t features = x.size(x.dim() - 1);
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
+  return torch::stable::reshape(x, {rows, features});
+}
+
+std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = last;
+  return sizes;
+}
+
+Tensor linear_4bit(const Tensor& x, const Tensor& weight, const Tensor& absmax, OptionalTensor bias,
+                   std::vector<int64_t> shape, int64_t blocksize, std::string quant_type, OptionalTensor nested_absmax,
+                   OptionalTensor nested_code, OptionalTensor nested_offset, int64_t nested_blocksize) {
+  const Weight4bitArguments arguments{"linear_4bit", "weight",      weight,          absmax,
+                                      shape,         blocksize,     quant_type,      nested_absmax,
+                                      nested_code,   nested_offset, nested_blocksize};
+  check_linear_4bit(x, arguments, bias);
+  const Matrix4bit matrix{kernel_view(arguments), 0, shape[0], shape[1]};
+  const Tensor rows = as_matrix(x);
+  Tensor out = torch::stable::new_empty(x, {rows.size(0), shape[0]});
+  linear_into(rows, matrix, bias, out);
+  return torch::stable::view(out, with_last(x, shape[0]));
+}
+
+Tensor linear_4bit_input_grad(const Tensor& grad, const Tensor& weight, const Tensor& absmax,
+                              std::vector<int64_t> shape, int64_t blocksize, std::string quant_type,
+                              OptionalTensor nested_absmax, OptionalTensor nested_code, OptionalTensor nested_offset,
+                              int64_t nested_blocksize) {
+  const Weight4bitArguments arguments{"linear_4bit_input_grad",
+                                      "weight",
+                                      weight,
+                                      absmax,
+                                      shape,
+                                      blocksize,
+                                      quant_type,
+                                      nested_absmax,
+                                      nested_code,
+                                      nested_offset,
+                                      nested_blocksize};
+  check_linear_4bit_input_grad(grad, arguments);
+  const Matrix4bit matrix{kernel_view(arguments), 0, shape[0], shape[1]};
+  return torch::stable::matmul(grad, dense(matrix, grad));
+}
+
+// Where each expert's rows end, after a check that they are in order and exist.
+std::vector<int64_t> ends_of(const char* op, const Tensor& offsets, int64_t rows) {
+  std::vector<int64_t> ends;
+  int64_t previous = 0;
+  for (int64_t expert = 0; expert < offsets.numel(); ++expert) {
+    const int64_t end = data_of<int32_t>(offsets)[expert];
+    BNBOPS_CHECK(end >= previous && end <= rows, "bnbops::", op, ": offsets must not decrease and not exceed the ",
+                 rows, " rows, but offsets[", expert, "] = ", end, " after ", previous);
+    ends.push_back(end);
+    previous = end;
+  }
+  return ends;
+}
+
+// Calls product(rows of x, the expert's matrix, expert, rows of out) for each expert that has rows.
+template <class Product>
+Tensor grouped(const Tensor& x, const Weight4bitArguments& arguments, const Tensor& offsets, int64_t features,
+               const Product& product) {
+  const std::vector<int64_t> ends = ends_of(arguments.op, offsets, x.size(0));
+  Tensor out = torch::stable::new_empty(x, {x.size(0), features});
+  int64_t begin = 0;
+  const auto rows_of = [](const Tensor& tensor, int64_t first, int64_t last) {
+    Tensor copy = tensor;
+    return torch::stable::narrow(copy, 0, first, last - first);
+  };
+  for (size_t expert = 0; expert < ends.size(); ++expert) {
+    const int64_t out_features = arguments.shape[1], in_features = arguments.shape[2];
+    const Matrix4bit matrix{kernel_view(arguments), static_cast<int64_t>(expert) * out_features * in_features,
+                            out_features, in_features};
+    Tensor part = rows_of(out, begin, ends[expert]);
+    if (ends[expert] > begin) product(rows_of(x, begin, ends[expert]), matrix, static_cast<int64_t>(expert), part);
+    begin = ends[expert];
+  }
+  Tensor rest = rows_of(out, begin, x.size(0));
+  torch::stable::zero_(rest);
+  return out;
+}
+
+Tensor grouped_linear_4bit(const Tensor& x, const Tensor& weight, const Tensor& absmax, OptionalTensor bias,
+                           const Tensor& offsets, std::vector<int64_t> shape, int64_t blocksize, std::string quant_type,
+                           OptionalTensor nested_absmax, OptionalTensor nested_code, OptionalTensor nested_offset,
+                           int64_t nested_blocksize) {
+  const Weight4bitArguments arguments{
+      "grouped_linear_4bit", "weight",    weight,        absmax,          shape, blocksize, quant_type,
+      nested_absmax,         nested_code, nested_offset, nested_blocksize};
+  check_grouped_linear_4bit(x, arguments, bias, offsets);
+  return grouped(x, arguments, offsets, shape[1],
+                 [&](const Tensor& rows, const Matrix4bit& matrix, int64_t expert, Tensor& out) {
+                   const OptionalTensor own = bias ? OptionalTensor(torch::stable::select(*bias, 0, expert)) : bias;
+                   linear_into(rows, matrix, own, out);
+                 });
+}
+
+Tensor grouped_linear_4bit_input_grad(const Tensor& grad, const Tensor& weight, const Tensor& absmax,
+                                      const Tensor& offsets, std::vector<int64_t> shape, int64_t blocksize,
+                                      std::string quant_type, OptionalTensor nested_absmax, OptionalTensor nested_code,
+                                      OptionalTensor nested_offset, int64_t nested_blocksize) {
+  const Weight4bitArguments arguments{"grouped_linear_4bit_input_grad",
+                                      "weight",
+                                      weight,
+                                      absmax,
+                                      shape,
+                                      blocksize,
+                                      quant_type,
+                                      nested_absmax,
+                                      nested_code,
+                                      nested_offset,
+                                      nested_blocksize};
+  check_grouped_linear_4bit_input_grad(grad, arguments, offsets);
+  return grouped(grad, arguments, offsets, shape[2],
+                 [&](const Tensor& rows, const Matrix4bit& matrix, int64_t, Tensor& out) {
+                   torch::stable::copy_(out, torch::stable::matmul(rows, dense(matrix, grad)));
+                 });
+}
+
+}  // namespace
+}  // namespace bnbops::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(bnbops, CPU, m) {
+  m.impl("linear_4bit", TORCH_BOX(&bnbops::cpu::linear_4bit));
+  m.impl("linear_4bit_input_grad", TORCH_BOX(&bnbops::cpu::linear_4bit_input_grad));
+  m.impl("grouped_linear_4bit", TORCH_BOX(&bnbops::cpu::grouped_linear_4bit));
+  m.impl("grouped_linear_4bit_input_grad", TORCH_BOX(&bnbops::cpu::grouped_linear_4bit_input_grad));
+}
