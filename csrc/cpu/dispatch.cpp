@@ -4,7 +4,16 @@
 #include <stdexcept>
 #include <string>
 
+#ifdef BNBOPS_X86
+#include <cpuid.h>
+#endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "cpu/kernels.h"
+#include "cpu/tile_kernels.h"
 
 namespace bnbops::cpu {
 namespace {
@@ -14,20 +23,38 @@ struct Candidate {
   bool supported;
 };
 
+#ifdef BNBOPS_X86
+// Whether the processor has tiles of bfloat16, and the system lets this process use them: it saves their large state
+// only for who asks.
+bool may_use_amx() {
+#ifdef __linux__
+  constexpr int kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  constexpr unsigned kAmxBf16 = 1U << 22, kAmxTile = 1U << 24;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
+  return syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 Isa choose() {
 #ifdef BNBOPS_X86
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512vbmi");
+  const bool amx = avx512 && __builtin_cpu_supports("avx512bf16") && may_use_amx();
 #endif
   const Candidate candidates[] = {
   // best first
 #ifdef BNBOPS_X86
-      {{"avx512", &kAvx512Kernels}, avx512},
-      {{"avx2", &kAvx2Kernels}, avx2},
+      {{"amx", &kAvx512Kernels, &kAmxKernels}, amx},
+      {{"avx512", &kAvx512Kernels, nullptr}, avx512},
+      {{"avx2", &kAvx2Kernels, nullptr}, avx2},
 #endif
-      {{"baseline", &kBaselineKernels}, true},
+      {{"baseline", &kBaselineKernels, nullptr}, true},
   };
   const char* wanted = std::getenv("BNBOPS_ISA");
   std::string available;

@@ -4,9 +4,9 @@
 
 #include BNBOPS_LANES_HEADER
 #include "cpu/blockwise_kernels.h"
+#include "cpu/linear_4bit_kernels.h"
 #include "cpu/norm_kernels.h"
 #include "cpu/step_kernels.h"
-#include "cpu/weight_4bit_kernels.h"
 
 namespace bnbops {
 inline namespace BNBOPS_ISA {
@@ -15,14 +15,14 @@ namespace {
 template <class Lanes>
 constexpr cpu::Kernels make_kernels() {
   static_assert(AllRules::kSize <= cpu::kMaxRules);
-  cpu::Kernels kernels{quantize<Lanes>,
-                       dequantize<Lanes>,
-                       quantize_4bit<Lanes>,
-                       dequantize_4bit<Lanes>,
-                       linear_4bit<Lanes>,
-                       squares<Lanes>,
-                       {},
-                       {}};
+  cpu::Kernels kernels{};
+  kernels.quantize = quantize<Lanes>;
+  kernels.dequantize = dequantize<Lanes>;
+  kernels.quantize_4bit = quantize_4bit<Lanes>;
+  kernels.dequantize_4bit = dequantize_4bit<Lanes>;
+  kernels.order_for_codes = order_for_codes<Lanes>;
+  kernels.linear_4bit = linear_4bit<Lanes>;
+  kernels.squares = squares<Lanes>;
   for_each_rule(AllRules{}, [&](auto rule, int index) {
     using Rule = decltype(rule);
     static_assert(Rule::kStates <= cpu::kMaxStates);

@@ -42,11 +42,12 @@ struct Weight4bit {
   int64_t blocksize, nested_blocksize;
 };
 
-// out = x @ W.T + bias for the matrix W [out_features, in_features] that begins at element `first` of the weight.
+// out = x @ W.T + bias for the matrix W [out_features, in_features] that begins at element `first` of the weight and
+// whose rows consist of whole blocks.
 struct Linear4bitJob {
   Weight4bit weight;
   int64_t first, in_features, out_features, rows;
-  const float* x;  // fp32 [rows, x_stride], zeros after in_features
+  const float* x;  // [rows, x_stride], order_for_codes of fp32 rows with zeros after in_features
   int64_t x_stride;
   const void* bias;  // of out's dtype, or null
   void* out;         // [rows, out_features]
@@ -74,6 +75,7 @@ struct Kernels {
   // 4-bit weights. `quantize` works on blocks; QuantizeJob's codebook is kNF4 or kFP4.
   void (*quantize_4bit)(const QuantizeJob&, int64_t first, int64_t last);
   void (*dequantize_4bit)(const Weight4bit&, int64_t first, int64_t numel, void* out, DType dtype);
+  void (*order_for_codes)(const float* x, int64_t n, float* to);  // n is a multiple of kXPadding
   void (*linear_4bit)(const Linear4bitJob&, int64_t first_feature, int64_t last_feature);
   // Sums of squares, one for each chunk; every sum has the same bits everywhere.
   void (*squares)(const void* values, DType dtype, int64_t numel, int64_t first, int64_t last, double* sums);
@@ -87,10 +89,13 @@ extern const Kernels kBaselineKernels;
 extern const Kernels kAvx2Kernels, kAvx512Kernels;
 #endif
 
+struct TileKernels;
+
 // The kernels for this machine, or those that the environment variable BNBOPS_ISA names.
 struct Isa {
   const char* name;
   const Kernels* kernels;
+  const TileKernels* tiles;  // or null
 };
 const Isa& isa();
 

@@ -132,6 +132,10 @@ struct Avx2Lanes {
     static constexpr int kPerByte = 2;
     Float low, high;
     explicit Codebook4bit(const float* table) : low(load(table)), high(load(table + 8)) {}
+    BNBOPS_HD Float lookup(Int codes) const {
+      const Float fourth_bit = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));
+      return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes), _mm256_permutevar8x32_ps(high, codes), fourth_bit);
+    }
     BNBOPS_HD void decode(const uint8_t* source, float scale, Float (&out)[4]) const {
       const Int shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
       for (int v = 0; v < 4; ++v) {
@@ -146,7 +150,17 @@ struct Avx2Lanes {
     }
   };
 
+  struct Spread {
+    Int index;
+    BNBOPS_HD explicit Spread(int dwords)
+        : index(dwords == 4 ? _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1) : splat_int(0)) {}
+    BNBOPS_HD Float operator()(const float* scales) const { return _mm256_permutevar8x32_ps(load(scales), index); }
+  };
+
   BNBOPS_HD static Float load(const float* x) { return _mm256_loadu_ps(x); }
+  BNBOPS_HD static Int load_int(const uint8_t* bytes) {
+    return _mm256_loadu_si256(reinterpret_cast<const Int*>(bytes));
+  }
   BNBOPS_HD static void store(float* out, Float x) { _mm256_storeu_ps(out, x); }
   BNBOPS_HD static int32_t reduce_max(Int x) {
     __m128i m = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));

@@ -169,18 +169,28 @@ struct Avx512Lanes {
     explicit Codebook4bit(const float* table)
         : values(_mm512_loadu_ps(table)),
           shifts(_mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 36, 32, 44, 40, 52, 48, 60, 56)) {}
-    BNBOPS_HD Float lookup(const uint8_t* source) const {  // 8 bytes
-      int64_t codes;
-      memcpy(&codes, source, sizeof(codes));
-      return _mm512_permutexvar_ps(_mm512_multishift_epi64_epi8(shifts, _mm512_set1_epi64(codes)), values);
-    }
+    BNBOPS_HD Float lookup(Int codes) const { return _mm512_permutexvar_ps(codes, values); }
     BNBOPS_HD void decode(const uint8_t* source, float scale, Float (&out)[4]) const {
-      const Float factor = splat(scale);
-      for (int v = 0; v < 4; ++v) out[v] = mul(lookup(source + 8 * v), factor);
+      for (int v = 0; v < 4; ++v) {
+        int64_t codes;
+        memcpy(&codes, source + 8 * v, sizeof(codes));
+        out[v] = mul(lookup(_mm512_multishift_epi64_epi8(shifts, _mm512_set1_epi64(codes))), splat(scale));
+      }
     }
   };
 
+  struct Spread {
+    Int index;
+    BNBOPS_HD explicit Spread(int dwords)
+        : index(_mm512_srlv_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                  splat_int(dwords == 4   ? 2
+                                            : dwords == 8 ? 3
+                                                          : 4))) {}
+    BNBOPS_HD Float operator()(const float* scales) const { return _mm512_permutexvar_ps(index, load(scales)); }
+  };
+
   BNBOPS_HD static Float load(const float* x) { return _mm512_loadu_ps(x); }
+  BNBOPS_HD static Int load_int(const uint8_t* bytes) { return _mm512_loadu_si512(bytes); }
   BNBOPS_HD static void store(float* out, Float x) { _mm512_storeu_ps(out, x); }
   BNBOPS_HD static int32_t reduce_max(Int x) { return _mm512_reduce_max_epi32(x); }
   BNBOPS_HD static float reduce_add(Float x) { return _mm512_reduce_add_ps(x); }

@@ -79,12 +79,25 @@ struct ScalarLanes {
     static constexpr int kPerByte = 2;
     const float* values;
     explicit Codebook4bit(const float* table) : values(table) {}
+    // The values of the codes in the lowest 4 bits.
+    BNBOPS_HD Float lookup(Int codes) const { return values[codes & 15]; }
     BNBOPS_HD void decode(const uint8_t* codes, float scale, Float (&out)[4]) const {
-      for (int i = 0; i < 4; ++i) out[i] = values[codes[i / 2] >> (i % 2 ? 0 : 4) & 15] * scale;
+      for (int i = 0; i < 4; ++i) out[i] = lookup(codes[i / 2] >> (i % 2 ? 0 : 4)) * scale;
     }
   };
 
+  // Repeats each scale for as many lanes as its block has dwords of codes.
+  struct Spread {
+    BNBOPS_HD explicit Spread(int /*dwords*/) {}
+    BNBOPS_HD Float operator()(const float* scales) const { return *scales; }
+  };
+
   BNBOPS_HD static Float load(const float* x) { return *x; }
+  BNBOPS_HD static Int load_int(const uint8_t* bytes) {
+    Int x;
+    memcpy(&x, bytes, sizeof(x));
+    return x;
+  }
   BNBOPS_HD static void store(float* out, Float x) { *out = x; }
   BNBOPS_HD static int32_t reduce_max(Int x) { return x; }
   BNBOPS_HD static float reduce_add(Float x) { return x; }

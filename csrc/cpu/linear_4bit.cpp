@@ -6,6 +6,7 @@
 #include <array>
 
 #include "cpu/memory.h"
+#include "cpu/tile_kernels.h"
 #include "cpu/weight_4bit_binding.h"
 
 namespace bnbops::cpu {
@@ -13,8 +14,9 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kGrain = 65536;   // weights worth a thread
-constexpr int64_t kFusedRows = 32;  // at most so many rows of activations are worth decoding the weight again
+constexpr int64_t kGrain = 65536;  // weights worth a thread
+// Up to so many rows of activations, decoding the weight once for every eight of them is the fastest way.
+constexpr int64_t kFewRows = 16, kFewRowsWithoutTiles = 32;
 
 // One matrix [out_features, in_features] of a weight: all of it, or an expert's.
 struct Matrix4bit {
@@ -36,18 +38,26 @@ Tensor dense_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// x as contiguous fp32 rows with zeros up to a multiple of kXPadding.
-Tensor padded_rows(const Tensor& x) {
+bool has_whole_blocks(const Matrix4bit& matrix) { return matrix.in_features % matrix.weight.blocksize == 0; }
+
+bool takes_tiles(const Tensor& activations, const Matrix4bit& matrix) {
+  return activations.scalar_type() == ScalarType::BFloat16 && has_whole_blocks(matrix) && isa().tiles != nullptr;
+}
+
+// fp32 rows with zeros up to a multiple of kXPadding, in the order that the kernel wants.
+Tensor ordered_rows(const Tensor& x) {
   const int64_t rows = x.size(0), features = x.size(1), stride = divide_up(features, kXPadding) * kXPadding;
-  if (x.scalar_type() == ScalarType::Float && stride == features) return in_logical_order(x);
   Tensor padded = torch::stable::new_zeros(x, {rows, stride}, ScalarType::Float);
   Tensor inner = torch::stable::narrow(padded, 1, 0, features);
   torch::stable::copy_(inner, x);
-  return padded;
+  Tensor ordered = torch::stable::empty_like(padded);
+  isa().kernels->order_for_codes(data_of<float>(padded), rows * stride,
+                                 static_cast<float*>(ordered.mutable_data_ptr()));
+  return ordered;
 }
 
-void fused_linear(const Tensor& x, const Matrix4bit& matrix, const void* bias, Tensor& out) {
-  const Tensor rows = padded_rows(x);
+void few_rows_linear(const Tensor& x, const Matrix4bit& matrix, const void* bias, Tensor& out) {
+  const Tensor rows = ordered_rows(x);
   const Linear4bitJob job{
       matrix.weight, matrix.first, matrix.in_features,     matrix.out_features, x.size(0), data_of<float>(rows),
       rows.size(1),  bias,         out.mutable_data_ptr(), dtype_of(out)};
@@ -57,16 +67,53 @@ void fused_linear(const Tensor& x, const Matrix4bit& matrix, const void* bias, T
                               [&](int64_t first, int64_t last) { kernels.linear_4bit(job, first, last); });
 }
 
+// `reduced` is the activations' dimension, `kept` the result's.
+void tile_product(const TileProduct& kernels, const Tensor& activations, const Matrix4bit& matrix, const void* bias,
+                  int64_t reduced, int64_t kept, Tensor& out) {
+  const int64_t rows = activations.size(0);
+  const int64_t tiles = 2 * divide_up(rows, kTilePair) * divide_up(reduced, kTilePair);
+  Tensor packed = torch::stable::new_empty(activations, {tiles, kTile * kTilePair});
+  const TileJob job{matrix.weight,
+                    matrix.first,
+                    matrix.out_features,
+                    matrix.in_features,
+                    rows,
+                    data_of<uint16_t>(activations),
+                    static_cast<uint16_t*>(packed.mutable_data_ptr()),
+                    static_cast<const uint16_t*>(bias),
+                    static_cast<uint16_t*>(out.mutable_data_ptr())};
+  torch::stable::parallel_for(0, tiles, 64, [&](int64_t first, int64_t last) { kernels.pack(job, first, last); });
+  const int64_t grain = divide_up(kGrain, kTilePair * std::max<int64_t>(reduced, 1));
+  torch::stable::parallel_for(0, divide_up(kept, kTilePair), grain,
+                              [&](int64_t first, int64_t last) { kernels.multiply(job, first, last); });
+}
+
 // x [rows, in_features] to out [rows, out_features], contiguous.
 void linear_into(const Tensor& x, const Matrix4bit& matrix, const OptionalTensor& bias, Tensor& out) {
-  if (x.size(0) == 0) return;
-  if (x.size(0) > kFusedRows) {
+  const int64_t rows = x.size(0);
+  if (rows == 0) return;
+  const bool tiles = takes_tiles(x, matrix);
+  const bool few = has_whole_blocks(matrix) && rows <= (tiles ? kFewRows : kFewRowsWithoutTiles);
+  if (!few && !tiles) {
     torch::stable::copy_(out, dense_linear(x, dense(matrix, x), bias));
     return;
   }
-  if (!bias) return fused_linear(x, matrix, nullptr, out);
-  const Tensor in_order = in_logical_order(*bias);
-  fused_linear(x, matrix, in_order.const_data_ptr(), out);
+  const Tensor own_bias = in_logical_order(bias ? *bias : x);
+  const void* bias_data = bias ? own_bias.const_data_ptr() : nullptr;
+  if (few) return few_rows_linear(x, matrix, bias_data, out);
+  tile_product(isa().tiles->linear, in_logical_order(x), matrix, bias_data, matrix.in_features, matrix.out_features,
+               out);
+}
+
+// gradient [rows, out_features] to out [rows, in_features], contiguous.
+void input_grad_into(const Tensor& gradient, const Matrix4bit& matrix, Tensor& out) {
+  if (gradient.size(0) == 0) return;
+  if (takes_tiles(gradient, matrix)) {
+    tile_product(isa().tiles->input_grad, in_logical_order(gradient), matrix, nullptr, matrix.out_features,
+                 matrix.in_features, out);
+  } else {
+    torch::stable::copy_(out, torch::stable::matmul(gradient, dense(matrix, gradient)));
+  }
 }
 
 Tensor as_matrix(const Tensor& x) {
@@ -112,8 +159,10 @@ Tensor linear_4bit_input_grad(const Tensor& grad, const Tensor& weight, const Te
                                       nested_offset,
                                       nested_blocksize};
   check_linear_4bit_input_grad(grad, arguments);
-  const Matrix4bit matrix{kernel_view(arguments), 0, shape[0], shape[1]};
-  return torch::stable::matmul(grad, dense(matrix, grad));
+  const Tensor rows = as_matrix(grad);
+  Tensor out = torch::stable::new_empty(grad, {rows.size(0), shape[1]});
+  input_grad_into(rows, {kernel_view(arguments), 0, shape[0], shape[1]}, out);
+  return torch::stable::view(out, with_last(grad, shape[1]));
 }
 
 // Where each expert's rows end, after a check that they are in order and exist.
@@ -185,10 +234,9 @@ Tensor grouped_linear_4bit_input_grad(const Tensor& grad, const Tensor& weight, 
                                       nested_offset,
                                       nested_blocksize};
   check_grouped_linear_4bit_input_grad(grad, arguments, offsets);
-  return grouped(grad, arguments, offsets, shape[2],
-                 [&](const Tensor& rows, const Matrix4bit& matrix, int64_t, Tensor& out) {
-                   torch::stable::copy_(out, torch::stable::matmul(rows, dense(matrix, grad)));
-                 });
+  return grouped(
+      grad, arguments, offsets, shape[2],
+      [&](const Tensor& rows, const Matrix4bit& matrix, int64_t, Tensor& out) { input_grad_into(rows, matrix, out); });
 }
 
 }  // namespace

@@ -1,0 +1,107 @@
+// Few rows of activations times a 4-bit weight, for any lanes: codes become fp32 values in a register, are multiplied
+// and forgotten.
+#pragma once
+
+#include <utility>
+#include <vector>
+
+#include "cpu/lanes_scalar.h"
+#include "cpu/weight_4bit_kernels.h"
+
+BNBOPS_NAMESPACE_BEGIN
+
+using cpu::Linear4bitJob;
+
+constexpr int kCodesPerDword = 8;
+
+template <class Lanes>
+constexpr int kDwordsGroup = kCodesPerDword * Lanes::kWidth;  // elements of a vector of codes
+
+// Shifting a dword of codes to the right by 4 * t brings the code of its element t ^ 1 to the bottom. So activations
+// come in an order for which no code need move to another lane: of each group of kLanes dwords, first element 1 of
+// every dword, then element 0, 3, 2, ...
+template <class Lanes>
+void order_for_codes(const float* x, int64_t n, float* to) {
+  constexpr int64_t kLanes = Lanes::kWidth;
+  for (int64_t group = 0; group < n; group += kDwordsGroup<Lanes>) {
+    for (int position = 0; position < kCodesPerDword; ++position) {
+      for (int64_t dword = 0; dword < kLanes; ++dword) {
+        *to++ = x[group + dword * kCodesPerDword + (position ^ 1)];
+      }
+    }
+  }
+}
+
+inline void store_output(const Linear4bitJob& job, int64_t row, int64_t feature, float sum) {
+  const float bias = job.bias == nullptr ? 0.0F : load_as<ScalarLanes>(job.bias, job.dtype, feature);
+  store_as<ScalarLanes>(job.out, job.dtype, row * job.out_features + feature, sum + bias);
+}
+
+// Adds the products of the codes at one position of a group's dwords with kRows rows of the group's activations.
+template <class Lanes, int kRows, int kPosition>
+BNBOPS_HD void multiply_position(const typename Lanes::Codebook4bit& codebook, typename Lanes::Int dwords,
+                                 const float* x, int64_t x_stride, typename Lanes::Float (&sums)[2][kRows]) {
+  const auto weights = codebook.lookup(Lanes::template shift_right<4 * kPosition>(dwords));
+  for (int row = 0; row < kRows; ++row) {
+    auto& sum = sums[kPosition % 2][row];  // two, that do not wait for each other
+    sum = Lanes::fma(weights, Lanes::load(x + row * x_stride + kPosition * Lanes::kWidth), sum);
+  }
+}
+
+template <class Lanes, int kRows, int... kPositions>
+BNBOPS_HD void multiply_group(const typename Lanes::Codebook4bit& codebook, typename Lanes::Int dwords, const float* x,
+                              int64_t x_stride, typename Lanes::Float (&sums)[2][kRows],
+                              std::integer_sequence<int, kPositions...> /*all of them*/) {
+  (multiply_position<Lanes, kRows, kPositions>(codebook, dwords, x, x_stride, sums), ...);
+}
+
+// Rows [first_row, first_row + kRows) of the output.
+template <class Lanes, int kRows>
+void linear_4bit_rows(const Linear4bitJob& job, int64_t first_feature, int64_t last_feature, int64_t first_row) {
+  const int64_t blocksize = job.weight.blocksize, blocks = job.in_features / blocksize;
+  const typename Lanes::Codebook4bit codebook(job.weight.codebook);
+  const typename Lanes::Spread spread(static_cast<int>(blocksize / kCodesPerDword));
+  std::vector<float> scales(blocks + Lanes::kWidth);  // of one row; zeros after it
+  const float* x = job.x + first_row * job.x_stride;
+  for (int64_t feature = first_feature; feature < last_feature; ++feature) {
+    const int64_t begin = job.first + feature * job.in_features;
+    scales_of_blocks<Lanes>(job.weight, begin / blocksize, blocks, scales.data());
+    typename Lanes::Float sums[kRows];
+    std::fill_n(sums, kRows, Lanes::splat(0.0F));
+    const auto add_group = [&](const uint8_t* codes, int64_t k) {
+      typename Lanes::Float parts[2][kRows];
+      for (auto& part : parts) std::fill_n(part, kRows, Lanes::splat(0.0F));
+      multiply_group<Lanes, kRows>(codebook, Lanes::load_int(codes), x + k, job.x_stride, parts,
+                                   std::make_integer_sequence<int, kCodesPerDword>{});
+      const auto scale = spread(scales.data() + k / blocksize);
+      for (int row = 0; row < kRows; ++row) {
+        sums[row] = Lanes::fma(parts[0][row], scale, sums[row]);
+        sums[row] = Lanes::fma(parts[1][row], scale, sums[row]);
+      }
+    };
+    const uint8_t* codes = job.weight.codes + begin / 2;
+    for_chunks<kDwordsGroup<Lanes>>(
+        job.in_features, [&](int64_t k) { add_group(codes + k / 2, k); },
+        [&](int64_t k, int64_t rest) {
+          alignas(64) uint8_t padded[kDwordsGroup<Lanes> / 2] = {};
+          Lanes::copy(padded, codes + k / 2, rest / 2);
+          add_group(padded, k);
+        });
+    for (int row = 0; row < kRows; ++row) store_output(job, first_row + row, feature, Lanes::reduce_add(sums[row]));
+  }
+}
+
+template <class Lanes>
+void linear_4bit(const Linear4bitJob& job, int64_t first_feature, int64_t last_feature) {
+  for (int64_t row = 0; row < job.rows;) {
+    const int64_t rest = job.rows - row, rows = rest >= 8 ? 8 : rest >= 4 ? 4 : rest >= 2 ? 2 : 1;
+    const auto run = rows == 8   ? linear_4bit_rows<Lanes, 8>
+                     : rows == 4 ? linear_4bit_rows<Lanes, 4>
+                     : rows == 2 ? linear_4bit_rows<Lanes, 2>
+                                 : linear_4bit_rows<Lanes, 1>;
+    run(job, first_feature, last_feature, row);
+    row += rows;
+  }
+}
+
+BNBOPS_NAMESPACE_END
