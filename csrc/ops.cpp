@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "int8.h"
 #include "optimizer.h"
 #include "rules.h"
 #include "weight_4bit.h"
@@ -66,6 +67,7 @@ STABLE_TORCH_LIBRARY(bnbops, m) {
       "percentile_clip_(Tensor(a!)[] gnorm_vec, Tensor squared_norms, Tensor[] steps, *, int percentile, "
       "Tensor? grad_scale=None, Tensor? found_inf=None) -> Tensor");
   bnbops::define_rules(m);
+  bnbops::define_int8(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bnbops, CompositeExplicitAutograd, m) {

@@ -12,6 +12,7 @@
 #include <unistd.h>
 #endif
 
+#include "cpu/int8_kernels_table.h"
 #include "cpu/kernels.h"
 #include "cpu/tile_kernels.h"
 
@@ -44,17 +45,17 @@ Isa choose() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512vbmi");
+                      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
   const bool amx = avx512 && __builtin_cpu_supports("avx512bf16") && may_use_amx();
 #endif
   const Candidate candidates[] = {
   // best first
 #ifdef BNBOPS_X86
-      {{"amx", &kAvx512Kernels, &kAmxKernels}, amx},
-      {{"avx512", &kAvx512Kernels, nullptr}, avx512},
-      {{"avx2", &kAvx2Kernels, nullptr}, avx2},
+      {{"amx", &kAvx512Kernels, &kInt8Avx512Kernels, &kAmxKernels}, amx},
+      {{"avx512", &kAvx512Kernels, &kInt8Avx512Kernels, nullptr}, avx512},
+      {{"avx2", &kAvx2Kernels, &kInt8Avx2Kernels, nullptr}, avx2},
 #endif
-      {{"baseline", &kBaselineKernels, nullptr}, true},
+      {{"baseline", &kBaselineKernels, &kInt8BaselineKernels, nullptr}, true},
   };
   const char* wanted = std::getenv("BNBOPS_ISA");
   std::string available;

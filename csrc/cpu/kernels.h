@@ -89,12 +89,14 @@ extern const Kernels kBaselineKernels;
 extern const Kernels kAvx2Kernels, kAvx512Kernels;
 #endif
 
+struct Int8Kernels;
 struct TileKernels;
 
 // The kernels for this machine, or those that the environment variable BNBOPS_ISA names.
 struct Isa {
   const char* name;
   const Kernels* kernels;
+  const Int8Kernels* int8;
   const TileKernels* tiles;  // or null
 };
 const Isa& isa();

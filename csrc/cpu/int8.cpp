@@ -1,0 +1,295 @@
+// CPU binding of the int8 operators.
+#include "int8.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <array>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <tuple>
+
+#include "cpu/binding.h"
+#include "cpu/int8_kernels_table.h"
+#include "cpu/memory.h"
+#include "layout.h"
+
+namespace bnbops::cpu {
+
+namespace {
+
+constexpr int64_t kGrain = 32768;           // elements worth a thread
+constexpr int64_t kProductGrain = 1 << 18;  // products worth a thread
+
+// Calls work(first, last) on ranges of n pieces of so many elements each.
+template <class Work>
+void in_parallel(int64_t n, int64_t elements, int64_t grain, const Work& work) {
+  if (n == 0) return;
+  torch::stable::parallel_for(0, n, divide_up(grain, std::max<int64_t>(elements, 1)), work);
+}
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data(Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+std::optional<Tensor> in_logical_order(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional(cpu::in_logical_order(*tensor)) : std::nullopt;
+}
+
+// ---- quantization ----------------------------------------------------------------------------------------------
+
+Int8QuantJob quant_job(const Tensor& values, double threshold) {
+  Int8QuantJob job{};
+  job.values = values.const_data_ptr();
+  job.dtype = dtype_of(values);
+  job.rows = rows_of(values);
+  job.inner = columns_of(values);
+  job.has_threshold = threshold > 0;
+  job.threshold = static_cast<float>(std::min<double>(threshold, std::numeric_limits<float>::max()));
+  if (job.threshold < threshold) job.threshold = std::nextafter(job.threshold, std::numeric_limits<float>::infinity());
+  return job;
+}
+
+// The columns that are marked.
+std::vector<int64_t> indices_of(const bool* marked, int64_t n) {
+  std::vector<int64_t> indices;
+  for (int64_t i = 0; i < n; ++i) {
+    if (marked[i]) indices.push_back(i);
+  }
+  return indices;
+}
+
+// Codes of rows, and what the outlier columns held.
+struct QuantizedRows {
+  Tensor codes, stats, is_outlier;
+  std::vector<int64_t> outliers;      // columns
+  std::vector<float> outlier_values;  // [rows, outliers], if asked for
+};
+
+QuantizedRows quantize_rows(const Tensor& values, double threshold, bool keep_outliers = false) {
+  Int8QuantJob job = quant_job(values, threshold);
+  QuantizedRows result{torch::stable::new_empty(values, values.sizes(), ScalarType::Char),
+                       torch::stable::new_empty(values, {job.rows}, ScalarType::Float),
+                       torch::stable::new_zeros(values, {job.inner}, ScalarType::Bool),
+                       {},
+                       {}};
+  prefer_huge_pages(result.codes);
+  job.row_stats = mutable_data<float>(result.stats);
+  job.is_outlier = mutable_data<bool>(result.is_outlier);
+  job.codes = mutable_data<int8_t>(result.codes);
+  const Int8Kernels& kernels = *isa().int8;
+  in_parallel(job.rows, job.inner, kGrain, [&](int64_t first, int64_t last) { kernels.scan_rows(job, first, last); });
+  if (job.has_threshold) result.outliers = indices_of(job.is_outlier, job.inner);
+  job.outliers = result.outliers.data();
+  job.outlier_count = static_cast<int64_t>(result.outliers.size());
+  if (keep_outliers) {
+    result.outlier_values.resize(job.rows * job.outlier_count);
+    job.outlier_values = result.outlier_values.data();
+  }
+  in_parallel(job.rows, job.inner, kGrain, [&](int64_t first, int64_t last) { kernels.encode_rows(job, first, last); });
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor> int8_vectorwise_quant(const Tensor& A, double threshold) {
+  check_int8_quant("int8_vectorwise_quant", A, threshold);
+  const QuantizedRows rows = quantize_rows(cpu::in_logical_order(A), threshold);
+  return {rows.codes, rows.stats, rows.is_outlier};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> int8_double_quant(const Tensor& A, double threshold) {
+  check_int8_quant("int8_double_quant", A, threshold);
+  const Tensor values = cpu::in_logical_order(A);
+  const QuantizedRows rows = quantize_rows(values, threshold);
+  Int8QuantJob job = quant_job(values, threshold);
+  Tensor codes = torch::stable::new_empty(values, values.sizes(), ScalarType::Char);
+  Tensor stats = torch::stable::new_empty(values, {job.inner}, ScalarType::Float);
+  job.codes = mutable_data<int8_t>(codes);
+  job.col_stats = mutable_data<float>(stats);
+  in_parallel(divide_up(job.inner, kInt8Piece), job.rows * kInt8Piece, kGrain,
+              [&](int64_t first, int64_t last) { isa().int8->quantize_columns(job, first, last); });
+  return {rows.codes, codes, rows.stats, stats, rows.is_outlier};
+}
+
+// Columns [begin, begin + width) of the values, [rows, width].
+Tensor dequantized(const Tensor& codes, const Tensor& stats, int64_t begin, int64_t width, Tensor out) {
+  const Int8DequantJob job{data<int8_t>(codes),    data<float>(stats), columns_of(codes), begin, width,
+                           out.mutable_data_ptr(), dtype_of(out)};
+  in_parallel(rows_of(codes), width, kGrain,
+              [&](int64_t first, int64_t last) { isa().int8->dequantize(job, first, last); });
+  return out;
+}
+
+Tensor int8_vectorwise_dequant(const Tensor& A, const Tensor& stats) {
+  check_int8_dequant(A, stats);
+  Tensor out = torch::stable::new_empty(A, A.sizes(), ScalarType::Float);
+  prefer_huge_pages(out);
+  return dequantized(cpu::in_logical_order(A), cpu::in_logical_order(stats), 0, columns_of(A), out);
+}
+
+// ---- matrix products -------------------------------------------------------------------------------------------
+
+// Codes of activations in the form that the kernels multiply.
+struct Activations {
+  int64_t rows, inner;
+  std::unique_ptr<uint8_t[]> bytes;
+  std::unique_ptr<int32_t[]> sums;
+
+  Activations(const int8_t* codes, int64_t rows_of_codes, int64_t columns)
+      : rows(rows_of_codes),
+        inner(columns),
+        bytes(new uint8_t[rows_of_codes * isa().int8->row_bytes(columns)]),
+        sums(new int32_t[rows_of_codes]) {
+    const Int8Kernels& kernels = *isa().int8;
+    in_parallel(rows, inner, kGrain, [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row) {
+        sums[row] = kernels.prepare(codes + row * inner, inner, bytes.get() + row * kernels.row_bytes(inner));
+      }
+    });
+  }
+};
+
+void multiply(const Activations& a, const Tensor& weight, int32_t* sums, const Int8Epilogue* epilogue) {
+  const Int8Kernels& kernels = *isa().int8;
+  const Int8MatmulJob job{a.bytes.get(), a.sums.get(), data<int8_t>(weight), a.rows, weight.size(0), a.inner,
+                          sums,          epilogue};
+  const int64_t tiles = divide_up(job.columns, kInt8Panel) * divide_up(job.rows, kernels.row_block);
+  const int64_t products = std::min(job.rows, kernels.row_block) * kInt8Panel * job.inner;
+  in_parallel(tiles, products, kProductGrain, [&](int64_t first, int64_t last) { kernels.multiply(job, first, last); });
+}
+
+std::vector<int64_t> product_shape(const Tensor& A, int64_t columns) {
+  std::vector<int64_t> shape(A.sizes().begin(), A.sizes().end());
+  shape.back() = columns;
+  return shape;
+}
+
+Tensor new_product(const Tensor& A, int64_t columns, ScalarType dtype) {
+  Tensor out = torch::stable::new_empty(A, product_shape(A, columns), dtype);
+  prefer_huge_pages(out);
+  return out;
+}
+
+void matmul_into(const Tensor& A, const Tensor& B, Tensor& out) {
+  const Tensor codes = cpu::in_logical_order(A), weight = cpu::in_logical_order(B);
+  multiply({data<int8_t>(codes), rows_of(A), columns_of(A)}, weight, mutable_data<int32_t>(out), nullptr);
+}
+
+Tensor int8_linear_matmul(const Tensor& A, const Tensor& B) {
+  check_int8_matmul("int8_linear_matmul", A, B);
+  Tensor out = new_product(A, B.size(0), ScalarType::Int);
+  matmul_into(A, B, out);
+  return out;
+}
+
+void int8_linear_matmul_out(const Tensor& A, const Tensor& B, Tensor out) {
+  check_int8_matmul("int8_linear_matmul", A, B);
+  check_int8_matmul_out(A, B, out);
+  if (out.is_contiguous()) return matmul_into(A, B, out);
+  torch::stable::copy_(out, int8_linear_matmul(A, B));
+}
+
+// Tensors in logical order, which the caller keeps, to what the kernels want.
+Int8Epilogue epilogue_of(const Tensor& row_stats, const Tensor& col_stats, const std::optional<Tensor>& bias,
+                         Tensor& out) {
+  Int8Epilogue epilogue{};
+  epilogue.row_stats = data<float>(row_stats);
+  epilogue.col_stats = data<float>(col_stats);
+  if (bias) {
+    epilogue.bias = bias->const_data_ptr();
+    epilogue.bias_dtype = dtype_of(*bias);
+  }
+  epilogue.out = out.mutable_data_ptr();
+  epilogue.dtype = dtype_of(out);
+  return epilogue;
+}
+
+Tensor int8_mm_dequant(const Tensor& A, const Tensor& row_stats, const Tensor& col_stats,
+                       std::optional<ScalarType> dtype, const std::optional<Tensor>& bias) {
+  const ScalarType to = dtype.value_or(ScalarType::Half);
+  check_int8_mm_dequant(A, row_stats, col_stats, bias, to);
+  const Tensor sums = cpu::in_logical_order(A), rows = cpu::in_logical_order(row_stats);
+  const Tensor columns = cpu::in_logical_order(col_stats);
+  const std::optional<Tensor> biases = in_logical_order(bias);
+  Tensor out = new_product(A, columns_of(A), to);
+  const Int8Epilogue epilogue = epilogue_of(rows, columns, biases, out);
+  in_parallel(rows_of(A), columns_of(A), kGrain, [&](int64_t first, int64_t last) {
+    isa().int8->dequantize_sums(data<int32_t>(sums), columns_of(A), epilogue, first, last);
+  });
+  return out;
+}
+
+Tensor int8_scaled_mm(const Tensor& A, const Tensor& B, const Tensor& row_stats, const Tensor& col_stats,
+                      const std::optional<Tensor>& bias, std::optional<ScalarType> dtype) {
+  const ScalarType to = dtype.value_or(ScalarType::Half);
+  check_int8_matmul("int8_scaled_mm", A, B);
+  check_int8_scales("int8_scaled_mm", A, rows_of(A), B.size(0), row_stats, col_stats, bias, to);
+  const Tensor codes = cpu::in_logical_order(A), weight = cpu::in_logical_order(B);
+  const Tensor rows = cpu::in_logical_order(row_stats), columns = cpu::in_logical_order(col_stats);
+  const std::optional<Tensor> biases = in_logical_order(bias);
+  Tensor out = new_product(A, B.size(0), to);
+  const Int8Epilogue epilogue = epilogue_of(rows, columns, biases, out);
+  multiply({data<int8_t>(codes), rows_of(A), columns_of(A)}, weight, nullptr, &epilogue);
+  return out;
+}
+
+// ---- the linear layer ------------------------------------------------------------------------------------------
+
+Tensor linear_int8(const Tensor& x, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias,
+                   double threshold) {
+  check_linear_int8(x, weight, scale, bias, threshold);
+  const Tensor values = cpu::in_logical_order(x), matrix = cpu::in_logical_order(weight);
+  const Tensor scales = cpu::in_logical_order(scale);
+  const std::optional<Tensor> biases = in_logical_order(bias);
+  const QuantizedRows rows = quantize_rows(values, threshold, true);
+  Tensor out = new_product(x, weight.size(0), x.scalar_type());
+  Int8Epilogue epilogue = epilogue_of(rows.stats, scales, biases, out);
+  epilogue.outliers = rows.outliers.data();
+  epilogue.outlier_count = static_cast<int64_t>(rows.outliers.size());
+  epilogue.outlier_values = rows.outlier_values.data();
+  multiply({data<int8_t>(rows.codes), rows_of(x), columns_of(x)}, matrix, nullptr, &epilogue);
+  return out;
+}
+
+void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  (void)torch::stable::detail::to<Tensor>(stack[0]);  // `out` once more
+}
+
+// grad @ W in panels of W's columns, so that W is never whole in floating point.
+Tensor linear_int8_input_grad(const Tensor& grad, const Tensor& weight, const Tensor& scale) {
+  check_linear_int8_input_grad(grad, weight, scale);
+  constexpr int64_t kPanel = 512;
+  const Tensor matrix = cpu::in_logical_order(weight), scales = cpu::in_logical_order(scale);
+  const int64_t rows = rows_of(grad), outputs = weight.size(0), inner = weight.size(1);
+  const Tensor rows_of_grad = torch::stable::view(cpu::in_logical_order(grad), {rows, outputs});
+  Tensor out = torch::stable::new_empty(grad, {rows, inner});
+  for (int64_t begin = 0; begin < inner; begin += kPanel) {
+    const int64_t width = std::min(kPanel, inner - begin);
+    const Tensor panel = torch::stable::new_empty(grad, {outputs, width});
+    mm_out(rows_of_grad, dequantized(matrix, scales, begin, width, panel), torch::stable::narrow(out, 1, begin, width));
+  }
+  return torch::stable::view(out, product_shape(grad, inner));
+}
+
+}  // namespace
+}  // namespace bnbops::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(bnbops, CPU, m) {
+  m.impl("int8_vectorwise_quant", TORCH_BOX(&bnbops::cpu::int8_vectorwise_quant));
+  m.impl("int8_vectorwise_dequant", TORCH_BOX(&bnbops::cpu::int8_vectorwise_dequant));
+  m.impl("int8_double_quant", TORCH_BOX(&bnbops::cpu::int8_double_quant));
+  m.impl("int8_linear_matmul", TORCH_BOX(&bnbops::cpu::int8_linear_matmul));
+  m.impl("int8_linear_matmul.out", TORCH_BOX(&bnbops::cpu::int8_linear_matmul_out));
+  m.impl("int8_mm_dequant", TORCH_BOX(&bnbops::cpu::int8_mm_dequant));
+  m.impl("int8_scaled_mm", TORCH_BOX(&bnbops::cpu::int8_scaled_mm));
+  m.impl("linear_int8", TORCH_BOX(&bnbops::cpu::linear_int8));
+  m.impl("linear_int8_input_grad", TORCH_BOX(&bnbops::cpu::linear_int8_input_grad));
+}

@@ -1,0 +1,308 @@
+// Int8 quantization, matrix products and what follows them. The loops are plain and the compiler makes vectors of them;
+// only reading, writing (Lanes) and sums of products (Dots) know the instruction set.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+
+#include "cpu/blocks.h"
+#include "cpu/int8_kernels_table.h"
+
+BNBOPS_NAMESPACE_BEGIN
+
+using cpu::Int8DequantJob;
+using cpu::Int8Epilogue;
+using cpu::Int8MatmulJob;
+using cpu::Int8QuantJob;
+using cpu::kInt8Panel;
+using cpu::kInt8Piece;
+
+constexpr float kInverse127 = 1.0F / 127.0F;
+constexpr float kInverse127Squared = 6.200124e-05F;  // as bitsandbytes has it; 1 / 127^2 is 6.200012e-05
+constexpr uint32_t kFloatMaxBits = 0x7F7FFFFFU;
+
+// ---- quantization ----------------------------------------------------------------------------------------------
+
+// The bits of the smallest magnitude that is left out: an outlier or, without a threshold, a NaN. A NaN's bits are
+// larger than any number's, so it is always left out.
+inline uint32_t left_out_from(const Int8QuantJob& job) {
+  return job.has_threshold ? std::min(bits_of(job.threshold), kInfinityBits) : kInfinityBits + 1;
+}
+
+BNBOPS_HD uint32_t magnitude_bits(float x) { return bits_of(x) & 0x7FFFFFFFU; }
+
+// 0 for what is left out. An infinity counts as the largest float.
+BNBOPS_HD uint32_t counted_bits(float x, uint32_t limit) {
+  const uint32_t bits = magnitude_bits(x);
+  return bits < limit ? std::min(bits, kFloatMaxBits) : 0;
+}
+
+// The code of x: x * factor to nearest, ties to even, by the float adder.
+BNBOPS_HD int8_t code_of(float x, float factor, uint32_t limit) {
+  const float counted = float_from_bits(counted_bits(x, limit) | (bits_of(x) & 0x80000000U));
+  return static_cast<int8_t>(bits_of(counted * factor + 12582912.0F) - 0x4B400000U);
+}
+
+// 127 / absmax; 0 for zeros. A tiny absmax has no finite inverse.
+BNBOPS_HD float code_factor(float absmax) {
+  const float factor = 127.0F / absmax;
+  return absmax > 0 ? std::min(factor, kFloatMax) : 0.0F;
+}
+
+template <class Lanes, class Visit>
+inline void each_piece(const Int8QuantJob& job, int64_t row, int64_t begin, int64_t end, const Visit& visit) {
+  alignas(64) float scratch[kInt8Piece];
+  for (int64_t i = begin; i < end; i += kInt8Piece) {
+    const int64_t n = std::min(kInt8Piece, end - i);
+    visit(read<Lanes>(job.values, job.dtype, row * job.inner + i, n, scratch), n, i);
+  }
+}
+
+// Threads may find the same outlier column.
+inline void mark_outliers(const float* x, int64_t n, uint32_t limit, bool* is_outlier) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = magnitude_bits(x[i]);
+    if (bits >= limit && bits <= kInfinityBits) __atomic_store_n(is_outlier + i, true, __ATOMIC_RELAXED);
+  }
+}
+
+template <class Lanes>
+void scan_rows(const Int8QuantJob& job, int64_t first, int64_t last) {
+  const uint32_t limit = left_out_from(job);
+  for (int64_t row = first; row < last; ++row) {
+    uint32_t largest = 0;
+    each_piece<Lanes>(job, row, 0, job.inner, [&](const float* x, int64_t n, int64_t i) {
+      uint32_t largest_of_all = 0;
+      for (int64_t j = 0; j < n; ++j) {
+        largest = std::max(largest, counted_bits(x[j], limit));
+        largest_of_all = std::max(largest_of_all, magnitude_bits(x[j]));
+      }
+      if (job.has_threshold && largest_of_all >= limit) mark_outliers(x, n, limit, job.is_outlier + i);
+    });
+    job.row_stats[row] = float_from_bits(largest);
+  }
+}
+
+template <class Lanes>
+void encode_rows(const Int8QuantJob& job, int64_t first, int64_t last) {
+  const uint32_t limit = left_out_from(job);
+  for (int64_t row = first; row < last; ++row) {
+    const float factor = code_factor(job.row_stats[row]);
+    int8_t* codes = job.codes + row * job.inner;
+    float* kept = job.outlier_values == nullptr ? nullptr : job.outlier_values + row * job.outlier_count;
+    int64_t o = 0;
+    each_piece<Lanes>(job, row, 0, job.inner, [&](const float* x, int64_t n, int64_t i) {
+      for (int64_t j = 0; j < n; ++j) codes[i + j] = code_of(x[j], factor, limit);
+      for (; o < job.outlier_count && job.outliers[o] < i + n; ++o) {
+        codes[job.outliers[o]] = 0;
+        if (kept != nullptr) kept[o] = encodable(x[job.outliers[o] - i]);
+      }
+    });
+  }
+}
+
+// Ranges of pieces of columns.
+template <class Lanes>
+void quantize_columns(const Int8QuantJob& job, int64_t first, int64_t last) {
+  const uint32_t limit = left_out_from(job);
+  for (int64_t begin = first * kInt8Piece; begin < std::min(job.inner, last * kInt8Piece); begin += kInt8Piece) {
+    const int64_t end = std::min(job.inner, begin + kInt8Piece);
+    uint32_t largest[kInt8Piece] = {};
+    float factor[kInt8Piece];
+    for (int64_t row = 0; row < job.rows; ++row) {
+      each_piece<Lanes>(job, row, begin, end, [&](const float* x, int64_t n, int64_t) {
+        for (int64_t j = 0; j < n; ++j) largest[j] = std::max(largest[j], counted_bits(x[j], limit));
+      });
+    }
+    for (int64_t j = 0; j < end - begin; ++j) {
+      job.col_stats[begin + j] = float_from_bits(largest[j]);
+      factor[j] = code_factor(job.col_stats[begin + j]);
+    }
+    for (int64_t row = 0; row < job.rows; ++row) {
+      int8_t* codes = job.codes + row * job.inner + begin;
+      each_piece<Lanes>(job, row, begin, end, [&](const float* x, int64_t n, int64_t) {
+        for (int64_t j = 0; j < n; ++j) codes[j] = code_of(x[j], factor[j], limit);
+      });
+    }
+  }
+}
+
+// Writes n values from fp32.
+template <class Lanes>
+inline void write(const float* values, int64_t n, void* to, DType dtype) {
+  auto* bytes = static_cast<uint8_t*>(to);
+  for_chunks<Lanes::kWidth>(
+      n, [&](int64_t i) { store_as<Lanes>(to, dtype, i, Lanes::load(values + i)); },
+      [&](int64_t i, int64_t rest) {
+        float padded[Lanes::kWidth] = {};
+        uint8_t stored[Lanes::kWidth * sizeof(float)];
+        Lanes::copy(padded, values + i, rest * sizeof(float));
+        store_as<Lanes>(stored, dtype, 0, Lanes::load(padded));
+        Lanes::copy(bytes + i * size_of(dtype), stored, rest * size_of(dtype));
+      });
+}
+
+// An infinite scale counts as the largest float: 0 times it is 0. A NaN remains.
+BNBOPS_HD float finite_scale(float scale) { return kFloatMax < scale ? kFloatMax : scale; }
+
+BNBOPS_HD float decoded(int8_t code, float scale) { return static_cast<float>(code) * scale * kInverse127; }
+
+template <class Lanes>
+void dequantize_int8(const Int8DequantJob& job, int64_t first, int64_t last) {
+  alignas(64) float values[kInt8Piece];
+  for (int64_t row = first; row < last; ++row) {
+    const float scale = finite_scale(job.stats[row]);
+    const int8_t* codes = job.codes + row * job.inner + job.begin;
+    auto* out = static_cast<uint8_t*>(job.values) + row * job.width * size_of(job.dtype);
+    for (int64_t i = 0; i < job.width; i += kInt8Piece) {
+      const int64_t n = std::min(kInt8Piece, job.width - i);
+      for (int64_t j = 0; j < n; ++j) values[j] = decoded(codes[i + j], scale);
+      write<Lanes>(values, n, out + i * size_of(job.dtype), job.dtype);
+    }
+  }
+}
+
+// ---- what follows a product ------------------------------------------------------------------------------------
+
+// The scales and biases of a panel's columns, and the weights that meet outliers.
+template <class Lanes>
+struct PanelEpilogue {
+  static constexpr int64_t kOutliers = 64;  // at a time
+
+  const Int8Epilogue& epilogue;
+  int64_t begin, width, columns;
+  alignas(64) float scales[kInt8Panel] = {}, biases[kInt8Panel] = {};
+
+  PanelEpilogue(const Int8Epilogue& of, int64_t first_column, int64_t all_columns)
+      : epilogue(of),
+        begin(first_column),
+        width(std::min(kInt8Panel, all_columns - first_column)),
+        columns(all_columns) {
+    for (int64_t c = 0; c < width; ++c) scales[c] = finite_scale(of.col_stats[begin + c]);
+    if (of.bias != nullptr) {
+      float scratch[kInt8Panel];
+      std::copy_n(read<Lanes>(of.bias, of.bias_dtype, begin, width, scratch), width, biases);
+    }
+  }
+
+  // One row of sums, with the outliers' part in fp32 or null.
+  void row(const int32_t* sums, int64_t row, const float* outliers) const {
+    alignas(64) float values[kInt8Panel];
+    const float row_scale = finite_scale(epilogue.row_stats[row]);
+    for (int64_t c = 0; c < width; ++c) {
+      values[c] = static_cast<float>(sums[c]) * finite_scale(row_scale * scales[c]) * kInverse127Squared;
+    }
+    if (outliers != nullptr) {
+      for (int64_t c = 0; c < width; ++c) values[c] += outliers[c];
+    }
+    if (epilogue.bias != nullptr) {
+      for (int64_t c = 0; c < width; ++c) values[c] += biases[c];
+    }
+    auto* out = static_cast<uint8_t*>(epilogue.out) + (row * columns + begin) * size_of(epilogue.dtype);
+    write<Lanes>(values, width, out, epilogue.dtype);
+  }
+
+  // part[r][c] = sum over the outlier columns, in order, of x[first_row + r] times the decoded weights of the panel,
+  // which are rounded to x's dtype.
+  void multiply_outliers(const int8_t* weight, int64_t inner, int64_t first_row, int64_t rows,
+                         float (*part)[kInt8Panel]) const {
+    alignas(64) float decoded_weights[kOutliers][kInt8Panel] = {};
+    for (int64_t r = 0; r < rows; ++r) std::fill_n(part[r], kInt8Panel, 0.0F);
+    for (int64_t o = 0; o < epilogue.outlier_count; o += kOutliers) {
+      const int64_t n = std::min(kOutliers, epilogue.outlier_count - o);
+      decode_columns(weight + begin * inner, inner, epilogue.outliers + o, n, decoded_weights);
+      for (int64_t r = 0; r < rows; ++r) {
+        const float* x = epilogue.outlier_values + (first_row + r) * epilogue.outlier_count + o;
+        for (int64_t i = 0; i < n; ++i) {
+          for (int64_t c = 0; c < kInt8Panel; ++c) {
+            part[r][c] = fused_multiply_add(x[i], decoded_weights[i][c], part[r][c]);
+          }
+        }
+      }
+    }
+  }
+
+  void decode_columns(const int8_t* weight, int64_t inner, const int64_t* which, int64_t n,
+                      float (*to)[kInt8Panel]) const {
+    for (int64_t i = 0; i < n; ++i) {
+      float exact[kInt8Panel] = {};
+      for (int64_t c = 0; c < width; ++c) exact[c] = decoded(weight[c * inner + which[i]], scales[c]);
+      uint8_t rounded[kInt8Panel * sizeof(float)];
+      write<Lanes>(exact, kInt8Panel, rounded, epilogue.dtype);
+      std::copy_n(read<Lanes>(rounded, epilogue.dtype, 0, kInt8Panel, exact), kInt8Panel, to[i]);
+    }
+  }
+};
+
+template <class Lanes>
+void dequantize_sums(const int32_t* sums, int64_t columns, const Int8Epilogue& epilogue, int64_t first, int64_t last) {
+  for (int64_t begin = 0; begin < columns; begin += kInt8Panel) {
+    const PanelEpilogue<Lanes> panel(epilogue, begin, columns);
+    for (int64_t row = first; row < last; ++row) panel.row(sums + row * columns + begin, row, nullptr);
+  }
+}
+
+// ---- matrix products -------------------------------------------------------------------------------------------
+
+inline int64_t padded_inner(int64_t inner) { return (inner + 63) / 64 * 64; }
+
+template <class Dots>
+int64_t row_bytes(int64_t inner) {
+  return padded_inner(inner) * static_cast<int64_t>(sizeof(typename Dots::Activation));
+}
+
+template <class Dots>
+int32_t prepare(const int8_t* codes, int64_t inner, void* row) {
+  auto* to = static_cast<typename Dots::Activation*>(row);
+  int32_t sum = 0;
+  for (int64_t k = 0; k < inner; ++k) {
+    to[k] = codes[k];
+    sum += codes[k];
+  }
+  std::fill(to + inner, to + padded_inner(inner), typename Dots::Activation{0});
+  return sum;
+}
+
+// The sums of `rows` rows from `row` on, and of the panel of columns from `column` on.
+template <class Dots>
+void multiply_panel(const Int8MatmulJob& job, int64_t row, int64_t rows, int64_t column, int32_t* sums) {
+  const int64_t stride = padded_inner(job.inner), last_column = job.columns - 1;
+  const auto* a = static_cast<const typename Dots::Activation*>(job.activations) + row * stride;
+  const int64_t width = std::min(kInt8Panel, job.columns - column);
+  for (int64_t c = 0; c < width; c += Dots::kColumns) {
+    const int8_t* w[Dots::kColumns];  // beyond the last column: that one again
+    for (int i = 0; i < Dots::kColumns; ++i) w[i] = job.weight + std::min(column + c + i, last_column) * job.inner;
+    const auto tile = [&](auto tile_rows, int64_t r) {
+      Dots::template tile<tile_rows()>(a + r * stride, stride, job.activation_sums + row + r, w, job.inner,
+                                       sums + r * kInt8Panel + c, kInt8Panel);
+    };
+    int64_t r = 0;
+    for (; r + Dots::kRows <= rows; r += Dots::kRows) tile(std::integral_constant<int, Dots::kRows>{}, r);
+    for (; r < rows; ++r) tile(std::integral_constant<int, 1>{}, r);
+  }
+}
+
+template <class Lanes, class Dots>
+void multiply(const Int8MatmulJob& job, int64_t first, int64_t last) {
+  using Row = int32_t[kInt8Panel];
+  using Part = float[kInt8Panel];
+  const int64_t row_blocks = (job.rows + Dots::kRowBlock - 1) / Dots::kRowBlock;
+  const int64_t block_rows = std::min(Dots::kRowBlock, job.rows);
+  const std::unique_ptr<Row[]> sums(new Row[block_rows]);
+  const bool has_outliers = job.epilogue != nullptr && job.epilogue->outlier_count > 0;
+  const std::unique_ptr<Part[]> part(has_outliers ? new Part[block_rows] : nullptr);
+  for (int64_t task = first; task < last; ++task) {
+    const int64_t column = task / row_blocks * kInt8Panel, row = task % row_blocks * Dots::kRowBlock;
+    const int64_t rows = std::min(Dots::kRowBlock, job.rows - row), width = std::min(kInt8Panel, job.columns - column);
+    multiply_panel<Dots>(job, row, rows, column, sums[0]);
+    if (job.epilogue == nullptr) {
+      for (int64_t r = 0; r < rows; ++r) std::copy_n(sums[r], width, job.sums + (row + r) * job.columns + column);
+      continue;
+    }
+    const PanelEpilogue<Lanes> panel(*job.epilogue, column, job.columns);
+    if (has_outliers) panel.multiply_outliers(job.weight, job.inner, row, rows, part.get());
+    for (int64_t r = 0; r < rows; ++r) panel.row(sums[r], row + r, has_outliers ? part[r] : nullptr);
+  }
+}
+
+BNBOPS_NAMESPACE_END
