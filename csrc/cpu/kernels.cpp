@@ -20,6 +20,7 @@ constexpr cpu::Kernels make_kernels() {
   kernels.dequantize = dequantize<Lanes>;
   kernels.quantize_4bit = quantize_4bit<Lanes>;
   kernels.dequantize_4bit = dequantize_4bit<Lanes>;
+  kernels.scales_4bit = scales_of_blocks<Lanes>;
   kernels.order_for_codes = order_for_codes<Lanes>;
   kernels.linear_4bit = linear_4bit<Lanes>;
   kernels.squares = squares<Lanes>;

@@ -16,7 +16,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kGrain = 65536;  // weights worth a thread
 // Up to so many rows of activations, decoding the weight once for every eight of them is the fastest way.
-constexpr int64_t kFewRows = 16, kFewRowsWithoutTiles = 32;
+constexpr int64_t kFewRows = 4, kFewRowsWithoutTiles = 32;
 
 // One matrix [out_features, in_features] of a weight: all of it, or an expert's.
 struct Matrix4bit {
@@ -67,14 +67,34 @@ void few_rows_linear(const Tensor& x, const Matrix4bit& matrix, const void* bias
                               [&](int64_t first, int64_t last) { kernels.linear_4bit(job, first, last); });
 }
 
+// The weight of a matrix that begins with a block, as if it were alone. Nested scales are decoded into `scales`.
+Weight4bit alone(const Matrix4bit& matrix, Tensor& scales) {
+  Weight4bit weight = matrix.weight;
+  const int64_t first = matrix.first / weight.blocksize;
+  weight.codes += matrix.first / 2;
+  if (weight.absmax != nullptr) {
+    weight.absmax += first;
+    return weight;
+  }
+  const int64_t blocks = matrix.out_features * matrix.in_features / weight.blocksize;
+  scales = torch::stable::new_empty(scales, {blocks}, ScalarType::Float);
+  auto* to = static_cast<float*>(scales.mutable_data_ptr());
+  const Kernels& kernels = *isa().kernels;
+  torch::stable::parallel_for(0, blocks, kGrain, [&](int64_t begin, int64_t end) {
+    kernels.scales_4bit(matrix.weight, first + begin, end - begin, to + begin);
+  });
+  weight.absmax = to;
+  return weight;
+}
+
 // `reduced` is the activations' dimension, `kept` the result's.
 void tile_product(const TileProduct& kernels, const Tensor& activations, const Matrix4bit& matrix, const void* bias,
                   int64_t reduced, int64_t kept, Tensor& out) {
   const int64_t rows = activations.size(0);
   const int64_t tiles = 2 * divide_up(rows, kTilePair) * divide_up(reduced, kTilePair);
   Tensor packed = torch::stable::new_empty(activations, {tiles, kTile * kTilePair});
-  const TileJob job{matrix.weight,
-                    matrix.first,
+  Tensor scales = packed;
+  const TileJob job{alone(matrix, scales),
                     matrix.out_features,
                     matrix.in_features,
                     rows,

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <utility>
-#include <vector>
 
 #include "cpu/lanes_scalar.h"
 #include "cpu/weight_4bit_kernels.h"
@@ -55,39 +54,68 @@ BNBOPS_HD void multiply_group(const typename Lanes::Codebook4bit& codebook, type
   (multiply_position<Lanes, kRows, kPositions>(codebook, dwords, x, x_stride, sums), ...);
 }
 
+// Features are taken in blocks and in_features in pieces, so that activations are read from the first cache.
+constexpr int64_t kFeatureBlock = 16;
+template <int kRows>
+constexpr int64_t kPiece4bit = kRows <= 2 ? 4096 : 8192 / kRows;  // elements; a multiple of every group
+
+// The products of one piece of a row of weights, whose scales are given, with kRows rows of activations.
+template <class Lanes, int kRows>
+BNBOPS_HD void multiply_piece(const typename Lanes::Codebook4bit& codebook, const typename Lanes::Spread& spread,
+                              const uint8_t* codes, const float* scales, int log2_blocksize, const float* x,
+                              int64_t x_stride, int64_t n, typename Lanes::Float (&result)[kRows]) {
+  typename Lanes::Float sums[kRows];  // in registers: `result` might be where the codes are, as far as C++ knows
+  std::copy_n(result, kRows, sums);
+  const auto add_group = [&](const uint8_t* from, int64_t k) {
+    typename Lanes::Float parts[2][kRows];
+    for (auto& part : parts) std::fill_n(part, kRows, Lanes::splat(0.0F));
+    multiply_group<Lanes, kRows>(codebook, Lanes::load_int(from), x + k, x_stride, parts,
+                                 std::make_integer_sequence<int, kCodesPerDword>{});
+    const auto scale = spread(scales + (k >> log2_blocksize));
+    for (int row = 0; row < kRows; ++row) {
+      sums[row] = Lanes::fma(parts[0][row], scale, sums[row]);
+      sums[row] = Lanes::fma(parts[1][row], scale, sums[row]);
+    }
+  };
+  for_chunks<kDwordsGroup<Lanes>>(
+      n, [&](int64_t k) { add_group(codes + k / 2, k); },
+      [&](int64_t k, int64_t rest) {
+        alignas(64) uint8_t padded[kDwordsGroup<Lanes> / 2] = {};
+        Lanes::copy(padded, codes + k / 2, rest / 2);
+        add_group(padded, k);
+      });
+  std::copy_n(sums, kRows, result);
+}
+
 // Rows [first_row, first_row + kRows) of the output.
 template <class Lanes, int kRows>
 void linear_4bit_rows(const Linear4bitJob& job, int64_t first_feature, int64_t last_feature, int64_t first_row) {
-  const int64_t blocksize = job.weight.blocksize, blocks = job.in_features / blocksize;
+  using Float = typename Lanes::Float;
+  constexpr int64_t kPiece = kPiece4bit<kRows>;
+  const int64_t blocksize = job.weight.blocksize;
+  const int log2_blocksize = __builtin_ctzll(blocksize);
   const typename Lanes::Codebook4bit codebook(job.weight.codebook);
   const typename Lanes::Spread spread(static_cast<int>(blocksize / kCodesPerDword));
-  std::vector<float> scales(blocks + Lanes::kWidth);  // of one row; zeros after it
+  alignas(64) float scales[kPiece / 32 + Lanes::kWidth] = {};
   const float* x = job.x + first_row * job.x_stride;
-  for (int64_t feature = first_feature; feature < last_feature; ++feature) {
-    const int64_t begin = job.first + feature * job.in_features;
-    scales_of_blocks<Lanes>(job.weight, begin / blocksize, blocks, scales.data());
-    typename Lanes::Float sums[kRows];
-    std::fill_n(sums, kRows, Lanes::splat(0.0F));
-    const auto add_group = [&](const uint8_t* codes, int64_t k) {
-      typename Lanes::Float parts[2][kRows];
-      for (auto& part : parts) std::fill_n(part, kRows, Lanes::splat(0.0F));
-      multiply_group<Lanes, kRows>(codebook, Lanes::load_int(codes), x + k, job.x_stride, parts,
-                                   std::make_integer_sequence<int, kCodesPerDword>{});
-      const auto scale = spread(scales.data() + k / blocksize);
-      for (int row = 0; row < kRows; ++row) {
-        sums[row] = Lanes::fma(parts[0][row], scale, sums[row]);
-        sums[row] = Lanes::fma(parts[1][row], scale, sums[row]);
+  for (int64_t block = first_feature; block < last_feature; block += kFeatureBlock) {
+    const int64_t features = std::min(kFeatureBlock, last_feature - block);
+    Float sums[kFeatureBlock][kRows];
+    for (auto& of_feature : sums) std::fill_n(of_feature, kRows, Lanes::splat(0.0F));
+    for (int64_t k = 0; k < job.in_features; k += kPiece) {
+      const int64_t n = std::min(kPiece, job.in_features - k);
+      for (int64_t f = 0; f < features; ++f) {
+        const int64_t element = job.first + (block + f) * job.in_features + k;
+        scales_of_blocks<Lanes>(job.weight, element / blocksize, (n + blocksize - 1) / blocksize, scales);
+        multiply_piece<Lanes, kRows>(codebook, spread, job.weight.codes + element / 2, scales, log2_blocksize, x + k,
+                                     job.x_stride, n, sums[f]);
       }
-    };
-    const uint8_t* codes = job.weight.codes + begin / 2;
-    for_chunks<kDwordsGroup<Lanes>>(
-        job.in_features, [&](int64_t k) { add_group(codes + k / 2, k); },
-        [&](int64_t k, int64_t rest) {
-          alignas(64) uint8_t padded[kDwordsGroup<Lanes> / 2] = {};
-          Lanes::copy(padded, codes + k / 2, rest / 2);
-          add_group(padded, k);
-        });
-    for (int row = 0; row < kRows; ++row) store_output(job, first_row + row, feature, Lanes::reduce_add(sums[row]));
+    }
+    for (int64_t f = 0; f < features; ++f) {
+      for (int row = 0; row < kRows; ++row) {
+        store_output(job, first_row + row, block + f, Lanes::reduce_add(sums[f][row]));
+      }
+    }
   }
 }
 

@@ -15,7 +15,7 @@ using cpu::kTile;
 using cpu::kTilePair;
 
 constexpr int64_t kTileElements = kTile * kTilePair;  // of bfloat16: 1 KiB, as 16 x 16 of fp32
-constexpr int64_t kSteps = 8;                         // tiles of a panel along the reduced dimension
+constexpr int64_t kSteps = 16;                        // tiles of a panel along the reduced dimension
 constexpr int kTileStride = 64;                       // bytes: tiles are contiguous
 
 struct alignas(64) TileConfig {
@@ -129,15 +129,22 @@ inline __m512 widened(__m256i bfloat16) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloat16), 16));
 }
 
-// Writes 32 sums, columns from `first` on, of a row of `out` that ends at `end`: a whole cache line at a time.
-inline void store_sums(__m512 low, __m512 high, const uint16_t* bias, uint16_t* out, int64_t first, int64_t end) {
+inline bool is_large(const TileJob& job, int64_t columns) { return job.rows * columns >= 1 << 19; }  // 1 MiB
+
+// Writes 32 sums, columns from `first` on, of a row of `out` that ends at `end`. Lines of a large result go to memory
+// directly: reading each of them first, only to overwrite it, would take as long as decoding the weight.
+inline void store_sums(__m512 low, __m512 high, const uint16_t* bias, uint16_t* out, int64_t first, int64_t end,
+                       bool past_caches) {
   const __mmask32 some = end - first >= kTilePair ? ~0U : (1U << (end - first)) - 1;
   if (bias != nullptr) {
-    const __m512i words = _mm512_maskz_loadu_epi16(some, bias + first);
-    low = _mm512_add_ps(low, widened(_mm512_castsi512_si256(words)));
-    high = _mm512_add_ps(high, widened(_mm512_extracti64x4_epi64(words, 1)));
+    const __m512i added = _mm512_maskz_loadu_epi16(some, bias + first);
+    low = _mm512_add_ps(low, widened(_mm512_castsi512_si256(added)));
+    high = _mm512_add_ps(high, widened(_mm512_extracti64x4_epi64(added, 1)));
   }
-  _mm512_mask_storeu_epi16(out + first, some, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+  const auto words = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+  const bool whole_line = some == ~0U && reinterpret_cast<uintptr_t>(out + first) % 64 == 0;
+  if (whole_line && past_caches) return _mm512_stream_si512(reinterpret_cast<__m512i*>(out + first), words);
+  _mm512_mask_storeu_epi16(out + first, some, words);
 }
 
 // What a product's two directions have in common. A Direction tells the reduced dimension, how activations are packed,
@@ -181,6 +188,7 @@ void multiply(const TileJob& job, int64_t first, int64_t last) {
       Direction::store(job, sums[i].tile[0][1], sums[i].tile[1][1], column, row + kTile);
     }
   }
+  _mm_sfence();  // for lines written past the caches
 }
 
 struct Linear {
@@ -201,7 +209,7 @@ struct Linear {
         for (int64_t s = 0; s < n; ++s) _mm512_store_si512(to + s * 2 * kTileElements, _mm512_setzero_si512());
         continue;
       }
-      const int64_t begin = job.first + (feature + r) * job.in_features + step * kTilePair;
+      const int64_t begin = (feature + r) * job.in_features + step * kTilePair;
       decoder.for_chunks_of(begin, n * kTilePair, [&](int64_t element, __m512i table) {
         _mm512_store_si512(to + (element - begin) / kTilePair * 2 * kTileElements, decoder.decode(element, table));
       });
@@ -218,7 +226,7 @@ struct Linear {
     transpose(values[1]);
     for (int64_t r = 0; r < kTile && row + r < job.rows; ++r) {
       store_sums(_mm512_castsi512_ps(values[0][r]), _mm512_castsi512_ps(values[1][r]), job.bias,
-                 job.out + (row + r) * job.out_features, feature, job.out_features);
+                 job.out + (row + r) * job.out_features, feature, job.out_features, is_large(job, job.out_features));
     }
   }
 };
@@ -238,11 +246,13 @@ struct InputGrad {
       return;
     }
     constexpr int64_t kAhead = 32;  // rows: each is another stretch of memory
-    const int64_t element = job.first + row * job.in_features + column;
+    const int64_t element = row * job.in_features + column;
     decoder.prefetch(element + kAhead * job.in_features);
-    decoder.for_chunks_of(element, chunks * kChunk32, [&](int64_t chunk, __m512i table) {
-      to[(chunk - element) / kChunk32] = decoder.decode(chunk, table);
-    });
+    __m512i table = decoder.table_at(element);
+    to[0] = decoder.decode(element, table);
+    if (chunks == 1) return;
+    if (decoder.begins_block(element + kChunk32)) table = decoder.table_at(element + kChunk32);
+    to[1] = decoder.decode(element + kChunk32, table);
   }
 
   // Words of two rows alternate; the interleaved order of a chunk makes the result's columns ascend.
@@ -263,7 +273,7 @@ struct InputGrad {
   static void store(const TileJob& job, const float* low, const float* high, int64_t column, int64_t row) {
     for (int64_t r = 0; r < kTile && row + r < job.rows; ++r) {
       store_sums(_mm512_load_ps(low + r * kTile), _mm512_load_ps(high + r * kTile), nullptr,
-                 job.out + (row + r) * job.in_features, column, job.in_features);
+                 job.out + (row + r) * job.in_features, column, job.in_features, is_large(job, job.in_features));
     }
   }
 };

@@ -6,10 +6,10 @@
 
 namespace bnbops::cpu {
 
-// The matrix W [out_features, in_features] begins at element `first` of the weight; its rows consist of whole blocks.
+// The weight is a matrix [out_features, in_features], whose rows consist of whole blocks.
 struct TileJob {
-  Weight4bit weight;
-  int64_t first, out_features, in_features, rows;
+  Weight4bit weight;  // with fp32 scales
+  int64_t out_features, in_features, rows;
   const uint16_t* activations;  // [rows, in_features], for input_grad [rows, out_features]
   uint16_t* packed;             // as large, for tiles with rows and columns rounded up to kTilePair
   const uint16_t* bias;         // [out_features] or null

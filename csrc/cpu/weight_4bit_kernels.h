@@ -32,7 +32,7 @@ BNBOPS_HD float scale_of_block(const Weight4bit& weight, int64_t block) {
 
 // Scales of blocks [first, first + n).
 template <class Lanes>
-BNBOPS_HD void scales_of_blocks(const Weight4bit& weight, int64_t first, int64_t n, float* scales) {
+void scales_of_blocks(const Weight4bit& weight, int64_t first, int64_t n, float* scales) {
   if (weight.absmax != nullptr) {
     Lanes::copy(scales, weight.absmax + first, n * sizeof(float));
     return;
@@ -53,9 +53,10 @@ template <class Lanes>
 void dequantize_4bit(const Weight4bit& weight, int64_t first, int64_t numel, void* out, DType dtype) {
   const typename Lanes::Codebook4bit codebook(weight.codebook);
   const int64_t end = first + numel;
+  const int log2_blocksize = __builtin_ctzll(weight.blocksize);
   auto* to = static_cast<uint8_t*>(out);
   for (int64_t i = first; i < end;) {
-    const int64_t block = i / weight.blocksize, size = size_of(dtype);
+    const int64_t block = i >> log2_blocksize, size = size_of(dtype);
     const float scale = scale_of_block(weight, block);
     if (i % 2 == 1) {  // in the lower half of a byte
       uint8_t pair[2 * sizeof(float)];
