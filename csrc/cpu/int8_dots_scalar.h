@@ -6,9 +6,10 @@
 BNBOPS_NAMESPACE_BEGIN
 
 struct ScalarDots {
-  using Activation = int16_t;                    // how `prepare` stores a code
-  static constexpr int64_t kRowBlock = 32;       // rows of activations that stay in cache while the weight passes
-  static constexpr int kRows = 1, kColumns = 4;  // of a tile
+  using Activation = int16_t;                      // how `prepare` stores a code
+  static constexpr int64_t kRowBlock = 32;         // rows of activations that stay in cache while the weight passes
+  static constexpr int kRows = 1, kColumns = 4;    // of a tile
+  static constexpr int64_t kPackFrom = INT64_MAX;  // rows from which `packed_rows` multiplies; never
 
   // sums[r * sums_stride + c] = sum over k < inner of a[r * stride + k] * w[c][k]. Beyond `inner` the activations are
   // zeros up to the next multiple of 64, and the weight must not be read.

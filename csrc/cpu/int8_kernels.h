@@ -49,13 +49,24 @@ BNBOPS_HD float code_factor(float absmax) {
   return absmax > 0 ? std::min(factor, kFloatMax) : 0.0F;
 }
 
-template <class Lanes, class Visit>
-inline void each_piece(const Int8QuantJob& job, int64_t row, int64_t begin, int64_t end, const Visit& visit) {
-  alignas(64) float scratch[kInt8Piece];
-  for (int64_t i = begin; i < end; i += kInt8Piece) {
-    const int64_t n = std::min(kInt8Piece, end - i);
-    visit(read<Lanes>(job.values, job.dtype, row * job.inner + i, n, scratch), n, i);
-  }
+// Loops over a piece. Plain arguments, or the compiler would fear that a code written changes a loop's bound.
+inline uint32_t largest_counted(const float* __restrict x, int64_t n, uint32_t limit) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, counted_bits(x[i], limit));
+  return largest;
+}
+
+inline void encode(const float* __restrict x, int64_t n, float factor, uint32_t limit, int8_t* __restrict codes) {
+  for (int64_t i = 0; i < n; ++i) codes[i] = code_of(x[i], factor, limit);
+}
+
+inline void encode_each(const float* __restrict x, int64_t n, const float* __restrict factor, uint32_t limit,
+                        int8_t* __restrict codes) {
+  for (int64_t i = 0; i < n; ++i) codes[i] = code_of(x[i], factor[i], limit);
+}
+
+inline void take_larger(const float* __restrict x, int64_t n, uint32_t limit, uint32_t* __restrict largest) {
+  for (int64_t i = 0; i < n; ++i) largest[i] = std::max(largest[i], counted_bits(x[i], limit));
 }
 
 // Threads may find the same outlier column.
@@ -66,18 +77,26 @@ inline void mark_outliers(const float* x, int64_t n, uint32_t limit, bool* is_ou
   }
 }
 
+// Calls visit(x, n, i) for the elements from the i-th to the (i + n)-th of a row, in fp32.
+template <class Lanes, class Visit>
+inline void each_piece(const Int8QuantJob& job, int64_t row, int64_t begin, int64_t end, const Visit& visit) {
+  alignas(64) float scratch[kInt8Piece];
+  for (int64_t i = begin; i < end; i += kInt8Piece) {
+    const int64_t n = std::min(kInt8Piece, end - i);
+    visit(read<Lanes>(job.values, job.dtype, row * job.inner + i, n, scratch), n, i);
+  }
+}
+
 template <class Lanes>
 void scan_rows(const Int8QuantJob& job, int64_t first, int64_t last) {
   const uint32_t limit = left_out_from(job);
   for (int64_t row = first; row < last; ++row) {
     uint32_t largest = 0;
     each_piece<Lanes>(job, row, 0, job.inner, [&](const float* x, int64_t n, int64_t i) {
-      uint32_t largest_of_all = 0;
-      for (int64_t j = 0; j < n; ++j) {
-        largest = std::max(largest, counted_bits(x[j], limit));
-        largest_of_all = std::max(largest_of_all, magnitude_bits(x[j]));
+      if (job.has_threshold && largest_magnitude_bits<Lanes, true>(x, n) >= limit) {
+        mark_outliers(x, n, limit, job.is_outlier + i);
       }
-      if (job.has_threshold && largest_of_all >= limit) mark_outliers(x, n, limit, job.is_outlier + i);
+      largest = std::max(largest, largest_counted(x, n, limit));
     });
     job.row_stats[row] = float_from_bits(largest);
   }
@@ -92,7 +111,7 @@ void encode_rows(const Int8QuantJob& job, int64_t first, int64_t last) {
     float* kept = job.outlier_values == nullptr ? nullptr : job.outlier_values + row * job.outlier_count;
     int64_t o = 0;
     each_piece<Lanes>(job, row, 0, job.inner, [&](const float* x, int64_t n, int64_t i) {
-      for (int64_t j = 0; j < n; ++j) codes[i + j] = code_of(x[j], factor, limit);
+      encode(x, n, factor, limit, codes + i);
       for (; o < job.outlier_count && job.outliers[o] < i + n; ++o) {
         codes[job.outliers[o]] = 0;
         if (kept != nullptr) kept[o] = encodable(x[job.outliers[o] - i]);
@@ -110,18 +129,16 @@ void quantize_columns(const Int8QuantJob& job, int64_t first, int64_t last) {
     uint32_t largest[kInt8Piece] = {};
     float factor[kInt8Piece];
     for (int64_t row = 0; row < job.rows; ++row) {
-      each_piece<Lanes>(job, row, begin, end, [&](const float* x, int64_t n, int64_t) {
-        for (int64_t j = 0; j < n; ++j) largest[j] = std::max(largest[j], counted_bits(x[j], limit));
-      });
+      each_piece<Lanes>(job, row, begin, end,
+                        [&](const float* x, int64_t n, int64_t) { take_larger(x, n, limit, largest); });
     }
     for (int64_t j = 0; j < end - begin; ++j) {
       job.col_stats[begin + j] = float_from_bits(largest[j]);
       factor[j] = code_factor(job.col_stats[begin + j]);
     }
     for (int64_t row = 0; row < job.rows; ++row) {
-      int8_t* codes = job.codes + row * job.inner + begin;
-      each_piece<Lanes>(job, row, begin, end, [&](const float* x, int64_t n, int64_t) {
-        for (int64_t j = 0; j < n; ++j) codes[j] = code_of(x[j], factor[j], limit);
+      each_piece<Lanes>(job, row, begin, end, [&](const float* x, int64_t n, int64_t i) {
+        encode_each(x, n, factor, limit, job.codes + row * job.inner + i);
       });
     }
   }
@@ -282,6 +299,22 @@ void multiply_panel(const Int8MatmulJob& job, int64_t row, int64_t rows, int64_t
   }
 }
 
+// The same from weights that are packed, a part of their depth after the other.
+template <class Dots>
+void multiply_packed_panel(const Int8MatmulJob& job, int64_t row, int64_t rows, int64_t column, int32_t* sums) {
+  const int64_t stride = padded_inner(job.inner), width = std::min(kInt8Panel, job.columns - column);
+  const auto* a = static_cast<const typename Dots::Activation*>(job.activations) + row * stride;
+  alignas(64) int8_t packed[kInt8Panel * Dots::kDepth];
+  for (int64_t r = 0; r < rows; ++r) {
+    std::fill_n(sums + r * kInt8Panel, kInt8Panel, Dots::correction(job.activation_sums[row + r]));
+  }
+  for (int64_t k = 0; k < job.inner; k += Dots::kDepth) {
+    const int64_t depth = std::min(Dots::kDepth, job.inner - k);
+    pack_weights(job.weight + column * job.inner + k, job.inner, width, depth, Dots::kShift, packed);
+    Dots::packed_rows(a + k, stride, rows, packed, padded_inner(depth), sums);
+  }
+}
+
 template <class Lanes, class Dots>
 void multiply(const Int8MatmulJob& job, int64_t first, int64_t last) {
   using Row = int32_t[kInt8Panel];
@@ -294,7 +327,14 @@ void multiply(const Int8MatmulJob& job, int64_t first, int64_t last) {
   for (int64_t task = first; task < last; ++task) {
     const int64_t column = task / row_blocks * kInt8Panel, row = task % row_blocks * Dots::kRowBlock;
     const int64_t rows = std::min(Dots::kRowBlock, job.rows - row), width = std::min(kInt8Panel, job.columns - column);
-    multiply_panel<Dots>(job, row, rows, column, sums[0]);
+    bool multiplied = false;
+    if constexpr (Dots::kPackFrom < INT64_MAX) {
+      if (rows >= Dots::kPackFrom) {
+        multiply_packed_panel<Dots>(job, row, rows, column, sums[0]);
+        multiplied = true;
+      }
+    }
+    if (!multiplied) multiply_panel<Dots>(job, row, rows, column, sums[0]);
     if (job.epilogue == nullptr) {
       for (int64_t r = 0; r < rows; ++r) std::copy_n(sums[r], width, job.sums + (row + r) * job.columns + column);
       continue;
