@@ -157,10 +157,10 @@ Tensor linear_4bit(const Tensor& x, const Tensor& weight, const Tensor& absmax, 
                                       nested_code,   nested_offset, nested_blocksize};
   check_linear_4bit(x, arguments, bias);
   const Matrix4bit matrix{kernel_view(arguments), 0, shape[0], shape[1]};
-  const Tensor rows = as_matrix(x);
-  Tensor out = torch::stable::new_empty(x, {rows.size(0), shape[0]});
-  linear_into(rows, matrix, bias, out);
-  return torch::stable::view(out, with_last(x, shape[0]));
+  const Tensor rows = as_matrix(x), out = torch::stable::new_empty(x, with_last(x, shape[0]));
+  Tensor out_rows = torch::stable::view(out, {rows.size(0), shape[0]});
+  linear_into(rows, matrix, bias, out_rows);
+  return out;
 }
 
 Tensor linear_4bit_input_grad(const Tensor& grad, const Tensor& weight, const Tensor& absmax,
@@ -179,10 +179,10 @@ Tensor linear_4bit_input_grad(const Tensor& grad, const Tensor& weight, const Te
                                       nested_offset,
                                       nested_blocksize};
   check_linear_4bit_input_grad(grad, arguments);
-  const Tensor rows = as_matrix(grad);
-  Tensor out = torch::stable::new_empty(grad, {rows.size(0), shape[1]});
-  input_grad_into(rows, {kernel_view(arguments), 0, shape[0], shape[1]}, out);
-  return torch::stable::view(out, with_last(grad, shape[1]));
+  const Tensor rows = as_matrix(grad), out = torch::stable::new_empty(grad, with_last(grad, shape[1]));
+  Tensor out_rows = torch::stable::view(out, {rows.size(0), shape[1]});
+  input_grad_into(rows, {kernel_view(arguments), 0, shape[0], shape[1]}, out_rows);
+  return out;
 }
 
 // Where each expert's rows end, after a check that they are in order and exist.

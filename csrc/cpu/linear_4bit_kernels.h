@@ -56,6 +56,7 @@ BNBOPS_HD void multiply_group(const typename Lanes::Codebook4bit& codebook, type
 
 // Features are taken in blocks and in_features in pieces, so that activations are read from the first cache.
 constexpr int64_t kFeatureBlock = 16;
+constexpr int64_t kAhead = 4096;  // bytes: processors do not prefetch across a page's end
 template <int kRows>
 constexpr int64_t kPiece4bit = kRows <= 2 ? 4096 : 8192 / kRows;  // elements; a multiple of every group
 
@@ -78,7 +79,11 @@ BNBOPS_HD void multiply_piece(const typename Lanes::Codebook4bit& codebook, cons
     }
   };
   for_chunks<kDwordsGroup<Lanes>>(
-      n, [&](int64_t k) { add_group(codes + k / 2, k); },
+      n,
+      [&](int64_t k) {
+        __builtin_prefetch(codes + k / 2 + kAhead);
+        add_group(codes + k / 2, k);
+      },
       [&](int64_t k, int64_t rest) {
         alignas(64) uint8_t padded[kDwordsGroup<Lanes> / 2] = {};
         Lanes::copy(padded, codes + k / 2, rest / 2);
