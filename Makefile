@@ -22,6 +22,7 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(PY) benchmarks/optim_step.py
 	$(PY) benchmarks/quantize.py
+	$(PY) benchmarks/linear.py
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)

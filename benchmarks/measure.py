@@ -85,13 +85,18 @@ def results(candidates: list[Candidate]) -> list[dict[str, Any]]:
     return [_result(c, by_name.get(c.baseline), bandwidth) for c in candidates]
 
 
+def ratios(candidate: Candidate, baseline: Candidate | None) -> tuple[float | None, float | None]:
+    """The baseline's median over the candidate's, and the median of the ratios within each round both took part in."""
+    if baseline is None:
+        return None, None
+    ratio = statistics.median(baseline.seconds.values()) / statistics.median(candidate.seconds.values())
+    shared = candidate.seconds.keys() & baseline.seconds.keys()
+    return ratio, statistics.median(baseline.seconds[turn] / candidate.seconds[turn] for turn in shared)
+
+
 def _result(candidate: Candidate, baseline: Candidate | None, bandwidth: float) -> dict[str, Any]:
     median = statistics.median(candidate.seconds.values())
-    ratio = round_ratio = None
-    if baseline is not None:
-        ratio = statistics.median(baseline.seconds.values()) / median
-        shared = candidate.seconds.keys() & baseline.seconds.keys()
-        round_ratio = statistics.median(baseline.seconds[turn] / candidate.seconds[turn] for turn in shared)
+    ratio, round_ratio = ratios(candidate, baseline)
     return {
         "name": candidate.name,
         "ms": median * 1e3,
@@ -120,13 +125,13 @@ _COLUMNS = {
 }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table that is aligned as plain text, too."""
+def table(rows: list[dict[str, Any]], columns: dict[str, str] = _COLUMNS) -> str:
+    """The rows as a Markdown table that is aligned as plain text, too. `columns` says how to format a row's entries."""
     cells = [
-        list(_COLUMNS),
-        *([form.format(row[key]) if row[key] is not None else "-" for key, form in _COLUMNS.items()] for row in rows),
+        list(columns),
+        *([form.format(row[key]) if row[key] is not None else "-" for key, form in columns.items()] for row in rows),
     ]
-    widths = [max(len(line[k]) for line in cells) for k in range(len(_COLUMNS))]
+    widths = [max(len(line[k]) for line in cells) for k in range(len(columns))]
     lines = []
     for line in cells:
         first, *rest = line

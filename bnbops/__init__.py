@@ -6,9 +6,23 @@ load_operators(__path__)
 has_cuda = load_cuda_operators(__path__)
 
 from bnbops import functional, meta_kernels, nn, optim  # noqa: E402
+from bnbops.matmul_int8 import MatmulLtState, matmul  # noqa: E402
+from bnbops.multiply_4bit import matmul_4bit  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "compiled_train_step", "functional", "has_cuda", "isa", "meta_kernels", "nn", "optim"]
+__all__ = [
+    "MatmulLtState",
+    "__version__",
+    "compiled_train_step",
+    "functional",
+    "has_cuda",
+    "isa",
+    "matmul",
+    "matmul_4bit",
+    "meta_kernels",
+    "nn",
+    "optim",
+]
 
 isa()  # a wrong BNBOPS_ISA fails here, not in the middle of training
 

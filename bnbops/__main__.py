@@ -36,7 +36,7 @@ def _check_operators(device: str) -> int:
     wrong = 0
     print(f"operators on {device}, against plain torch:")
     for name, count, problems in self_check.run(device):
-        print(f"  {name:<28}" + (f"{len(problems)} of {count} samples differ" if problems else f"ok ({count} samples)"))
+        print(f"  {name:<32}" + (f"{len(problems)} of {count} samples differ" if problems else f"ok ({count} samples)"))
         for problem in problems:
             print(f"      {problem}")
         wrong += bool(problems)

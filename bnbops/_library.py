@@ -48,10 +48,10 @@ def load_cuda_operators(search: list[str]) -> bool:
 
 
 def isa() -> str:
-    """The CPU instruction set in use: "baseline", "avx2" or "avx512".
+    """The CPU instruction set in use: "baseline", "avx2", "avx512" or "amx" (avx512 and tiles for matrix products).
 
     The best one of this machine, unless the environment variable `BNBOPS_ISA` named another before the import. All of
-    them give the same bits.
+    them give the same bits, but for products of matrices.
 
     Raises:
         RuntimeError: `BNBOPS_ISA` names one that this machine or build lacks.

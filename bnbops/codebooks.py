@@ -13,7 +13,7 @@ import sys
 import torch
 from torch import Tensor
 
-__all__ = ["create_4bit_map", "create_dynamic_map", "create_fp8_map", "create_linear_map"]
+__all__ = ["create_4bit_map", "create_dynamic_map", "create_fp8_map", "create_linear_map", "create_normal_map"]
 
 _ENTRIES = 256
 
@@ -128,6 +128,31 @@ def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: 
     ]
     values = torch.tensor(magnitudes, dtype=torch.float32)
     values = _padded(torch.cat([values, -values]) if signed else values)
+    return values / values.max()
+
+
+def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -> Tensor:
+    """Quantiles of the normal distribution: NormalFloat, filled up with zeros.
+
+    Args:
+        offset: probability of the outermost value, above 0.5 and below 1.
+        use_extra_value: 8 positive values instead of 7; 7 are negative.
+
+    Returns:
+        fp32 tensor of 256 sorted values in [-1, 1].
+
+    Raises:
+        ValueError: the offset is no probability of a positive value.
+
+    Source: Dettmers et al., "QLoRA" (arXiv:2305.14314), section 3.
+    """
+    if not 0.5 < offset < 1:
+        raise ValueError(f"offset must be between 0.5 and 1, got {offset}")
+
+    def quantiles(count: int) -> Tensor:
+        return torch.special.ndtri(_linspace(offset, 0.5, count + 1)[:-1].double()).float()
+
+    values = _padded(torch.cat([quantiles(8 if use_extra_value else 7), -quantiles(7)]))
     return values / values.max()
 
 

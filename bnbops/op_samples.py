@@ -4,51 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from bnbops.codebooks import create_dynamic_map, create_linear_map
+from bnbops.op_samples_4bit import BUILDERS_4BIT
+from bnbops.op_samples_int8 import BUILDERS as BUILDERS_INT8
+from bnbops.sample import DTYPES, Sample, copied, normal, random_codes, strided
 
 __all__ = ["SAMPLED", "Sample", "operator", "option_names", "samples", "step_states"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 256  # of optimizer states
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One call of an operator; `name` says what is special about it."""
-
-    name: str
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-
-    def map(self, f: Callable[[Tensor], Tensor]) -> Sample:
-        """The same call on `f(tensor)` for every tensor, in lists too."""
-        return Sample(self.name, *tree_map_only(Tensor, f, (self.args, self.kwargs)))
-
-    def clone(self) -> Sample:
-        """A copy that shares no memory and keeps strides."""
-        return self.map(lambda x: _copy(x, x.device))
-
-    def run(self, overload: Callable[..., Any]) -> Any:
-        """Calls the operator. It may change this sample's tensors; `clone()` first to keep them."""
-        return overload(*self.args, **self.kwargs)
-
-    def arguments(self, overload: torch._ops.OpOverload) -> dict[str, Any]:
-        """Arguments by their name in the schema; those left to their default are missing."""
-        names = [argument.name for argument in overload._schema.arguments if not argument.kwarg_only]
-        return dict(zip(names, self.args, strict=False)) | self.kwargs
 
 
 def samples(name: str, device: torch.device | str = "cpu") -> list[Sample]:
     """Samples of the operator called "op" or "op.overload", in memory of their own."""
-    return [sample.map(lambda x: _copy(x, torch.device(device))) for sample in _BUILDERS[name]()]
+    return [sample.map(lambda x: copied(x, torch.device(device))) for sample in _BUILDERS[name]()]
 
 
 def operator(name: str) -> torch._ops.OpOverload:
@@ -69,30 +43,6 @@ def option_names(name: str) -> list[str]:
     return [a.name for a in arguments if str(a.type) in ("float", "bool", "int") and not a.has_default_value()]
 
 
-def _copy(x: Tensor, device: torch.device) -> Tensor:
-    """A copy with the same strides, expanded ones and gaps included."""
-    if x.numel() == 0:
-        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    memory = x.detach().as_strided((extent,), (1,)).to(device, copy=True)
-    return memory.as_strided(x.shape, x.stride()).requires_grad_(x.requires_grad)
-
-
-def _normal(*shape: int, seed: int = 0) -> Tensor:
-    """fp32 values over several decades, so that all of a codebook is used."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator) * 10 ** (-3 * torch.rand(shape, generator=generator))
-
-
-def _codes(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(256, shape, generator=torch.Generator().manual_seed(seed)).byte()
-
-
-def _strided(x: Tensor) -> Tensor:
-    """The values of a matrix, every other element of a larger one."""
-    return x.repeat_interleave(2, dim=-1)[..., ::2]
-
-
 # ---- isa, step_ops -------------------------------------------------------------------------------------------------
 
 
@@ -104,20 +54,20 @@ def _without_arguments() -> list[Sample]:
 
 
 def _quantize() -> list[Sample]:
-    x = _normal(5, 301)
+    x = normal(5, 301)
     signed, unsigned, linear = create_dynamic_map(), create_dynamic_map(signed=False), create_linear_map()
     special = torch.tensor([math.nan, 1.0, -0.0, 0.0] + [0.0] * 4 + [math.inf, -1.0, math.nan, 0.0])
     return [
-        *(Sample(f"{dtype}".removeprefix("torch."), (x.to(dtype), signed, 64)) for dtype in _DTYPES),
+        *(Sample(f"{dtype}".removeprefix("torch."), (x.to(dtype), signed, 64)) for dtype in DTYPES),
         Sample("unsigned dynamic map", (x.abs(), unsigned, 256)),
         Sample("linear map", (x, linear, 128)),
         Sample("linear map, bfloat16", (x.bfloat16(), linear, 100)),
         Sample("one block", (x, signed, 4096)),
         Sample("blocks of one", (x, signed, 1)),
         Sample("transposed", (x.t(), signed, 64)),
-        Sample("strided", (_strided(x), linear, 64)),
+        Sample("strided", (strided(x), linear, 64)),
         Sample("expanded", (torch.tensor([[0.5], [-2.0]]).expand(2, 33), signed, 16)),
-        Sample("channels last", (_normal(2, 3, 5, 7).to(memory_format=torch.channels_last), signed, 64)),
+        Sample("channels last", (normal(2, 3, 5, 7).to(memory_format=torch.channels_last), signed, 64)),
         Sample("scalar", (torch.tensor(-3.0), signed, 64)),
         Sample("empty", (torch.empty(0), signed, 64)),
         Sample("empty rows", (torch.empty(3, 0), signed, 64)),
@@ -128,17 +78,17 @@ def _quantize() -> list[Sample]:
 
 
 def _dequantize() -> list[Sample]:
-    codes, code = _codes(5, 301), create_dynamic_map()
-    absmax = _normal(24).abs()  # ceil(5 * 301 / 64)
+    codes, code = random_codes(5, 301), create_dynamic_map()
+    absmax = normal(24).abs()  # ceil(5 * 301 / 64)
     return [
-        *(Sample(f"to {dtype}".replace("torch.", ""), (codes, absmax, code, 64, dtype)) for dtype in _DTYPES),
+        *(Sample(f"to {dtype}".replace("torch.", ""), (codes, absmax, code, 64, dtype)) for dtype in DTYPES),
         Sample("linear map", (codes, absmax[:6], create_linear_map(), 256, torch.float32)),
         Sample("blocks of 100", (codes, absmax[:16], code, 100, torch.float16)),
         Sample("one block", (codes, absmax[:1], code, 4096, torch.bfloat16)),
         Sample("absmax as a matrix", (codes, absmax.view(4, 6), code, 64, torch.float32)),
-        Sample("strided absmax", (codes, _strided(absmax), code, 64, torch.float32)),
+        Sample("strided absmax", (codes, strided(absmax), code, 64, torch.float32)),
         Sample("transposed", (codes.t(), absmax, code, 64, torch.float32)),
-        Sample("strided", (_strided(codes), absmax, code, 64, torch.bfloat16)),
+        Sample("strided", (strided(codes), absmax, code, 64, torch.bfloat16)),
         Sample("scalar", (torch.tensor(200, dtype=torch.uint8), absmax[:1], code, 64, torch.float32)),
         Sample("empty", (codes[:0], absmax[:0], code, 64, torch.float32)),
         Sample("absmax and code require grad", _differentiable(codes, absmax, code, torch.float32)),
@@ -207,13 +157,13 @@ def _further_steps(name: str) -> list[Sample]:
     sample = partial(_step_sample, name)
     low, one, overflow = torch.bfloat16, torch.ones(1), torch.tensor(1.0)
     return [
-        *(sample(f"float32 states, {dtype}".replace("torch.", ""), 32, dtype=dtype) for dtype in _DTYPES[1:]),
-        *(sample(f"8-bit states in rows, {dtype}".replace("torch.", ""), 8, dtype=dtype) for dtype in _DTYPES[::2]),
-        *(sample(f"flat 8-bit states, {dtype}".replace("torch.", ""), 8, "flat", dtype=dtype) for dtype in _DTYPES[:2]),
+        *(sample(f"float32 states, {dtype}".replace("torch.", ""), 32, dtype=dtype) for dtype in DTYPES[1:]),
+        *(sample(f"8-bit states in rows, {dtype}".replace("torch.", ""), 8, dtype=dtype) for dtype in DTYPES[::2]),
+        *(sample(f"flat 8-bit states, {dtype}".replace("torch.", ""), 8, "flat", dtype=dtype) for dtype in DTYPES[:2]),
         sample("float32 states, float32 gradients", 32, dtype=low, grad_dtype=torch.float32),
         sample("8-bit states, float32 gradients", 8, dtype=low, grad_dtype=torch.float32),
         sample("three dimensions", 8, shapes=((2, 3, 90),)),
-        sample("strided gradients", 8, grad=_strided),
+        sample("strided gradients", 8, grad=strided),
         sample("expanded gradients", 32, grad=lambda g: g.flatten()[0].expand(g.shape)),
         sample("transposed gradients", 8, shapes=((30, 40),), grad=lambda g: g.t().contiguous().t()),
         sample("8-bit states, non-finite gradient elements", 8, grad=_with_non_finite),
@@ -240,8 +190,8 @@ def _step_sample(
     grad: Callable[[Tensor], Tensor] = lambda g: g,
     **changed: Any,
 ) -> Sample:
-    params = [_normal(*shape, seed=1).to(dtype) for shape in shapes]
-    grads = [grad(_normal(*shape, seed=2).to(grad_dtype or dtype)) for shape in shapes]
+    params = [normal(*shape, seed=1).to(dtype) for shape in shapes]
+    grads = [grad(normal(*shape, seed=2).to(grad_dtype or dtype)) for shape in shapes]
     states, absmax = [], []
     for k, state in enumerate(step_states(name)):
         states.append([_state(state, shape, bits, seed=3 + k) for shape in shapes])
@@ -258,15 +208,15 @@ def _argument_names(name: str) -> set[str]:
 
 def _state(name: str, shape: tuple[int, ...], bits: int, seed: int) -> Tensor:
     if bits == 32:
-        return 0.1 * _normal(*shape, seed=seed).square()
-    codes = _codes(*shape, seed=seed)
+        return 0.1 * normal(*shape, seed=seed).square()
+    codes = random_codes(*shape, seed=seed)
     return codes | 128 if name in _SUMS_OF_SQUARES else codes
 
 
 def _scales(shape: tuple[int, ...], layout: str, seed: int) -> Tensor:
     if layout == "flat":
-        return 0.1 * _normal(-(math.prod(shape) // -_BLOCK), seed=seed).abs()
-    return 0.1 * _normal(shape[0], -(math.prod(shape[1:]) // -_BLOCK), seed=seed).abs()
+        return 0.1 * normal(-(math.prod(shape) // -_BLOCK), seed=seed).abs()
+    return 0.1 * normal(shape[0], -(math.prod(shape[1:]) // -_BLOCK), seed=seed).abs()
 
 
 def _with_non_finite(grad: Tensor) -> Tensor:
@@ -279,11 +229,11 @@ def _with_non_finite(grad: Tensor) -> Tensor:
 
 
 def _squared_norms() -> list[Sample]:
-    x = _normal(5, 301)
+    x = normal(5, 301)
     return [
-        Sample("every dtype", ([x.to(dtype) for dtype in _DTYPES],)),
-        Sample("one tensor", ([_normal(9000)],)),
-        Sample("strided, transposed, expanded", ([_strided(x), x.t(), x[0].expand(7, 301)],)),
+        Sample("every dtype", ([x.to(dtype) for dtype in DTYPES],)),
+        Sample("one tensor", ([normal(9000)],)),
+        Sample("strided, transposed, expanded", ([strided(x), x.t(), x[0].expand(7, 301)],)),
         Sample("non-finite elements", ([_with_non_finite(x.clone()), torch.full((3,), math.nan)],)),
         Sample("scalar and empty", ([torch.tensor(-3.0), torch.empty(0), torch.empty(3, 0)],)),
     ]
@@ -298,8 +248,8 @@ def _lamb_squared_norms() -> list[Sample]:
 
 def _percentile_clip() -> list[Sample]:
     def sample(what: str, steps: tuple[float, ...], percentile: int, **scaling: Tensor) -> Sample:
-        history = [_normal(100, seed=i).square() for i in range(len(steps))]
-        norms = 10 * _normal(len(steps), seed=1).square().double()
+        history = [normal(100, seed=i).square() for i in range(len(steps))]
+        norms = 10 * normal(len(steps), seed=1).square().double()
         return Sample(what, (history, norms, [torch.tensor(t) for t in steps]), {"percentile": percentile, **scaling})
 
     return [
@@ -320,6 +270,8 @@ _BUILDERS: dict[str, Callable[[], list[Sample]]] = {
     "squared_norms": _squared_norms,
     "lamb_squared_norms": _lamb_squared_norms,
     "percentile_clip_": _percentile_clip,
+    **BUILDERS_4BIT,
+    **BUILDERS_INT8,
 }
 SAMPLED = tuple(sorted(_BUILDERS))
 """The operators that have samples: all of them, as a test makes sure."""

@@ -15,74 +15,35 @@ import torch
 from torch import Tensor
 
 from bnbops.codebooks import create_dynamic_map
+from bnbops.expect import Difference, absmax_of, blocked, expect, expect_close, expect_nearest, normalise
 from bnbops.op_samples import SAMPLED, Sample, operator, option_names, samples, step_states
+from bnbops.self_check_4bit import REFERENCES_4BIT
+from bnbops.self_check_int8 import REFERENCES as REFERENCES_INT8
 
 __all__ = ["REFERENCES", "check", "run"]
 
 _BLOCK = 256  # of optimizer states
-_FLOAT_MAX = torch.finfo(torch.float32).max
-
-
-class _Difference(Exception):
-    """What an operator did and should not have done."""
-
-
-def _expect(condition: Tensor | bool, what: str) -> None:
-    if not condition:
-        raise _Difference(what)
-
-
-def _expect_close(actual: Tensor, expected: Tensor, what: str) -> None:
-    """Equal up to a few fp32 roundings, and one rounding to `actual`'s dtype. The samples' values are around 1."""
-    expected = expected.double()
-    allowed = (torch.finfo(actual.dtype).eps / 2 + 1e-5) * expected.abs() + 1e-6
-    off = torch.where(actual == expected, 0.0, (actual.double() - expected).abs())
-    wrong = ~(off <= allowed)
-    if wrong.any():
-        raise _Difference(f"{what} off by up to {off[wrong].max().item():.3g}")
-
-
-def _expect_nearest(codes: Tensor, normalised: Tensor, code: Tensor, what: str) -> None:
-    """Each code is the nearest entry to its value in [-1, 1]; in a tie within rounding, either neighbour."""
-    x, code = normalised.reshape(-1, 1).double(), code.double()
-    chosen = (x - code[codes.flatten().long()].unsqueeze(1)).abs().squeeze(1)
-    nearest = torch.cdist(x, code.unsqueeze(1)).amin(dim=1)
-    _expect((chosen <= nearest + 1e-5 * x.abs().squeeze(1)).all(), f"{what} not the nearest codebook entry")
-
-
-def _blocked(x: Tensor, size: int) -> Tensor:
-    """Cuts the last dimension into blocks: [..., n] -> [..., ceil(n / size), size], padded with zeros."""
-    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % size))
-    return padded.view(*x.shape[:-1], padded.shape[-1] // size, size)
-
-
-def _absmax(blocks: Tensor) -> Tensor:
-    return blocks.abs().nan_to_num(nan=0.0, posinf=_FLOAT_MAX).amax(dim=-1)
-
-
-def _normalised(blocks: Tensor) -> Tensor:
-    return (blocks / _absmax(blocks).unsqueeze(-1)).nan_to_num(nan=0.0).clamp(-1, 1)
 
 
 # ---- one reference an operator: gets the arguments before the call, the result, and the arguments after ---------
 
 
 def _isa(_before: dict[str, Any], result: str, _after: dict[str, Any]) -> None:
-    _expect(result in ("baseline", "avx2", "avx512"), f"unknown instruction set {result}")
-    _expect(result == (os.environ.get("BNBOPS_ISA") or result), f"{result} in use although BNBOPS_ISA is set")
+    expect(result in ("baseline", "avx2", "avx512", "amx"), f"unknown instruction set {result}")
+    expect(result == (os.environ.get("BNBOPS_ISA") or result), f"{result} in use although BNBOPS_ISA is set")
 
 
 def _step_ops(_before: dict[str, Any], result: list[str], _after: dict[str, Any]) -> None:
-    _expect(sorted(result) == sorted(_RULES), f"{result} instead of {list(_RULES)}")
+    expect(sorted(result) == sorted(_RULES), f"{result} instead of {list(_RULES)}")
 
 
 def _quantize(before: dict[str, Any], result: tuple[Tensor, Tensor], _after: dict[str, Any]) -> None:
     A, (codes, absmax) = before["A"].detach().double(), result
     size = min(before["blocksize"], max(A.numel(), 1))
-    blocks = _blocked(A.flatten(), size)
-    _expect(codes.shape == A.shape and codes.dtype == torch.uint8, "codes of the wrong shape or dtype")
-    _expect(torch.equal(absmax.double(), _absmax(blocks)), "absmax wrong")
-    _expect_nearest(codes, _normalised(blocks).flatten()[: A.numel()], before["code"], "codes")
+    blocks = blocked(A.flatten(), size)
+    expect(codes.shape == A.shape and codes.dtype == torch.uint8, "codes of the wrong shape or dtype")
+    expect(torch.equal(absmax.double(), absmax_of(blocks)), "absmax wrong")
+    expect_nearest(codes, normalise(blocks).flatten()[: A.numel()], before["code"], "codes")
 
 
 def _dequantized(before: dict[str, Any]) -> Tensor:
@@ -92,11 +53,11 @@ def _dequantized(before: dict[str, Any]) -> Tensor:
 
 
 def _dequantize(before: dict[str, Any], result: Tensor, _after: dict[str, Any]) -> None:
-    _expect(torch.equal(result.detach(), _dequantized(before)), "values wrong")
+    expect(torch.equal(result.detach(), _dequantized(before)), "values wrong")
 
 
 def _dequantize_out(before: dict[str, Any], _result: None, after: dict[str, Any]) -> None:
-    _expect(torch.equal(after["out"], _dequantized(before)), "values wrong")
+    expect(torch.equal(after["out"], _dequantized(before)), "values wrong")
 
 
 # ---- optimizer steps -------------------------------------------------------------------------------------------
@@ -192,9 +153,9 @@ def _step(name: str, before: dict[str, Any], _result: None, after: dict[str, Any
     for i in range(len(before["params"])):
         if skip:
             for key in ("params", "steps", *step_states(name)):
-                _expect(torch.equal(after[key][i], before[key][i]), f"{key}[{i}] changed although found_inf is set")
+                expect(torch.equal(after[key][i], before[key][i]), f"{key}[{i}] changed although found_inf is set")
         else:
-            _expect(torch.equal(after["steps"][i], before["steps"][i] + 1), f"steps[{i}] is not one more")
+            expect(torch.equal(after["steps"][i], before["steps"][i] + 1), f"steps[{i}] is not one more")
             _step_of_one(name, i, before, after)
 
 
@@ -204,20 +165,20 @@ def _step_of_one(name: str, i: int, before: dict[str, Any], after: dict[str, Any
     new = rule(p, g, old, int(before["steps"][i].item()) + 1, _options(name, i, before))
     new_p, *new_states = (torch.where(g.isfinite(), n, o) for n, o in zip(new, (p, *old), strict=True))
 
-    _expect_close(after["params"][i], new_p, f"params[{i}]")
+    expect_close(after["params"][i], new_p, f"params[{i}]")
     for state, x, signed in zip(step_states(name), new_states, signs, strict=True):
         actual = after[state][i]
         if not after[f"{state}_absmax"]:
-            _expect_close(actual, x, f"{state}[{i}]")
+            expect_close(actual, x, f"{state}[{i}]")
             continue
         absmax = after[f"{state}_absmax"][i]
-        blocks = _blocked(_rows(x, absmax), _BLOCK)
-        _expect_close(absmax.view(blocks.shape[:2]), _absmax(blocks), f"{state}_absmax[{i}]")
-        normalised = _normalised(blocks).flatten(1)[:, : _rows(x, absmax).shape[1]]
+        blocks = blocked(_rows(x, absmax), _BLOCK)
+        expect_close(absmax.view(blocks.shape[:2]), absmax_of(blocks), f"{state}_absmax[{i}]")
+        normalised = normalise(blocks).flatten(1)[:, : _rows(x, absmax).shape[1]]
         code = create_dynamic_map(signed).to(x.device)
         if state in ("exp_avg_sq", "square_avg", "sum"):  # a step divides by its root: positive stays positive
             normalised = torch.where(normalised > 0, normalised.clamp_min(code[code > 0].min()), normalised)
-        _expect_nearest(actual, normalised, code, f"{state}[{i}]")
+        expect_nearest(actual, normalised, code, f"{state}[{i}]")
 
 
 def _values(
@@ -261,10 +222,10 @@ def _decoded(state: Tensor, absmax: Tensor | None, code: Tensor) -> Tensor:
 
 
 def _expect_norms(actual: Tensor, tensors: list[Tensor], tolerance: float) -> None:
-    _expect(actual.shape == (len(tensors),) and actual.dtype == torch.float64, "norms of the wrong shape or dtype")
+    expect(actual.shape == (len(tensors),) and actual.dtype == torch.float64, "norms of the wrong shape or dtype")
     for i, x in enumerate(tensors):
         expected = x.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).square().sum()
-        _expect((actual[i] - expected).abs() <= tolerance * expected, f"norm {i} is {actual[i]}, not {expected}")
+        expect((actual[i] - expected).abs() <= tolerance * expected, f"norm {i} is {actual[i]}, not {expected}")
 
 
 def _squared_norms(before: dict[str, Any], result: Tensor, _after: dict[str, Any]) -> None:
@@ -292,8 +253,8 @@ def _percentile_clip(before: dict[str, Any], result: Tensor, after: dict[str, An
             newest = torch.arange(100, device=history.device) == t % 100
             history = torch.where(newest | (t == 1), squares[i], history)
             factor = (history.sort().values[before["percentile"]] / squares[i]).sqrt().clamp(max=1.0)
-        _expect_close(after["gnorm_vec"][i], history, f"gnorm_vec[{i}]")
-        _expect_close(result[i], factor, f"factor {i}")
+        expect_close(after["gnorm_vec"][i], history, f"gnorm_vec[{i}]")
+        expect_close(result[i], factor, f"factor {i}")
 
 
 REFERENCES: dict[str, Callable[[dict[str, Any], Any, dict[str, Any]], None]] = {
@@ -306,6 +267,8 @@ REFERENCES: dict[str, Callable[[dict[str, Any], Any, dict[str, Any]], None]] = {
     "squared_norms": _squared_norms,
     "lamb_squared_norms": _lamb_squared_norms,
     "percentile_clip_": _percentile_clip,
+    **REFERENCES_4BIT,
+    **REFERENCES_INT8,
 }
 
 
@@ -318,7 +281,7 @@ def check(name: str, sample: Sample) -> str | None:
     try:
         result = after.run(overload)
         REFERENCES[name](sample.arguments(overload), result, after.arguments(overload))
-    except _Difference as difference:
+    except Difference as difference:
         return f"{sample.name}: {difference}"
     except RuntimeError as error:
         return f"{sample.name}: {error}".splitlines()[0]

@@ -13,7 +13,7 @@ from bnbops.expect import expect, expect_close
 __all__ = ["REFERENCES"]
 
 _FLOAT_MAX = torch.finfo(torch.float32).max
-_INVERSE = torch.tensor(6.200124e-05)  # fp32; bitsandbytes' 1 / 127^2
+_INVERSE = torch.tensor(1 / 127**2)  # fp32
 
 
 def _counted(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .checks import FLOAT_DTYPES, check, check_contiguous, check_device, check_dtype, check_float, name_of
+from .checks import (
+    FLOAT_DTYPES,
+    check,
+    check_contiguous,
+    check_device,
+    check_dtype,
+    check_float,
+    check_not_expanded,
+    name_of,
+)
 
 
 def _check_codebook(op: str, code: Tensor, like: Tensor) -> None:
@@ -64,8 +73,7 @@ def _(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtyp
     check_dtype(f"{op}: out", out, dtype)
     check_device(f"{op}: out", out, A)
     check(out.shape == A.shape, f"{op}: out has shape {list(out.shape)}, but A has {list(A.shape)}")
-    expanded = any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True))
-    check(not expanded, f"{op}: out is expanded; its elements need memory of their own")
+    check_not_expanded(f"{op}: out", out)
 
 
 def _bump_version(keyset, *args, out: Tensor) -> None:

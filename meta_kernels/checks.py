@@ -33,5 +33,10 @@ def check_contiguous(what: str, tensor: Tensor) -> None:
     check(tensor.is_contiguous(), f"{what} must be contiguous; call .contiguous() first")
 
 
+def check_not_expanded(what: str, tensor: Tensor) -> None:
+    expanded = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    check(not expanded, f"{what} is expanded; its elements need memory of their own")
+
+
 def check_one_element(what: str, tensor: Tensor) -> None:
     check(tensor.numel() == 1, f"{what} must have one element, got shape {list(tensor.shape)}")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .checks import FLOAT_DTYPES, check, check_device, check_dtype, check_float, name_of
+from .frozen import bias_gradient, refuse_vmap, register_gradients
 
 _MAX_PRODUCTS = 131071  # whose sum an int32 holds for certain
 
@@ -230,43 +233,22 @@ def linear_int8_input_grad(grad: Tensor, weight: Tensor, scale: Tensor) -> Tenso
     return _product(grad, weight.shape[1], grad.dtype)
 
 
-def _refuse_scale(op: str, scale: Tensor) -> None:
-    check(not scale.requires_grad, f"{op}: scale is not differentiable; detach it")
-
-
-def _save_for_linear(ctx, inputs, output) -> None:
-    _, weight, scale, _, _ = inputs
-    _refuse_scale("linear_int8", scale)
-    ctx.save_for_backward(weight, scale)
-
-
-def _linear_backward(ctx, grad: Tensor):
+def _linear_gradients(frozen: dict[str, Any], grad: Tensor, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """As if x had not been rounded to codes (the straight-through estimator)."""
-    weight, scale = ctx.saved_tensors
-    need_x, _, _, need_bias, _ = ctx.needs_input_grad
-    grad_x = torch.ops.bnbops.linear_int8_input_grad(grad, weight, scale) if need_x else None
-    grad_bias = None
-    if need_bias:
-        grad_bias = grad.sum(dim=tuple(range(grad.dim() - 1))) if grad.dim() > 1 else grad
-    return grad_x, None, None, grad_bias, None
+    need_x, need_bias = needed
+    grad_x = torch.ops.bnbops.linear_int8_input_grad(grad, frozen["weight"], frozen["scale"]) if need_x else None
+    return grad_x, bias_gradient(grad) if need_bias else None
 
 
-torch.library.register_autograd("bnbops::linear_int8", _linear_backward, setup_context=_save_for_linear)
-
-
-def _save_for_input_grad(ctx, inputs, output) -> None:
-    _, weight, scale = inputs
-    _refuse_scale("linear_int8_input_grad", scale)
-    ctx.save_for_backward(weight, scale)
-
-
-def _input_grad_backward(ctx, grad: Tensor):
+def _input_grad_gradients(frozen: dict[str, Any], grad: Tensor, _needed: Sequence[bool]) -> tuple[Tensor]:
     """The adjoint of grad @ W: times the transpose of W, with nothing rounded to codes."""
-    weight, scale = ctx.saved_tensors
-    W = torch.ops.bnbops.int8_vectorwise_dequant(weight, scale).to(grad.dtype)
-    return grad @ W.t(), None, None
+    W = torch.ops.bnbops.int8_vectorwise_dequant(frozen["weight"], frozen["scale"]).to(grad.dtype)
+    return (grad @ W.t(),)
 
 
-torch.library.register_autograd(
-    "bnbops::linear_int8_input_grad", _input_grad_backward, setup_context=_save_for_input_grad
-)
+register_gradients("linear_int8", ["x", "bias"], _linear_gradients)
+register_gradients("linear_int8_input_grad", ["grad"], _input_grad_gradients)
+for _op in ("linear_int8", "linear_int8_input_grad"):
+    refuse_vmap(_op, "it takes a batch of any size in one call")
+for _op in ("int8_vectorwise_quant", "int8_vectorwise_dequant", "int8_double_quant"):
+    refuse_vmap(_op, "call it in a loop, or on a tensor with one more dimension")

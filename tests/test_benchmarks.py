@@ -12,10 +12,12 @@ import pytest
 import torch
 
 import bnbops.functional as F
+import bnbops.nn
 from bnbops.optim import AdamW8bit
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))  # where Python looks when it runs the scripts
+linear = importlib.import_module("linear")
 measure = importlib.import_module("measure")
 optim_step = importlib.import_module("optim_step")
 quantize = importlib.import_module("quantize")
@@ -81,6 +83,45 @@ def test_quantize(peers, capsys, tmp_path):
     assert (rows["bnbops, bf16 linear 256"]["ratio"] is not None) == bool(peers)
 
 
+@pytest.mark.parametrize("peers", PEERS, ids=" ".join)
+def test_linear(peers, capsys, tmp_path):
+    sections = linear.main([*ALONE, *peers, "--rows", "1", "3", "--json", str(tmp_path / "figures.json")])
+    out = capsys.readouterr().out
+
+    one, three, both, int8_one, int8_three, to_codes, to_values = tables(out)
+    assert all(table[0] == list(linear.COLUMNS) for table in (one, three, both, int8_one, int8_three))
+    plain = ["bitsandbytes Linear4bit, plain"] if peers else []
+    forward = [row[0] for row in one[4:] if row[0] != "bitsandbytes Linear4bit, repacked"]  # not on every CPU
+    assert forward == ["bnbops Linear4bit", "dense", *plain]
+    assert [row[0] for row in three] == [row[0] for row in one]
+    assert [row[0] for row in both[4:]] == forward
+    int8_peers = ["bitsandbytes Linear8bitLt", "bitsandbytes Linear8bitLt, training mode"] if peers else []
+    for table in (int8_one, int8_three):
+        assert [row[0] for row in table[4:]] == ["bnbops Linear8bitLt", "dense", *int8_peers]
+    layers = sum(len(table) - 4 for table in (one, three, both, int8_one, int8_three))
+    assert out.count(" off (tolerance ") == layers and out.count("same bits with 1 and 2 threads") == 5
+    libraries = [f"{library}, {dtype}" for dtype in ("fp32", "bf16") for library in ("bnbops", *peers)]
+    assert names(to_codes)[1:] == [name for name in names(to_values)[1:] if "out=" not in name] == libraries
+
+    assert json.loads((tmp_path / "figures.json").read_text())["sections"] == sections
+    rows = {row["name"]: row for row in sections[1]["rows"]}
+    size = 256 * 256
+    assert rows["bnbops Linear4bit"]["B/element"] == (size / 2 + 4 * size / 64 + 2 * 2 * 3 * 256) / (3 * size)
+    assert rows["dense"]["B/element"] == (2 * size + 2 * 2 * 3 * 256) / (3 * size)
+    assert rows["dense"]["vs dense"] == 1 and (rows["dense"]["vs bitsandbytes"] is not None) == bool(peers)
+    assert {row["name"] for row in rows.values() if row["vs dense"] is None} == {measure.STREAM, linear.PEAK}
+    passes = sections[2]["rows"][2]
+    assert passes["GFLOP/s"] == pytest.approx(2 * 2 * 3 * size / (passes["ms"] / 1e3) / 1e9)
+
+
+@pytest.mark.parametrize("options", [["--nested"], ["--dtype", "fp32"]], ids=" ".join)
+def test_linear_options(options, capsys):
+    """Verification knows scales that are quantized, too, and float32."""
+    peers = [name for peer in PEERS for name in peer]
+    linear.main([*ALONE, *peers, *options, "--rows", "3", "--parts", "forward", "backward", "int8"])
+    assert len(tables(capsys.readouterr().out)) == 3
+
+
 def test_reused_memory():
     """Run as a script, since it changes the process's malloc."""
     command = [sys.executable, "benchmarks/quantize.py", *ALONE, "--reuse-memory"]
@@ -96,9 +137,10 @@ def test_missing_peers_are_left_out(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     quantize.main(["--quick"])
     optim_step.main(["--quick"])
+    linear.main(["--quick", "--rows", "1", "--peers", "bitsandbytes"])
     out = capsys.readouterr().out
-    assert out.count("bitsandbytes left out: ") == 2
-    assert len(tables(out)) == 6 and not any("bitsandbytes" in name for t in tables(out) for name in names(t))
+    assert out.count("bitsandbytes left out: ") == 3
+    assert len(tables(out)) == 11 and not any("bitsandbytes" in row[0] for t in tables(out) for row in t)
 
 
 def test_wrong_optimizer_is_not_timed(monkeypatch, capsys):
@@ -214,3 +256,66 @@ def test_a_wrong_family_is_refused(monkeypatch):
     monkeypatch.setattr(optim_step.bnbops.optim, "SGD32bit", Off)
     with pytest.raises(measure.VerificationError, match=r"SGD32bit is .* off torch SGD, fused"):
         optim_step.main([*ALONE, "--optimizers", "SGD"])
+
+
+def broken(call, break_last):
+    """A forward whose result has a wrong last element."""
+
+    def forward(self, x):
+        result = call(self, x)
+        return torch.cat([result.flatten()[:-1], break_last(result.flatten()[-1:])]).view_as(result)
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    ("part", "layer"), [("forward", "Linear4bit"), ("backward", "Linear4bit"), ("int8", "Linear8bitLt")]
+)
+def test_a_wrong_layer_is_not_timed(monkeypatch, capsys, part, layer):
+    cls = getattr(bnbops.nn, layer)
+    monkeypatch.setattr(cls, "forward", broken(cls.forward, torch.zeros_like))
+    with pytest.raises(measure.VerificationError, match=f"bnbops {layer}: a row is .* off"):
+        linear.main([*ALONE, "--rows", "3", "--parts", part])
+    assert tables(capsys.readouterr().out) == []
+
+
+def test_a_wrong_gradient_is_not_timed(monkeypatch):
+    """The result is right; the gradient's last column is twice what it should be."""
+    forward = bnbops.nn.Linear4bit.forward
+
+    def wrong_gradient(self, x):
+        same = x.clone()
+        same.register_hook(lambda grad: torch.cat([grad[:, :-1], 2 * grad[:, -1:]], dim=1))
+        return forward(self, same)
+
+    monkeypatch.setattr(bnbops.nn.Linear4bit, "forward", wrong_gradient)
+    with pytest.raises(measure.VerificationError, match=r"bnbops Linear4bit: a row is .* off"):
+        linear.main([*ALONE, "--rows", "3", "--parts", "backward"])
+
+
+def test_a_thread_dependent_layer_is_not_timed(monkeypatch):
+    ulp_off = broken(bnbops.nn.Linear4bit.forward, lambda y: y * (1 if torch.get_num_threads() == 1 else 1 + 2**-7))
+    monkeypatch.setattr(bnbops.nn.Linear4bit, "forward", ulp_off)
+    with pytest.raises(measure.VerificationError, match="threads give other bits"):
+        linear.main([*ALONE, "--rows", "3", "--parts", "forward"])
+
+
+@pytest.mark.parametrize(
+    ("function", "breaks", "message"),
+    [
+        ("quantize_4bit", lambda result: (result[0] ^ 0x10, result[1]), "a code is .* farther"),
+        ("dequantize_4bit", lambda result: result * (1 + 2**-7), "values are not"),
+    ],
+)
+def test_wrong_4bit_functions_are_not_timed(monkeypatch, capsys, function, breaks, message):
+    correct = getattr(F, function)
+    monkeypatch.setattr(F, function, lambda *args, **kwargs: breaks(correct(*args, **kwargs)))
+    with pytest.raises(measure.VerificationError, match=f"bnbops, fp32: {message}"):
+        linear.main([*ALONE, "--parts", "quantize"])
+    assert tables(capsys.readouterr().out) == []
+
+
+def test_linear_refuses_odd_sizes(capsys):
+    with pytest.raises(SystemExit):
+        linear.main([*ALONE, "--features", "100", "256"])
+    assert "multiples of 64" in capsys.readouterr().err

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 import bnbops
-from bnbops.functional import create_dynamic_map, create_fp8_map, create_linear_map
+from bnbops.functional import create_dynamic_map, create_fp8_map, create_linear_map, get_4bit_type
 from reference import quantize as ref
 from reference.group import op_options, random_group
 from reference.rules import RULES
 from rule_cases import CODECS, usual
 
-ISAS = ["baseline", "avx2", "avx512"]
+ISAS = ["baseline", "avx2", "avx512", "amx"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MAPS = {
     "dynamic": create_dynamic_map(True),
@@ -60,11 +60,31 @@ def items() -> Iterator[tuple[str, list[torch.Tensor]]]:
                 codes, absmax = ops.quantize_blockwise(values(50_001, dtype), code, blocksize)
                 decoded = [ops.dequantize_blockwise(codes, absmax, code, blocksize, to) for to in DTYPES]
                 yield f"quantize {name} {dtype} {blocksize}", [codes, absmax, *decoded]
+    for quant_type in ("nf4", "fp4"):
+        x = sweep(get_4bit_type(quant_type).sort().values)
+        yield f"sweep {quant_type}", list(ops.quantize_4bit(x, 4096, quant_type, torch.uint8))
+        for dtype in DTYPES:
+            for blocksize in (32, 64, 4096):
+                yield f"{quant_type} {dtype} {blocksize}", there_and_back_4bit(quant_type, dtype, blocksize)
     for rule in RULES:
         for codec in CODECS if RULES[rule].states else ["fp32"]:
             for dtype in DTYPES:
                 for grad_dtype in dict.fromkeys([dtype, torch.float32]):
                     yield f"{rule} {codec} {dtype} {grad_dtype}", steps_and_norms(rule, codec, dtype, grad_dtype)
+
+
+def there_and_back_4bit(quant_type: str, dtype: torch.dtype, blocksize: int) -> list[torch.Tensor]:
+    """Codes, scales, values in all dtypes, of single and double quantization, and rows of a table."""
+    ops, shape = torch.ops.bnbops, [711, 71]
+    packed, absmax = ops.quantize_4bit(values(711 * 71, dtype), blocksize, quant_type, torch.uint8)
+    scales = absmax.clamp(max=1e3)
+    codes, second = ops.quantize_blockwise(scales - scales.mean(), MAPS["dynamic"], 256)
+    nested = {"nested_absmax": second, "nested_code": MAPS["dynamic"], "nested_offset": scales.mean()}
+    described = (blocksize, quant_type, shape)
+    decoded = [ops.dequantize_4bit(packed, absmax, *described, to) for to in DTYPES]
+    decoded += [ops.dequantize_4bit(packed, codes, *described, to, **nested) for to in DTYPES]
+    rows = torch.arange(0, 711, 7)
+    return [packed, absmax, *decoded, ops.embedding_4bit(rows, packed, absmax, shape, blocksize, quant_type, dtype)]
 
 
 def steps_and_norms(rule: str, codec: str, dtype: torch.dtype, grad_dtype: torch.dtype) -> list[torch.Tensor]:

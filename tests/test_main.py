@@ -12,7 +12,7 @@ from bnbops import self_check
 from bnbops.__main__ import main
 from bnbops.op_samples import SAMPLED, Sample, operator, samples
 
-ISAS = ["baseline", "avx2", "avx512"]
+ISAS = ["baseline", "avx2", "avx512", "amx"]
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

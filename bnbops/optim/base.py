@@ -217,7 +217,7 @@ class Optimizer(CheckpointedOptimizer):
         The compiler takes whatever it finds in `param_groups` for constants: a change would compile the step again.
         `bnbops.compiled_train_step` calls this before every step, and `drop_options` after it.
         """
-        self._held = [batch.with_tensor_options() for batch in self._batches()]
+        self._held = [batch.for_compiled_step() for batch in self._batches()]
 
     def drop_options(self) -> None:
         """The compiled step is done."""

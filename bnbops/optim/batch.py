@@ -23,11 +23,13 @@ class Batch:
     scalars: dict[str, Any]
     options: dict[str, Any]
 
-    def with_tensor_options(self) -> Batch:
-        """The same, with the present options in a tensor that takes the place of the named ones.
+    def for_compiled_step(self) -> Batch:
+        """The same without quantized weights, and with the present options in a tensor."""
+        return replace(self, params=[p for p in self.params if not _is_quantized(p)])._with_tensor_options()
 
-        Those are in the schema and have to be given: as zeros, which never change.
-        """
+    def _with_tensor_options(self) -> Batch:
+        """The tensor takes the place of the named options. Those are in the schema and have to be given: as zeros,
+        which never change."""
         if not isinstance(self.plan.op, torch._ops.OpOverloadPacket):  # a function in Python: no such argument
             return self
         arguments = [a for a in self.plan.op.default._schema.arguments if a.name in self.options]
@@ -39,3 +41,8 @@ class Batch:
 
 _ZEROS = {"float": 0.0, "bool": False, "int": 0}
 _IN_TENSORS = ("lr", "betas", "momentum", "weight_decay")  # what schedules change, kept out of a graph's sight
+
+
+def _is_quantized(param: Tensor) -> bool:
+    """A layer's codes, which never have a gradient; the compiler cannot ask a tensor of their class for one."""
+    return getattr(param, "bnb_quantized", False) or not (param.is_floating_point() or param.is_complex())

@@ -25,14 +25,14 @@ struct Candidate {
 };
 
 #ifdef BNBOPS_X86
-// Whether the processor has tiles of bfloat16, and the system lets this process use them: it saves their large state
-// only for who asks.
+// Whether the processor has tiles of bfloat16 and int8, and the system lets this process use them: it saves their large
+// state only for who asks.
 bool may_use_amx() {
 #ifdef __linux__
-  constexpr int kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  constexpr unsigned kAmxBf16 = 1U << 22, kAmxTile = 1U << 24;
+  constexpr int kAskForState = 0x1023, kTileData = 18;       // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  constexpr unsigned kAmx = 1U << 22 | 1U << 24 | 1U << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAmx) != kAmx) return false;
   return syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
 #else
   return false;
@@ -51,7 +51,7 @@ Isa choose() {
   const Candidate candidates[] = {
   // best first
 #ifdef BNBOPS_X86
-      {{"amx", &kAvx512Kernels, &kInt8Avx512Kernels, &kAmxKernels}, amx},
+      {{"amx", &kAvx512Kernels, &kInt8AmxKernels, &kAmxKernels}, amx},
       {{"avx512", &kAvx512Kernels, &kInt8Avx512Kernels, nullptr}, avx512},
       {{"avx2", &kAvx2Kernels, &kInt8Avx2Kernels, nullptr}, avx2},
 #endif

@@ -6,12 +6,12 @@
 #include <array>
 #include <cmath>
 #include <limits>
-#include <memory>
 #include <tuple>
 
 #include "cpu/binding.h"
 #include "cpu/int8_kernels_table.h"
 #include "cpu/memory.h"
+#include "cpu/scratch.h"
 #include "layout.h"
 
 namespace bnbops::cpu {
@@ -137,14 +137,14 @@ Tensor int8_vectorwise_dequant(const Tensor& A, const Tensor& stats) {
 // Codes of activations in the form that the kernels multiply.
 struct Activations {
   int64_t rows, inner;
-  std::unique_ptr<uint8_t[]> bytes;
-  std::unique_ptr<int32_t[]> sums;
+  Scratch<uint8_t> bytes;
+  Scratch<int32_t> sums;
 
   Activations(const int8_t* codes, int64_t rows_of_codes, int64_t columns)
       : rows(rows_of_codes),
         inner(columns),
-        bytes(new uint8_t[rows_of_codes * isa().int8->row_bytes(columns)]),
-        sums(new int32_t[rows_of_codes]) {
+        bytes(make_scratch<uint8_t>(rows * isa().int8->row_bytes(inner))),
+        sums(make_scratch<int32_t>(rows)) {
     const Int8Kernels& kernels = *isa().int8;
     in_parallel(rows, inner, kGrain, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {

@@ -13,7 +13,8 @@ struct Avx512Dots {
   static constexpr int64_t kRowBlock = 256;
   static constexpr int kRows = 4, kColumns = 4;
 
-  BNBOPS_HD static int32_t correction(int32_t activation_sum) {
+  // What undoes the shift.
+  BNBOPS_HD static int32_t initial_sum(int32_t activation_sum) {
     return static_cast<int32_t>(0U - 128U * static_cast<uint32_t>(activation_sum));
   }
 
@@ -39,7 +40,7 @@ struct Avx512Dots {
     if (k < inner) step(k, (1ULL << (inner - k)) - 1);
     unrolled<kTileRows * kColumns>([&](auto i) {
       const auto shifted = static_cast<uint32_t>(_mm512_reduce_add_epi32(sum[i]));
-      const auto corrected = shifted + static_cast<uint32_t>(correction(activation_sums[i / kColumns]));
+      const auto corrected = shifted + static_cast<uint32_t>(initial_sum(activation_sums[i / kColumns]));
       sums[i / kColumns * sums_stride + i % kColumns] = static_cast<int32_t>(corrected);
     });
   }

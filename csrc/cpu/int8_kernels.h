@@ -3,10 +3,10 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
 
 #include "cpu/blocks.h"
 #include "cpu/int8_kernels_table.h"
+#include "cpu/scratch.h"
 
 BNBOPS_NAMESPACE_BEGIN
 
@@ -18,7 +18,7 @@ using cpu::kInt8Panel;
 using cpu::kInt8Piece;
 
 constexpr float kInverse127 = 1.0F / 127.0F;
-constexpr float kInverse127Squared = 6.200124e-05F;  // as bitsandbytes has it; 1 / 127^2 is 6.200012e-05
+constexpr float kInverse127Squared = 1.0F / (127.0F * 127.0F);  // bitsandbytes has 6.200124e-05, a digit short
 constexpr uint32_t kFloatMaxBits = 0x7F7FFFFFU;
 
 // ---- quantization ----------------------------------------------------------------------------------------------
@@ -31,10 +31,11 @@ inline uint32_t left_out_from(const Int8QuantJob& job) {
 
 BNBOPS_HD uint32_t magnitude_bits(float x) { return bits_of(x) & 0x7FFFFFFFU; }
 
-// 0 for what is left out. An infinity counts as the largest float.
+// 0 for what is left out. An infinity counts as the largest float. (A mask: choices are not always vectorized.)
 BNBOPS_HD uint32_t counted_bits(float x, uint32_t limit) {
   const uint32_t bits = magnitude_bits(x);
-  return bits < limit ? std::min(bits, kFloatMaxBits) : 0;
+  const uint32_t all_ones_if_counted = 0U - static_cast<uint32_t>(bits < limit);
+  return std::min(bits, kFloatMaxBits) & all_ones_if_counted;
 }
 
 // The code of x: x * factor to nearest, ties to even, by the float adder.
@@ -45,7 +46,7 @@ BNBOPS_HD int8_t code_of(float x, float factor, uint32_t limit) {
 
 // 127 / absmax; 0 for zeros. A tiny absmax has no finite inverse.
 BNBOPS_HD float code_factor(float absmax) {
-  const float factor = 127.0F / absmax;
+  const float factor = 127.0F * (1.0F / absmax);  // in the roundings of bitsandbytes, for the same codes
   return absmax > 0 ? std::min(factor, kFloatMax) : 0.0F;
 }
 
@@ -69,11 +70,11 @@ inline void take_larger(const float* __restrict x, int64_t n, uint32_t limit, ui
   for (int64_t i = 0; i < n; ++i) largest[i] = std::max(largest[i], counted_bits(x[i], limit));
 }
 
-// Threads may find the same outlier column.
-inline void mark_outliers(const float* x, int64_t n, uint32_t limit, bool* is_outlier) {
+inline void note_outliers(const float* __restrict x, int64_t n, uint32_t limit, uint8_t* __restrict noted) {
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t bits = magnitude_bits(x[i]);
-    if (bits >= limit && bits <= kInfinityBits) __atomic_store_n(is_outlier + i, true, __ATOMIC_RELAXED);
+    noted[i] |=
+        static_cast<uint8_t>(static_cast<uint32_t>(bits >= limit) & static_cast<uint32_t>(bits <= kInfinityBits));
   }
 }
 
@@ -90,15 +91,18 @@ inline void each_piece(const Int8QuantJob& job, int64_t row, int64_t begin, int6
 template <class Lanes>
 void scan_rows(const Int8QuantJob& job, int64_t first, int64_t last) {
   const uint32_t limit = left_out_from(job);
+  const Scratch<uint8_t> noted = make_scratch<uint8_t>(job.inner);
+  std::fill_n(noted.get(), job.inner, uint8_t{0});
   for (int64_t row = first; row < last; ++row) {
     uint32_t largest = 0;
     each_piece<Lanes>(job, row, 0, job.inner, [&](const float* x, int64_t n, int64_t i) {
-      if (job.has_threshold && largest_magnitude_bits<Lanes, true>(x, n) >= limit) {
-        mark_outliers(x, n, limit, job.is_outlier + i);
-      }
       largest = std::max(largest, largest_counted(x, n, limit));
+      if (job.has_threshold) note_outliers(x, n, limit, noted.get() + i);
     });
     job.row_stats[row] = float_from_bits(largest);
+  }
+  for (int64_t i = 0; job.has_threshold && i < job.inner; ++i) {  // other threads may find the same columns
+    if (noted[i] != 0) __atomic_store_n(job.is_outlier + i, true, __ATOMIC_RELAXED);
   }
 }
 
@@ -263,9 +267,12 @@ void dequantize_sums(const int32_t* sums, int64_t columns, const Int8Epilogue& e
 
 inline int64_t padded_inner(int64_t inner) { return (inner + 63) / 64 * 64; }
 
+// From one row of activations to the next. An odd number of cache lines apart, rows of a tile share no cache set.
+inline int64_t row_stride(int64_t inner) { return (padded_inner(inner) / 64 | 1) * 64; }
+
 template <class Dots>
 int64_t row_bytes(int64_t inner) {
-  return padded_inner(inner) * static_cast<int64_t>(sizeof(typename Dots::Activation));
+  return row_stride(inner) * static_cast<int64_t>(sizeof(typename Dots::Activation));
 }
 
 template <class Dots>
@@ -283,7 +290,7 @@ int32_t prepare(const int8_t* codes, int64_t inner, void* row) {
 // The sums of `rows` rows from `row` on, and of the panel of columns from `column` on.
 template <class Dots>
 void multiply_panel(const Int8MatmulJob& job, int64_t row, int64_t rows, int64_t column, int32_t* sums) {
-  const int64_t stride = padded_inner(job.inner), last_column = job.columns - 1;
+  const int64_t stride = row_stride(job.inner), last_column = job.columns - 1;
   const auto* a = static_cast<const typename Dots::Activation*>(job.activations) + row * stride;
   const int64_t width = std::min(kInt8Panel, job.columns - column);
   for (int64_t c = 0; c < width; c += Dots::kColumns) {
@@ -302,11 +309,11 @@ void multiply_panel(const Int8MatmulJob& job, int64_t row, int64_t rows, int64_t
 // The same from weights that are packed, a part of their depth after the other.
 template <class Dots>
 void multiply_packed_panel(const Int8MatmulJob& job, int64_t row, int64_t rows, int64_t column, int32_t* sums) {
-  const int64_t stride = padded_inner(job.inner), width = std::min(kInt8Panel, job.columns - column);
+  const int64_t stride = row_stride(job.inner), width = std::min(kInt8Panel, job.columns - column);
   const auto* a = static_cast<const typename Dots::Activation*>(job.activations) + row * stride;
   alignas(64) int8_t packed[kInt8Panel * Dots::kDepth];
   for (int64_t r = 0; r < rows; ++r) {
-    std::fill_n(sums + r * kInt8Panel, kInt8Panel, Dots::correction(job.activation_sums[row + r]));
+    std::fill_n(sums + r * kInt8Panel, kInt8Panel, Dots::initial_sum(job.activation_sums[row + r]));
   }
   for (int64_t k = 0; k < job.inner; k += Dots::kDepth) {
     const int64_t depth = std::min(Dots::kDepth, job.inner - k);
@@ -321,9 +328,9 @@ void multiply(const Int8MatmulJob& job, int64_t first, int64_t last) {
   using Part = float[kInt8Panel];
   const int64_t row_blocks = (job.rows + Dots::kRowBlock - 1) / Dots::kRowBlock;
   const int64_t block_rows = std::min(Dots::kRowBlock, job.rows);
-  const std::unique_ptr<Row[]> sums(new Row[block_rows]);
+  const Scratch<Row> sums = make_scratch<Row>(block_rows);
   const bool has_outliers = job.epilogue != nullptr && job.epilogue->outlier_count > 0;
-  const std::unique_ptr<Part[]> part(has_outliers ? new Part[block_rows] : nullptr);
+  const Scratch<Part> part = make_scratch<Part>(has_outliers ? block_rows : 0);
   for (int64_t task = first; task < last; ++task) {
     const int64_t column = task / row_blocks * kInt8Panel, row = task % row_blocks * Dots::kRowBlock;
     const int64_t rows = std::min(Dots::kRowBlock, job.rows - row), width = std::min(kInt8Panel, job.columns - column);

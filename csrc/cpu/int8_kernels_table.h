@@ -82,7 +82,7 @@ struct Int8Kernels {
 
 extern const Int8Kernels kInt8BaselineKernels;
 #ifdef BNBOPS_X86
-extern const Int8Kernels kInt8Avx2Kernels, kInt8Avx512Kernels;
+extern const Int8Kernels kInt8Avx2Kernels, kInt8Avx512Kernels, kInt8AmxKernels;
 #endif
 
 }  // namespace bnbops::cpu

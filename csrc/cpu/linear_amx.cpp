@@ -6,7 +6,9 @@
 //   input_grad:  A = 16 rows of the gradient, B = 32 rows of the weight, 16 columns
 #include <vector>
 
+#include "cpu/amx_tiles.h"
 #include "cpu/decode_tiles.h"
+#include "cpu/transpose_avx512.h"
 
 BNBOPS_NAMESPACE_BEGIN
 namespace {
@@ -16,25 +18,6 @@ using cpu::kTilePair;
 
 constexpr int64_t kTileElements = kTile * kTilePair;  // of bfloat16: 1 KiB, as 16 x 16 of fp32
 constexpr int64_t kSteps = 16;                        // tiles of a panel along the reduced dimension
-constexpr int kTileStride = 64;                       // bytes: tiles are contiguous
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// The tile registers of this thread, while it lives.
-class TileRegisters {
- public:
-  TileRegisters() {
-    const TileConfig config;
-    _tile_loadconfig(&config);
-  }
-  ~TileRegisters() { _tile_release(); }
-  TileRegisters(const TileRegisters&) = delete;
-  TileRegisters& operator=(const TileRegisters&) = delete;
-};
 
 constexpr int kMaxPairs = 2;
 using Panel = uint16_t[kMaxPairs][kSteps][2][kTileElements];  // pairs of weight tiles
@@ -78,34 +61,6 @@ void multiply_tiles(const uint16_t (&weights)[kSteps][2][kTileElements], const u
   _tile_stored(1, sums.tile[0][1], kTileStride);
   _tile_stored(2, sums.tile[1][0], kTileStride);
   _tile_stored(3, sums.tile[1][1], kTileStride);
-}
-
-// Transposes 16 x 16 dwords.
-inline void transpose(__m512i (&row)[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    row[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    row[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    row[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    row[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4;
-       ++i) {  // row[4j + i] holds, in its lanes, columns i, 4 + i, 8 + i, 12 + i of rows 4j ... 4j + 3
-    t[i] = _mm512_shuffle_i32x4(row[i], row[4 + i], 0x88);
-    t[4 + i] = _mm512_shuffle_i32x4(row[i], row[4 + i], 0xDD);
-    t[8 + i] = _mm512_shuffle_i32x4(row[8 + i], row[12 + i], 0x88);
-    t[12 + i] = _mm512_shuffle_i32x4(row[8 + i], row[12 + i], 0xDD);
-  }
-  for (int i = 0; i < 4; ++i) {
-    row[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-    row[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xDD);
-    row[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
-    row[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xDD);
-  }
 }
 
 // 32 columns of 16 rows of a matrix [rows, columns]; zeros beyond its edges.
@@ -198,7 +153,7 @@ struct Linear {
 
   static void arrange(__m512i (&x)[16]) {
     for (auto& row : x) row = interleaved(row);
-    transpose(x);
+    transpose_dwords(x);
   }
 
   static void decode(const TileJob& job, const TileDecoder& decoder, int64_t feature, int /*pairs*/, int64_t step,
@@ -222,8 +177,8 @@ struct Linear {
       values[0][r] = _mm512_load_si512(low + r * kTile);
       values[1][r] = _mm512_load_si512(high + r * kTile);
     }
-    transpose(values[0]);
-    transpose(values[1]);
+    transpose_dwords(values[0]);
+    transpose_dwords(values[1]);
     for (int64_t r = 0; r < kTile && row + r < job.rows; ++r) {
       store_sums(_mm512_castsi512_ps(values[0][r]), _mm512_castsi512_ps(values[1][r]), job.bias,
                  job.out + (row + r) * job.out_features, feature, job.out_features, is_large(job, job.out_features));

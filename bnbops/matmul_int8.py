@@ -1,0 +1,161 @@
+"""LLM.int8 matrix products (Dettmers et al. 2022, arXiv:2208.07339), for functions and for `bnbops.nn.Linear8bitLt`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(eq=False)
+class MatmulLtState:
+    """What `matmul` knows of a weight, attribute for attribute as bitsandbytes has it.
+
+    Attributes:
+        CB: the weight's int8 codes `[N, K]`, or None.
+        SCB: fp32 scales `[N]` of its rows, their largest magnitudes, or None.
+        threshold: magnitude from which on a column of activations is multiplied in floating point; 0 for none.
+        has_fp16_weights: the weight is a float tensor, quantized anew for each product.
+
+    The others have no meaning here; they are for code that reads or sets them.
+    """
+
+    force_no_igemmlt: bool = False
+    CB: Tensor | None = None
+    SB: Tensor | None = None
+    SCB: Tensor | None = None
+    SBt: Tensor | None = None
+    CBt: Tensor | None = None
+    subB: Tensor | None = None
+    outlier_pool: Any = None
+    idx: Tensor | None = None
+    has_accumulated_gradients: bool = False
+    threshold: float = 0.0
+    is_training: bool = True
+    has_fp16_weights: bool = True
+    use_pool: bool = False
+
+    def reset_grads(self) -> None:
+        """Forgets the quantized weight."""
+        self.CB = self.SB = self.SCB = self.SBt = self.CBt = None
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes `[N, K]` and fp32 scales `[N]` of a float weight, rounded to float16 first, as bitsandbytes does."""
+    codes, scales, _ = torch.ops.bnbops.int8_vectorwise_quant(weight.detach().to(torch.float16))
+    return codes, scales
+
+
+class _LinearOfFloatWeight(torch.autograd.Function):
+    """The product with a float weight quantized on the fly, and the gradients of LLM.int8: to the input through the
+    quantized weight, to the weight as if it had not been quantized (straight through)."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+        return torch.ops.bnbops.linear_int8(x, *quantize_weight(weight), bias, threshold)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, weight, _, _ = inputs
+        ctx.save_for_backward(x, weight)  # the codes are made again: they would take half the weight's memory
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        grad_x = grad_weight = grad_bias = None
+        if need_x:
+            grad_x = torch.ops.bnbops.linear_int8_input_grad(grad, *quantize_weight(weight))
+        rows = grad.reshape(-1, grad.shape[-1])
+        if need_weight:
+            grad_weight = (rows.T @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+        if need_bias:
+            grad_bias = rows.sum(0)
+        return grad_x, grad_weight, grad_bias, None
+
+
+def _to_autocast_dtype(x: Tensor) -> Tensor:
+    """`x` as torch's own linear layers take it under autocast."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
+def linear(x: Tensor, weight: Tensor, scales: Tensor | None, bias: Tensor | None, threshold: float) -> Tensor:
+    """`x @ W.T + bias` in x's dtype, or autocast's.
+
+    Args:
+        x: fp32, bf16 or fp16 activations `[..., K]`.
+        weight: int8 codes `[N, K]` with `scales`, fp32 `[N]`; or a float weight `[N, K]` with None, which is quantized
+            on the fly.
+        bias: float tensor `[N]` or None; it is cast to the dtype of the result.
+        threshold: columns of x with a magnitude of at least this are multiplied in floating point; 0 for none.
+    """
+    x = _to_autocast_dtype(x)
+    bias = None if bias is None else bias.to(x.dtype)
+    if scales is not None:
+        return torch.ops.bnbops.linear_int8(x, weight, scales, bias, threshold)
+    return _LinearOfFloatWeight.apply(x, weight, bias, threshold)
+
+
+def matmul(
+    A: Tensor,
+    B: Tensor,
+    out: Tensor | None = None,
+    state: MatmulLtState | None = None,
+    threshold: float = 0.0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`A @ B.T + bias` by LLM.int8 (arXiv:2208.07339), in A's dtype, or autocast's.
+
+    Args:
+        A: fp32, bf16 or fp16 `[..., K]`.
+        B: `[N, K]`: a float weight, quantized for this product; or int8 codes, with scales in `B.SCB` or `state.SCB`.
+        out: tensor of the result's shape and dtype to write to; not differentiable then.
+        state: options, and a quantized weight. If it says `has_fp16_weights=False`, its CB and SCB stand for a float B;
+            where it has none yet, B is quantized into it. It is not changed otherwise.
+        threshold: if positive, instead of the state's.
+        bias: float tensor `[N]` or None; it is cast to the dtype of the result.
+
+    Returns:
+        `[..., N]` (`out`, if given). Gradients go to A, bias, and a float B unless the state holds a quantized one.
+
+    Raises:
+        ValueError: codes without scales, or an `out` that does not fit.
+        RuntimeError: shapes or dtypes that do not fit.
+    """
+    state = MatmulLtState() if state is None else state
+    threshold = threshold if threshold > 0 else state.threshold
+    weight, scales = _weight_of(B, state)
+    result = linear(A, weight, scales, bias, threshold)
+    if out is None:
+        return result
+    if out.shape != result.shape or out.dtype != result.dtype:
+        raise ValueError(
+            f"out has shape {list(out.shape)} and {out.dtype}, but the result {list(result.shape)} and {result.dtype}"
+        )
+    if torch.is_grad_enabled() and (out.requires_grad or result.requires_grad):
+        raise ValueError("matmul with out= has no gradient; call it under torch.no_grad() or without out")
+    return out.copy_(result)
+
+
+def _weight_of(B: Tensor, state: MatmulLtState) -> tuple[Tensor, Tensor | None]:
+    """What `linear` takes as weight and scales."""
+    if B.dtype == torch.int8:
+        scales = getattr(B, "SCB", None)
+        scales = state.SCB if scales is None else scales
+        if scales is None:
+            raise ValueError("B is int8, but neither B.SCB nor state.SCB holds its scales")
+        return B, scales
+    if state.has_fp16_weights:
+        return B, None
+    if B.requires_grad:
+        raise ValueError("B needs a gradient, which only has_fp16_weights=True gives it, but the state says False")
+    if state.CB is None or state.SCB is None:
+        state.CB, state.SCB = quantize_weight(B)
+    return state.CB, state.SCB

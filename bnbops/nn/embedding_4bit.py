@@ -1,0 +1,92 @@
+"""Embeddings with a frozen table of 4 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnbops.nn.weight_4bit import Weight4bit
+
+
+class Embedding4bit(Weight4bit, nn.Embedding):
+    """`torch.nn.Embedding` whose weight `.to(device)` quantizes to 4 bits.
+
+    Rows are looked up and dequantized one by one, never the whole table; any `embedding_dim` serves. Everything else
+    is as in `Linear4bit`, the state dict, too.
+
+    Args:
+        num_embeddings: number of rows.
+        embedding_dim: size of a row.
+        dtype: of the float weight, and of the output.
+        quant_type: "nf4" or "fp4".
+        quant_storage: dtype whose bytes hold the codes: uint8, int8, bf16, fp16 or fp32.
+        device: of the float weight; nothing is quantized yet.
+        padding_idx: a row that starts as zeros; they stay zeros, exactly, when quantized.
+        compress_statistics: quantize the scales, too (QLoRA's double quantization).
+        blocksize: elements that share a scale, a power of two from 32 to 4096.
+
+    Shape: indices `[*]`, int32 or int64, to `[*, embedding_dim]`.
+
+    Raises:
+        ValueError: a quant_type, quant_storage or blocksize that does not exist.
+        RuntimeError: in `forward`, before quantization, or from the operator `embedding_4bit`.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        dtype: torch.dtype | None = None,
+        quant_type: str = "fp4",
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | int | None = None,
+        *,
+        padding_idx: int | None = None,
+        compress_statistics: bool = False,
+        blocksize: int = 64,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
+        self.dtype = self.weight.dtype
+        self._make_4bit(blocksize, compress_statistics, quant_type, quant_storage)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The dequantized rows of the indices."""
+        absmax, blocksize, quant_type, nested = self._arguments()
+        return torch.ops.bnbops.embedding_4bit(
+            input, self.weight, absmax, self._shape, blocksize, quant_type, self.dtype, **nested
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self._describe_4bit()}"
+
+
+class EmbeddingFP4(Embedding4bit):
+    """`Embedding4bit` with `quant_type="fp4"`."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        dtype: torch.dtype | None = None,
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, dtype, "fp4", quant_storage, device, **kwargs)
+
+
+class EmbeddingNF4(Embedding4bit):
+    """`Embedding4bit` with `quant_type="nf4"`."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        dtype: torch.dtype | None = None,
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, dtype, "nf4", quant_storage, device, **kwargs)

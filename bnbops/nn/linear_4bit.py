@@ -1,0 +1,121 @@
+"""Linear layers with a frozen weight of 4 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnbops.nn.weight_4bit import Weight4bit
+
+
+class Linear4bit(Weight4bit, nn.Linear):
+    """`torch.nn.Linear` whose weight `.to(device)` quantizes to 4 bits.
+
+    A drop-in for a trained layer: load its float state dict, then move the layer (`.to("cpu")` counts). The packed
+    weight is frozen; gradients flow to the input and to the bias.
+
+    The state dict has bitsandbytes' keys and bytes, and loads, strictly, into a fresh or a quantized layer. Float
+    weights that a quantized layer loads are quantized.
+
+    If `input_features` is a multiple of `blocksize`, the tensors are laid out by rows, so that a slice of them along
+    dimension 0 is a slice of the weight. Otherwise they are flat, and only what gathers all of them before use (FSDP2)
+    can shard them.
+
+    Args:
+        input_features: size of the input's last dimension.
+        output_features: size of the output's.
+        bias: whether there is one; it stays a float parameter.
+        compute_dtype: the input is cast to it, and the output back to the input's dtype; None: the input's own dtype,
+            or autocast's, in which case the output has it, too.
+        compress_statistics: quantize the scales, too (QLoRA's double quantization).
+        quant_type: "nf4" or "fp4".
+        quant_storage: dtype whose bytes hold the codes: uint8, int8, bf16, fp16 or fp32.
+        device: of the float parameters; nothing is quantized yet.
+        blocksize: elements that share a scale, a power of two from 32 to 4096.
+        dtype: of the float parameters.
+
+    Shape: `[..., input_features]` fp32, bf16 or fp16 to `[..., output_features]` in the same dtype.
+
+    Raises:
+        ValueError: a compute_dtype, quant_type, quant_storage or blocksize that does not exist.
+        RuntimeError: in `forward`, before quantization, or from the operator `linear_4bit`.
+
+    Source: Dettmers et al., "QLoRA" (arXiv:2305.14314), section 3.
+    """
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        compress_statistics: bool = True,
+        quant_type: str = "fp4",
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | int | None = None,
+        *,
+        blocksize: int = 64,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_features, output_features, bias, device, dtype)
+        if compute_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"compute_dtype must be float32, bfloat16, float16 or None, got {compute_dtype}")
+        self._make_4bit(blocksize, compress_statistics, quant_type, quant_storage)
+        self.compute_dtype = compute_dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x @ weight.T + bias`, the weight dequantized on the fly. Changes nothing of the module."""
+        absmax, blocksize, quant_type, nested = self._arguments()
+        dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        out = torch.ops.bnbops.linear_4bit(
+            x.to(dtype), self.weight, absmax, bias, self._shape, blocksize, quant_type, **nested
+        )
+        return out if self.compute_dtype is None else out.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self._describe_4bit()}"
+
+
+class LinearFP4(Linear4bit):
+    """`Linear4bit` with `quant_type="fp4"`."""
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        compress_statistics: bool = True,
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            *(input_features, output_features, bias, compute_dtype, compress_statistics),
+            *("fp4", quant_storage, device),
+            **kwargs,
+        )
+
+
+class LinearNF4(Linear4bit):
+    """`Linear4bit` with `quant_type="nf4"`."""
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        compress_statistics: bool = True,
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            *(input_features, output_features, bias, compute_dtype, compress_statistics),
+            *("nf4", quant_storage, device),
+            **kwargs,
+        )

@@ -1,0 +1,137 @@
+"""Linear layers with int8 weights (LLM.int8)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bnbops.matmul_int8 import MatmulLtState, linear
+from bnbops.nn.params_8bit import Int8Module, Int8Params
+
+__all__ = ["Int8Params", "Linear8bitLt"]
+
+
+class Linear8bitLt(Int8Module, nn.Linear):
+    """`torch.nn.Linear` with an int8 weight, multiplied with activations that are quantized on the fly.
+
+    Each row of the weight and each row of the input is scaled to int8; the products are summed exactly and scaled back.
+    Columns of the input that hold a magnitude of at least `threshold` are left out and multiplied in floating point
+    (Dettmers et al., "LLM.int8()", arXiv:2208.07339, section 3). Training and evaluation compute the same.
+
+    With `has_fp16_weights=False` the weight is quantized by the first `.to(device)` ("cpu" counts) and frozen; the
+    gradient of the input goes through it. With `has_fp16_weights=True` the weight stays a float one that can be
+    trained, and each forward quantizes it; its gradient is that of the product with the input as it was before
+    quantization.
+
+    Args:
+        input_features: size of the last dimension of the input.
+        output_features: size of the last dimension of the output.
+        bias: whether to add a bias, a float one, cast to the input's dtype for the call.
+        has_fp16_weights: whether the weight stays a float one.
+        threshold: magnitude from which on a column of the input is an outlier; 0 for none. 6 is common.
+        index: kept, and not used.
+        device: of the float weight.
+
+    Shape: fp32, bf16 or fp16 `[..., input_features]` to `[..., output_features]` in the input's dtype, or
+    autocast's.
+    """
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        has_fp16_weights: bool = True,
+        threshold: float = 0.0,
+        index: Tensor | None = None,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        super().__init__(input_features, output_features, bias, device)
+        self.index = index
+        self.threshold = threshold
+        self._hold(has_fp16_weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x @ W.T + bias`.
+
+        Raises:
+            RuntimeError: the weight is not quantized, or x does not fit it.
+        """
+        if self.has_fp16_weights and self.weight.is_floating_point():
+            return linear(x, self.weight, None, self.bias, self.threshold)
+        weight, scales = self._quantized_weight()
+        return linear(x, weight, scales, self.bias, self.threshold)
+
+    @property
+    def state(self) -> MatmulLtState:
+        """bitsandbytes' view of this layer. It shows the layer's tensors and options, also later, and holds none."""
+        return _LayerState(self)
+
+    @state.setter
+    def state(self, state: MatmulLtState) -> None:
+        self.threshold, self.has_fp16_weights = state.threshold, state.has_fp16_weights
+        if self.SCB is None and state.SCB is not None:
+            self.state.SCB = state.SCB
+
+    def init_8bit_state(self) -> None:
+        """bitsandbytes moves the weight's scales into `state` here. `state` shows them anyway; this makes scales that
+        were set on a weight in `_parameters` the layer's own."""
+        self._adopt_scales()
+
+    def extra_repr(self) -> str:
+        """As in torch, with the options."""
+        return f"{super().extra_repr()}, has_fp16_weights={self.has_fp16_weights}, threshold={self.threshold}"
+
+
+class _LayerState(MatmulLtState):
+    """`Linear8bitLt.state`: made for each access, so that it can hold the layer without keeping it alive."""
+
+    def __init__(self, layer: Linear8bitLt) -> None:
+        self._layer = layer
+
+    def reset_grads(self) -> None:
+        """Nothing to do: the layer's weight is no cache."""
+
+    @property
+    def CB(self) -> Tensor | None:
+        weight = self._layer.weight
+        return weight.data if weight.dtype == torch.int8 else None
+
+    @CB.setter
+    def CB(self, codes: Tensor | None) -> None:
+        if codes is not None:
+            self._layer.weight.data = codes
+
+    @property
+    def SCB(self) -> Tensor | None:
+        return self._layer.SCB
+
+    @SCB.setter
+    def SCB(self, scales: Tensor | None) -> None:
+        if scales is not None:
+            self._layer.weight.SCB = scales
+            self._layer.init_8bit_state()
+
+    @property
+    def threshold(self) -> float:
+        return self._layer.threshold
+
+    @threshold.setter
+    def threshold(self, threshold: float) -> None:
+        self._layer.threshold = threshold
+
+    @property
+    def has_fp16_weights(self) -> bool:
+        return self._layer.has_fp16_weights
+
+    @has_fp16_weights.setter
+    def has_fp16_weights(self, has_fp16_weights: bool) -> None:
+        self._layer.has_fp16_weights = has_fp16_weights
+
+    @property
+    def is_training(self) -> bool:
+        return self._layer.training
+
+    @is_training.setter
+    def is_training(self, is_training: bool) -> None:
+        self._layer.training = is_training

@@ -1,0 +1,293 @@
+"""Params4bit: a weight that becomes 4 bits wide when it is moved to a device."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnbops.functional_4bit import quantize_4bit
+from bnbops.nn.scales_4bit import check_state, packed_bytes
+from bnbops.quant_state import QuantState
+
+# What the constructor takes beside the data, and what `__dict__` holds.
+_ATTRIBUTES = (
+    *("quant_state", "blocksize", "compress_statistics", "quant_type", "quant_storage", "module", "bnb_quantized"),
+)
+
+
+def _of_state(*path: str) -> property:
+    """A read-only attribute of the quantization state: FSDP resolves dotted keys of a state dict by getattr."""
+
+    def get(self: Params4bit) -> Any:
+        value = self.quant_state
+        for name in path:
+            if value is None:
+                raise AttributeError(f"a '{type(self).__name__}' without {'.'.join(path)}: not (doubly) quantized")
+            value = getattr(value, name)
+        return value
+
+    return property(get)
+
+
+def _is_packed(data: Tensor, state: QuantState) -> bool:
+    """Whether the data are the codes that `state` describes (not floats to quantize anew)."""
+    found, needed = data.numel() * data.element_size(), packed_bytes(state.shape)
+    if found != needed and not data.is_floating_point():
+        raise ValueError(
+            f"the data have {found} bytes, but the quant_state is of a tensor of shape {list(state.shape)}, which has "
+            f"{needed} bytes when packed"
+        )
+    return found == needed
+
+
+def _moved(state: QuantState, device: torch.device) -> QuantState:
+    """A copy on another device; without data to move (meta), the state itself."""
+    if state.absmax.is_meta:
+        return state
+    state = copy.copy(state)
+    state.state2 = copy.copy(state.state2)
+    state.to(device)
+    return state
+
+
+def _rebuild(cls: type, data: Tensor, requires_grad: bool, attributes: dict[str, Any]) -> Params4bit:
+    return cls(data, requires_grad, **attributes)
+
+
+class Params4bit(nn.Parameter):
+    """A weight that `.to(device)`, `.cuda()` or `.cpu()` quantizes to 4 bits, in place; the meta device does not.
+
+    Before, it is a float parameter like any other. Afterwards its data are packed codes, `quant_state` tells their
+    meaning, and casts (`.to(dtype)`, `.half()`) leave them alone, whatever the storage dtype.
+
+    `Params4bit(data, **other.__dict__)` has the settings of another one. Whether it is quantized follows from the data:
+    packed codes that `quant_state` describes are, floats are not, and then the state is dropped.
+
+    Args:
+        data: a float weight, fp32, bf16 or fp16 when it comes to quantizing, or packed codes with their `quant_state`.
+        requires_grad: of a float weight; quantizing turns it off.
+        quant_state: of packed codes.
+        blocksize: elements that share a scale, a power of two from 32 to 4096; 64 by default.
+        compress_statistics: quantize the scales, too (QLoRA's double quantization).
+        quant_type: "nf4" or "fp4".
+        quant_storage: dtype whose bytes hold the codes: uint8, int8, bf16, fp16 or fp32.
+        module: the module whose weight this is; it learns of the quantization. Referenced weakly.
+        bnb_quantized: the data are packed codes though no `quant_state` is given.
+
+    Other keyword arguments are ignored.
+
+    Raises:
+        ValueError: data that are neither floats nor the codes that `quant_state` describes.
+
+    Source: Dettmers et al., "QLoRA" (arXiv:2305.14314), section 3.
+    """
+
+    blocksize: int
+    compress_statistics: bool
+    quant_type: str
+    quant_state: QuantState | None
+    quant_storage: torch.dtype
+    bnb_quantized: bool
+
+    def __new__(
+        cls,
+        data: Tensor | None = None,
+        requires_grad: bool = False,
+        quant_state: QuantState | None = None,
+        blocksize: int | None = None,
+        compress_statistics: bool = True,
+        quant_type: str = "fp4",
+        quant_storage: torch.dtype = torch.uint8,
+        module: nn.Module | None = None,
+        bnb_quantized: bool = False,
+        **kwargs: Any,
+    ) -> Params4bit:
+        data = torch.empty(0) if data is None else data
+        if quant_state is not None:
+            bnb_quantized = _is_packed(data, quant_state)
+        self = super().__new__(cls, data.data if isinstance(data, Params4bit) else data, requires_grad)
+        self.blocksize = 64 if blocksize is None else blocksize
+        self.compress_statistics = compress_statistics
+        self.quant_type = quant_type
+        self.quant_state = quant_state if bnb_quantized else None
+        self.quant_storage = quant_storage
+        self.bnb_quantized = bnb_quantized
+        self.module = module
+        return self
+
+    @classmethod
+    def from_prequantized(
+        cls,
+        data: Tensor,
+        quantized_stats: dict[str, Any],
+        requires_grad: bool = False,
+        device: torch.device | str | int | None = None,
+        module: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Params4bit:
+        """A quantized weight from the entries of a state dict.
+
+        Args:
+            data: packed codes.
+            quantized_stats: "absmax", "quant_map", "quant_state.bitsandbytes__nf4" and so on, with or without a prefix.
+            requires_grad: of the parameter.
+            device: to put it on; the data's own by default.
+            module: the module whose weight it becomes, unless that has a quantized one.
+
+        Raises:
+            ValueError: entries that do not describe the data.
+        """
+        data = data.detach().to(data.device if device is None else device).contiguous()
+        state = QuantState.from_dict(quantized_stats, device=data.device)
+        check_state(data, state)
+        self = cls(
+            data,
+            requires_grad,
+            quant_state=state,
+            blocksize=state.blocksize,
+            compress_statistics=state.nested,
+            quant_type=state.quant_type,
+            quant_storage=data.dtype,
+            module=module,
+        )
+        self._tell_module()
+        return self
+
+    absmax = _of_state("absmax")
+    code = _of_state("code")
+    quant_map = _of_state("code")
+    offset = _of_state("offset")
+    state2 = _of_state("state2")
+    nested_absmax = _of_state("state2", "absmax")
+    nested_blocksize = _of_state("state2", "blocksize")
+    nested_quant_map = _of_state("state2", "code")
+    nested_dtype = _of_state("state2", "dtype")
+    nested_offset = _of_state("offset")
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module whose weight this is."""
+        reference = self.__dict__.get("module")
+        return None if reference is None else reference()
+
+    @module.setter
+    def module(self, module: nn.Module | weakref.ref | None) -> None:
+        is_module = isinstance(module, nn.Module)
+        self.__dict__["module"] = weakref.ref(module) if is_module else module  # else of another one's `__dict__`
+
+    # ---- conversions -------------------------------------------------------------------------------------------
+
+    def to(self, *args: Any, **kwargs: Any) -> Params4bit:
+        """As `torch.Tensor.to`, but a float weight that is given a device is quantized in place, and returned.
+
+        Quantizing, and a quantized weight, ignore a dtype.
+
+        Raises:
+            ValueError: a weight of a dtype, or settings, that quantization does not support; nothing has changed.
+        """
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if self.bnb_quantized:
+            dtype = None
+        elif device is not None and device.type != "meta":
+            return self._quantize(device)
+        data = self.data.to(device=device, dtype=dtype, non_blocking=non_blocking)
+        unchanged = data.device == self.device and data.dtype == self.dtype
+        return self if unchanged else self._with(data)
+
+    def cpu(self) -> Params4bit:
+        return self.to("cpu")
+
+    def cuda(self, device: torch.device | str | int | None = None, non_blocking: bool = False) -> Params4bit:
+        return self.to(device="cuda" if device is None else device, non_blocking=non_blocking)
+
+    def xpu(self, device: torch.device | str | int | None = None, non_blocking: bool = False) -> Params4bit:
+        return self.to(device="xpu" if device is None else device, non_blocking=non_blocking)
+
+    def half(self) -> Params4bit:
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> Params4bit:
+        return self.to(torch.bfloat16)
+
+    def float(self) -> Params4bit:
+        return self.to(torch.float32)
+
+    def double(self) -> Params4bit:
+        return self.to(torch.float64)
+
+    def _quantize(self, device: torch.device) -> Params4bit:
+        packed, state = quantize_4bit(
+            self.data.to(device).contiguous(),
+            blocksize=self.blocksize,
+            compress_statistics=bool(self.compress_statistics),
+            quant_type=self.quant_type,
+            quant_storage=self.quant_storage,
+        )
+        self.requires_grad_(False)
+        self.data, self.quant_state, self.bnb_quantized = packed, state, True
+        self._tell_module()
+        return self
+
+    def _tell_module(self) -> None:
+        """The module whose weight this is, or shall be, registers the scales."""
+        if (adopt := getattr(self.module, "_weight_was_quantized", None)) is not None:
+            adopt(self)
+
+    def _with(self, data: Tensor) -> Params4bit:
+        """A parameter like this one, on the device of its data."""
+        attributes = {name: self.__dict__[name] for name in _ATTRIBUTES}
+        if self.quant_state is not None:
+            attributes["quant_state"] = _moved(self.quant_state, data.device)
+        return type(self)(data, self.requires_grad, **attributes)
+
+    def _float(self, data: Tensor, requires_grad: bool = False) -> Params4bit:
+        """A float parameter with this one's settings."""
+        attributes = {name: self.__dict__[name] for name in _ATTRIBUTES} | {"quant_state": None, "bnb_quantized": False}
+        return type(self)(data, requires_grad, **attributes)
+
+    def _become(self, other: Params4bit) -> None:
+        """Takes the other one's data and settings; who holds this parameter keeps it."""
+        self.requires_grad_(False)
+        self.data = other.data
+        self.__dict__.update({name: other.__dict__[name] for name in _ATTRIBUTES})
+
+    def module_load(self, other: Tensor, assign: bool = False) -> Params4bit:
+        """What torch swaps this parameter with when it loads `other` (`set_swap_module_params_on_conversion`)."""
+        return self._with(other.detach() if assign else torch.empty_like(self.data).copy_(other))
+
+    def _converted(self, fn: Callable[[Tensor], Tensor]) -> Params4bit:
+        """What `torch.nn.Module._apply` makes of a parameter: itself, changed in place, or another one where torch
+        cannot do that (from and to the meta device)."""
+        if self.bnb_quantized:
+            data = fn(self.data.view(torch.uint8)).view(self.dtype)  # integers: casts let them be
+        else:
+            data = fn(self)
+            if data is self:
+                return self
+            data = data.data
+        if torch._has_compatible_shallow_copy_type(self, data):
+            self.data = data
+            return self
+        return self._with(data)
+
+    # ---- copies ------------------------------------------------------------------------------------------------
+
+    def __copy__(self) -> Params4bit:
+        return type(self)(self.data, self.requires_grad, **{name: self.__dict__[name] for name in _ATTRIBUTES})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Params4bit:
+        """A copy is no module's weight until it is registered in one."""
+        return type(self)(self.data.clone(), self.requires_grad, **self._detached_attributes(memo))
+
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+        # A copy of the state, too: torch.save refuses memory that a module holds as int32, and the state as fp32.
+        return _rebuild, (type(self), self.data, self.requires_grad, self._detached_attributes())
+
+    def _detached_attributes(self, memo: dict[int, Any] | None = None) -> dict[str, Any]:
+        own = {"quant_state": copy.deepcopy(self.quant_state, memo), "module": None}
+        return {name: self.__dict__[name] for name in _ATTRIBUTES} | own

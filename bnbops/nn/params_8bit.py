@@ -1,0 +1,309 @@
+"""int8 weights with a scale for each row: the parameter, and what the modules that hold one share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnbops.matmul_int8 import quantize_weight
+from bnbops.nn.scale_bits import from_bits, to_bits
+
+
+def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    rounded = weight.detach().to(torch.float16)
+    if not rounded.isfinite().all():
+        raise ValueError(
+            "the weight has a value that float16 cannot hold (NaN, infinite or beyond 65504 in magnitude); 8-bit "
+            "weights are rounded to float16 before they are quantized"
+        )
+    return quantize_weight(rounded)
+
+
+class Int8Params(nn.Parameter):
+    """A weight `[rows, columns]` that its first `.to(device)`, `.cuda()` or `.cpu()` quantizes to int8, in place.
+
+    The scale of a row is its largest magnitude, and a code c stands for `c * scale / 127` (LLM.int8, arXiv:2208.07339,
+    section 2). As in bitsandbytes the weight is rounded to float16 before.
+
+    Args:
+        data: a float weight, or int8 codes; empty by default.
+        requires_grad: whether a float weight needs a gradient; int8 codes never do.
+        has_fp16_weights: the weight stays a float one, which its module quantizes in each forward.
+        CB: ignored; the codes are the data.
+        SCB: fp32 scales `[rows]` of int8 data; ignored for float data.
+
+    Other keyword arguments are ignored: `Int8Params(data, **other.__dict__)` works.
+    """
+
+    has_fp16_weights: bool
+    _scales: Tensor | None  # fp32; or int32 bits: `weight_scale` of the module that holds this weight
+
+    def __new__(
+        cls,
+        data: Tensor | None = None,
+        requires_grad: bool = True,
+        has_fp16_weights: bool = False,
+        CB: Tensor | None = None,
+        SCB: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Int8Params:
+        data = torch.empty(0) if data is None else data
+        self = torch.Tensor._make_subclass(cls, data, requires_grad and data.is_floating_point())
+        self.has_fp16_weights = has_fp16_weights
+        scales = kwargs.get("_scales", getattr(data, "_scales", None)) if SCB is None else SCB
+        self.SCB = scales if data.dtype == torch.int8 else None
+        return self
+
+    @property
+    def CB(self) -> Tensor | None:
+        """The int8 codes, or None before quantization."""
+        return self.data if self.dtype == torch.int8 else None
+
+    @CB.setter
+    def CB(self, codes: Tensor | None) -> None:
+        if codes is not None:
+            self.data = codes
+
+    @property
+    def SCB(self) -> Tensor | None:
+        """fp32 scales `[rows]`, or None before quantization."""
+        return None if self._scales is None else from_bits(self._scales.detach())
+
+    @SCB.setter
+    def SCB(self, scales: Tensor | None) -> None:
+        self._scales = None if scales is None else from_bits(scales.detach())
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As `torch.Tensor.to`; a float weight is quantized, in place, by a device other than "meta", unless
+        `has_fp16_weights`. int8 codes keep their dtype.
+
+        Raises:
+            ValueError: a weight to quantize has a value that float16 cannot hold; it is as it was.
+        """
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        quantized = self.dtype == torch.int8
+        if device is not None and device.type != "meta" and not quantized and not self.has_fp16_weights:
+            return self._quantize_in_place(device)
+        dtype = self.dtype if dtype is None or quantized else dtype
+        moved = super().to(device=device or self.device, dtype=dtype, non_blocking=non_blocking)
+        if moved is self or moved.grad_fn is not None:
+            return moved
+        scales = self.SCB if self.SCB is None else self.SCB.to(moved.device, non_blocking=non_blocking)
+        return type(self)(moved, self.requires_grad, self.has_fp16_weights, SCB=scales)
+
+    def cpu(self, *args: Any, **kwargs: Any) -> Tensor:
+        """`.to("cpu")`."""
+        return self.to("cpu")
+
+    def cuda(self, device: torch.device | str | int | None = None, non_blocking: bool = False) -> Tensor:
+        """`.to("cuda")`."""
+        return self.to("cuda" if device is None else device, non_blocking=non_blocking)
+
+    def xpu(self, device: torch.device | str | int | None = None, non_blocking: bool = False) -> Tensor:
+        """`.to("xpu")`."""
+        return self.to("xpu" if device is None else device, non_blocking=non_blocking)
+
+    def _quantize_in_place(self, device: torch.device) -> Int8Params:
+        codes, scales = _quantize(self.detach().to(device))
+        self.grad = None
+        self.requires_grad_(False)
+        self.data, self._scales = codes, scales
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Int8Params:
+        if id(self) not in memo:
+            rebuild, arguments = self.__reduce_ex__(2)
+            memo[id(self)] = rebuild(*(copy.deepcopy(argument, memo) for argument in arguments))
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.data, self.requires_grad, self.has_fp16_weights, self._scales)
+
+
+def _rebuild(cls: type, data: Tensor, requires_grad: bool, has_fp16_weights: bool, scales: Tensor | None) -> Int8Params:
+    self = cls(data, requires_grad, has_fp16_weights)
+    self._scales = scales  # in a copy of a module it is the copy of `weight_scale`
+    return self
+
+
+class Int8Module(nn.Module):
+    """A module with an int8 `weight` and, as a parameter of its own, `weight_scale`: the scales of its rows.
+
+    Both are plain tensors to whatever walks the parameters of a model. `weight_scale` holds the bits of the fp32 scales
+    as int32, so that no cast changes them; it is None before quantization. The state dict is bitsandbytes': "weight",
+    "SCB" and "weight_format".
+    """
+
+    weight: nn.Parameter
+    weight_scale: nn.Parameter | None
+
+    def _hold(self, has_fp16_weights: bool) -> None:
+        """Makes the float weight an Int8Params, unless it is to be trained: torch.compile does not trace gradients of
+        parameters that have a class of their own."""
+        self.has_fp16_weights = has_fp16_weights
+        self.register_parameter("weight_scale", None)
+        if not has_fp16_weights:
+            self.weight = Int8Params(self.weight.data, requires_grad=False)
+
+    @property
+    def SCB(self) -> Tensor | None:
+        """The fp32 scales `[rows]`; None before quantization."""
+        weight = self.weight
+        if weight.dtype != torch.int8:
+            return None
+        carried = getattr(weight, "_scales", self.weight_scale)  # plain tensors carry none
+        if carried is None or carried.dtype != torch.int32:
+            return carried  # of a weight that was put into `_parameters`, past this module
+        return from_bits((carried if self.weight_scale is None else self.weight_scale).detach())
+
+    @property
+    def weight_format(self) -> Tensor:
+        """bitsandbytes' number for codes that lie in memory row by row."""
+        return torch.tensor(0, dtype=torch.uint8, device="cpu")
+
+    def _quantized_weight(self) -> tuple[Tensor, Tensor]:
+        """The int8 codes and their scales.
+
+        Raises:
+            RuntimeError: the weight is not quantized.
+        """
+        weight, scales = self.weight, self.SCB
+        if weight.dtype != torch.int8:
+            raise RuntimeError(
+                f"the weight of this {type(self).__name__} is not quantized: load it, then move the module with "
+                '.to(device), where "cpu" counts, too'
+            )
+        if scales is None:
+            raise RuntimeError(f"the int8 weight of this {type(self).__name__} has no scales; set weight.SCB")
+        return weight, scales
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in torch. A new weight brings its scales with it."""
+        if name == "weight" and isinstance(param, Int8Params) and param.SCB is not None:
+            rows, scales = param.shape[0], param.SCB.numel()
+            if rows != scales:
+                raise ValueError(f"the weight has {rows} rows, but its SCB has {scales} scales")
+        super().register_parameter(name, param)
+        if name == "weight" and isinstance(param, Int8Params):
+            self.weight_scale = None
+            self._adopt_scales()
+
+    def _adopt_scales(self) -> None:
+        """Makes scales that the weight brought along this module's parameter, and the weight show that one."""
+        weight = self._parameters["weight"]
+        if not isinstance(weight, Int8Params):
+            return  # FSDP, for one, puts tensors of its own there
+        scales = weight._scales
+        if scales is None or scales.dtype != torch.int32:
+            self.weight_scale = None if scales is None else nn.Parameter(to_bits(scales).view(-1), requires_grad=False)
+        elif self.weight_scale is None:
+            self.weight_scale = scales
+        weight._scales = self.weight_scale
+
+    def _restore_weight(self, has_fp16_weights: bool, scales: Tensor | None = None) -> None:
+        """Makes the weight an Int8Params again, where torch replaced it by a plain parameter."""
+        weight = self.weight
+        if type(weight) is nn.Parameter:
+            weight = Int8Params(weight.data, weight.requires_grad, has_fp16_weights)
+            weight.grad = self.weight.grad
+        if isinstance(weight, Int8Params):
+            weight._scales = scales if self.weight_scale is None else self.weight_scale
+            self.weight = weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Module:
+        if type(self.weight) is nn.Parameter and self.weight.is_floating_point() and not self.has_fp16_weights:
+            self.weight = Int8Params(self.weight.data, False)  # a float weight that was assigned, to be quantized
+        self._adopt_scales()
+        held, has_fp16_weights = isinstance(self.weight, Int8Params), getattr(self.weight, "has_fp16_weights", False)
+        scales = None
+
+        def to_plain(tensor: Tensor) -> Tensor:  # of which alone torch makes parameters
+            nonlocal scales
+            applied = fn(tensor)
+            if not isinstance(applied, Int8Params):
+                return applied
+            scales = applied.SCB
+            return applied.data
+
+        super()._apply(to_plain, recurse)
+        if held:
+            self._restore_weight(has_fp16_weights, scales)
+        return self
+
+    # ---- state dicts -----------------------------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + "weight_scale", None)
+        if self.SCB is not None:
+            destination[prefix + "SCB"] = self.SCB
+            destination[prefix + "weight_format"] = self.weight_format
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        self._adopt_scales()
+        try:
+            state_dict = self._with_parameters(state_dict, prefix)
+        except ValueError as error:
+            error_msgs.append(str(error))
+            return
+        held, has_fp16_weights = isinstance(self.weight, Int8Params), getattr(self.weight, "has_fp16_weights", False)
+        if prefix + "weight_scale" in state_dict and self.weight_scale is None:  # make room
+            codes = torch.empty_like(self.weight, dtype=torch.int8, requires_grad=False)
+            self.weight = Int8Params(codes, SCB=torch.empty(codes.shape[0], device=codes.device))
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        missing_keys[:] = [prefix + "SCB" if key == prefix + "weight_scale" else key for key in missing_keys]
+        if held:
+            self._restore_weight(has_fp16_weights)
+
+    def _with_parameters(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+        """A state dict with this module's parameters instead of bitsandbytes' entries. Float weights for a module that
+        is quantized are quantized.
+
+        Raises:
+            ValueError: entries that do not fit each other or the module.
+        """
+        state_dict, key = dict(state_dict), prefix + "weight"
+        weight, scales = state_dict.get(key), state_dict.pop(prefix + "SCB", None)
+        layout = state_dict.pop(prefix + "weight_format", "row")
+        layout = layout.item() if isinstance(layout, Tensor) else layout
+        if layout not in (0, "row"):
+            raise ValueError(f"{key}_format is {layout}; only weights by rows (0) can be loaded")
+        if weight is None:
+            if scales is not None:
+                raise ValueError(f"{prefix}SCB came without {key}, whose scales they are")
+            return state_dict
+        if weight.shape != self.weight.shape:
+            shapes = f"{list(weight.shape)} in the state dict, {list(self.weight.shape)} in the module"
+            raise ValueError(f"size mismatch for {key}: {shapes}")
+        if weight.is_floating_point() and scales is None:
+            if self.weight.dtype != torch.int8:
+                return state_dict
+            weight, scales = _quantize(weight)
+        if weight.dtype != torch.int8 or scales is None:
+            found = f"{weight.dtype} {'without' if scales is None else 'with'} SCB"
+            raise ValueError(
+                f"{key} must be int8 with its scales in {prefix}SCB, or a float tensor alone; it is {found}"
+            )
+        if scales.numel() != weight.shape[0]:
+            raise ValueError(f"{prefix}SCB has {scales.numel()} scales, but {key} has {weight.shape[0]} rows")
+        if self.has_fp16_weights and self.weight.dtype != torch.int8:
+            raise ValueError(
+                f"{key} is int8, but the module is to train a float weight: has_fp16_weights must be False"
+            )
+        state_dict[key], state_dict[prefix + "weight_scale"] = weight, to_bits(scales).view(-1)
+        return state_dict

@@ -1,0 +1,15 @@
+"""fp32 scales as int32: no cast of a model to another float dtype, nor FSDP's mixed precision, touches their bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def to_bits(scales: Tensor) -> Tensor:
+    return scales.detach().to(torch.float32).contiguous().view(torch.int32)
+
+
+def from_bits(bits: Tensor) -> Tensor:
+    """The scales; also from scales of a float dtype, rounded to fp32."""
+    return bits.view(torch.float32) if bits.dtype == torch.int32 else bits.to(torch.float32)

@@ -1,0 +1,190 @@
+"""The scales of a packed 4-bit weight as tensors that a module can register.
+
+What a module registers gets cast: by `.half()`, `.to(torch.bfloat16)`, by FSDP's mixed precision. Scales must not be.
+So fp32 tensors are registered as the int32 tensors of the same bits, and viewed as fp32 where they are used.
+
+A module registers, each name with a prefix of its own:
+
+    absmax          parameter, uint8 codes if doubly quantized, else bits of fp32; [..., in / blocksize] if blocks keep
+                    within rows, so that a slice of rows has its scales in the same slice, else [blocks]
+    nested_absmax   parameter, bits of fp32 [ceil(blocks / nested_blocksize)], or None
+    nested_offset   parameter, bits of fp32 [1], or None
+    nested_code     buffer, bits of fp32 [256], or None; a persistent one, since Transformers empties the others after
+                    it has loaded a model
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bnbops.functional_4bit import get_4bit_type, scale_arguments
+from bnbops.nn.scale_bits import from_bits, to_bits
+from bnbops.quant_state import QuantState
+
+PARAMETERS = ("absmax", "nested_absmax", "nested_offset")
+BUFFER = "nested_code"
+NAMES = (*PARAMETERS, BUFFER)
+
+
+class Format(NamedTuple):
+    """What the bytes of a packed weight and of its scales mean."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    blocksize: int
+    quant_type: str
+    nested_blocksize: int
+
+    @classmethod
+    def of(cls, state: QuantState) -> Format:
+        nested_blocksize = state.state2.blocksize if state.nested else 256
+        return cls(tuple(state.shape), state.dtype, state.blocksize, state.quant_type, nested_blocksize)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether blocks keep within rows. (A single row of bytes, [1, n], would read as a transposed [n, 1].)"""
+        return len(self.shape) > 1 and self.shape[-1] % self.blocksize == 0 and self.shape[0] > 1
+
+
+def packed_bytes(shape: Sequence[int]) -> int:
+    """Two codes a byte."""
+    return (math.prod(shape) + 1) // 2
+
+
+def _on_meta(value: Any) -> Any:
+    """Operators check tensors without data as they check others."""
+    return torch.empty(value.shape, dtype=value.dtype, device="meta") if isinstance(value, Tensor) else value
+
+
+def check_settings(shape: Sequence[int], blocksize: int, quant_type: str, quant_storage: torch.dtype) -> None:
+    """Refuses what a weight of this shape cannot be quantized to.
+
+    Raises:
+        ValueError: it says why.
+    """
+    try:
+        torch.ops.bnbops.quantize_4bit(torch.empty(shape, device="meta"), blocksize, quant_type, quant_storage)
+    except RuntimeError as error:
+        raise ValueError(str(error).removeprefix("bnbops::")) from None
+
+
+def check_state(packed: Tensor, state: QuantState) -> None:
+    """Refuses a state that does not belong to `packed`, or that the operators cannot compute with.
+
+    Raises:
+        ValueError: it says which.
+    """
+    if state.shape is None or state.quant_type is None:
+        raise ValueError("a 4-bit quantization state needs a shape and a quant_type")
+    if not state.nested and not state.absmax.is_floating_point():
+        raise ValueError(f"absmax is {state.absmax.dtype}: codes of scales, but there is no nested_absmax")
+    absmax, nested = scale_arguments(state)
+    arguments = (absmax, state.blocksize, state.quant_type, list(state.shape), state.dtype)
+    try:
+        torch.ops.bnbops.dequantize_4bit(
+            *map(_on_meta, (packed, *arguments)), **{k: _on_meta(v) for k, v in nested.items()}
+        )
+    except RuntimeError as error:
+        raise ValueError(str(error).removeprefix("bnbops::")) from None
+    if state.code is not None and not state.code.is_meta:
+        expected = get_4bit_type(state.quant_type, state.code.device)
+        if state.code.shape != expected.shape or (state.code - expected).abs().max() > 1e-6:
+            raise ValueError(f"the quant_map is not that of {state.quant_type}: {state.code.tolist()}")
+
+
+def in_rows(packed: Tensor, format: Format) -> Tensor:
+    """A view of the packed weight: [..., in / 2 / itemsize] if blocks keep within rows, else [n, 1]."""
+    if not format.by_rows:
+        return packed.view(-1, 1)
+    return packed.view(*format.shape[:-1], format.shape[-1] // 2 // packed.element_size())
+
+
+def register_scales(module: nn.Module, prefix: str) -> None:
+    """Registers the names without tensors."""
+    for name in PARAMETERS:
+        module.register_parameter(prefix + name, None)
+    module.register_buffer(prefix + BUFFER, None)
+
+
+def tensors_of(state: QuantState) -> dict[str, Tensor]:
+    """The tensors to register, by name; they share the state's memory."""
+    format = Format.of(state)
+    tensors = {"absmax": state.absmax.detach().contiguous() if state.nested else to_bits(state.absmax)}
+    if format.by_rows:
+        tensors["absmax"] = tensors["absmax"].view(*format.shape[:-1], format.shape[-1] // format.blocksize)
+    if state.nested:
+        tensors["nested_absmax"] = to_bits(state.state2.absmax)
+        tensors["nested_offset"] = to_bits(state.offset.reshape(1))
+        tensors[BUFFER] = to_bits(state.state2.code)
+    return tensors
+
+
+def set_scales(module: nn.Module, prefix: str, tensors: dict[str, Tensor]) -> None:
+    """Registers new tensors; none at all for an empty dict."""
+    for name in PARAMETERS:
+        tensor = tensors.get(name)
+        parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+        module.register_parameter(prefix + name, parameter)
+    module.register_buffer(prefix + BUFFER, tensors.get(BUFFER))
+
+
+def scales_of(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """The registered tensors by name."""
+    named = {name: getattr(module, prefix + name) for name in NAMES}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def as_arguments(tensors: dict[str, Tensor], format: Format) -> tuple[Tensor, dict[str, Any]]:
+    """absmax and, if doubly quantized, the nested arguments of the operators."""
+    nested = {name: from_bits(tensor) for name, tensor in tensors.items() if name != "absmax"}
+    if not nested:
+        return from_bits(tensors["absmax"]), {}
+    return tensors["absmax"], nested | {"nested_blocksize": format.nested_blocksize}
+
+
+def quant_state(module: nn.Module, prefix: str, format: Format) -> QuantState:
+    """The registered tensors as bitsandbytes shows them, in the same memory."""
+    # .data: a view that autograd knows of keeps its base in use, and torch refuses to swap parameters in use
+    tensors = {name: tensor.data for name, tensor in scales_of(module, prefix).items()}
+    absmax, nested = as_arguments(tensors, format)
+    offset = state2 = None
+    if nested:
+        offset = nested["nested_offset"].view(())
+        absmax2, code, blocksize = (nested[name] for name in ("nested_absmax", "nested_code", "nested_blocksize"))
+        state2 = QuantState(absmax2, code=code, blocksize=blocksize, dtype=torch.float32)
+    return QuantState(
+        absmax.view(-1),
+        shape=torch.Size(format.shape),
+        code=get_4bit_type(format.quant_type, absmax.device),
+        blocksize=format.blocksize,
+        quant_type=format.quant_type,
+        dtype=format.dtype,
+        offset=offset,
+        state2=state2,
+    )
+
+
+# ---- state dicts, with bitsandbytes' keys ----------------------------------------------------------------------
+
+_STATISTICS = (
+    *("absmax", "quant_map", "nested_absmax", "nested_quant_map"),
+    *(f"quant_state.bitsandbytes__{quant_type}" for quant_type in QuantState.valid_quant_types),
+)
+
+
+def save(destination: dict[str, Any], key: str, packed: Tensor, state: QuantState) -> None:
+    """`key` with the packed weight as [n, 1], and `key.absmax` and so on."""
+    destination[key] = packed.detach().view(-1, 1)
+    for name, tensor in state.as_dict(packed=True).items():
+        destination[f"{key}.{name}"] = tensor.detach()
+
+
+def take_statistics(state_dict: dict[str, Any], key: str) -> dict[str, Tensor]:
+    """Removes from the dict, and returns by name, what belongs to the packed weight `key`."""
+    found = [name for name in _STATISTICS if f"{key}.{name}" in state_dict]
+    return {name: state_dict.pop(f"{key}.{name}") for name in found}

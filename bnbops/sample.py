@@ -1,0 +1,63 @@
+"""A sample call of an operator, and the tensors that samples are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of an operator; `name` says what is special about it."""
+
+    name: str
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Sample:
+        """The same call on `f(tensor)` for every tensor, in lists too."""
+        return Sample(self.name, *tree_map_only(Tensor, f, (self.args, self.kwargs)))
+
+    def clone(self) -> Sample:
+        """A copy that shares no memory and keeps strides."""
+        return self.map(lambda x: copied(x, x.device))
+
+    def run(self, overload: Callable[..., Any]) -> Any:
+        """Calls the operator. It may change this sample's tensors; `clone()` first to keep them."""
+        return overload(*self.args, **self.kwargs)
+
+    def arguments(self, overload: torch._ops.OpOverload) -> dict[str, Any]:
+        """Arguments by their name in the schema; those left to their default are missing."""
+        names = [argument.name for argument in overload._schema.arguments if not argument.kwarg_only]
+        return dict(zip(names, self.args, strict=False)) | self.kwargs
+
+
+def copied(x: Tensor, device: torch.device) -> Tensor:
+    """A copy with the same strides, expanded ones and gaps included."""
+    if x.numel() == 0:
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    memory = x.detach().as_strided((extent,), (1,)).to(device, copy=True)
+    return memory.as_strided(x.shape, x.stride()).requires_grad_(x.requires_grad)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """fp32 values over several decades, so that all of a codebook is used."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator) * 10 ** (-3 * torch.rand(shape, generator=generator))
+
+
+def random_codes(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(256, shape, generator=torch.Generator().manual_seed(seed)).byte()
+
+
+def strided(x: Tensor) -> Tensor:
+    """The values of a matrix, every other element of a larger one."""
+    return x.repeat_interleave(2, dim=-1)[..., ::2]

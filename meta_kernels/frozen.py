@@ -1,0 +1,81 @@
+"""Gradients of operators whose weight is frozen, and clear refusals of torch.func's transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+from .checks import check
+
+Gradients = Callable[[dict[str, Any], Tensor, Sequence[bool]], Sequence[Tensor | None]]
+
+_library = torch.library.Library("bnbops", "IMPL")
+
+
+class _Frozen(torch.autograd.Function):
+    """Saves the tensors that are not differentiated, which live anyway, and the numbers."""
+
+    @staticmethod
+    def forward(ctx, call: Callable[[], Tensor], gradients: Gradients, frozen: dict[str, Any], *_inputs: Tensor | None):
+        tensors = {name: value for name, value in frozen.items() if isinstance(value, Tensor)}
+        ctx.gradients, ctx.names = gradients, list(tensors)
+        ctx.others = {name: value for name, value in frozen.items() if name not in tensors}
+        ctx.save_for_backward(*tensors.values())
+        return call()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        frozen = dict(zip(ctx.names, ctx.saved_tensors, strict=True)) | ctx.others
+        return None, None, None, *ctx.gradients(frozen, grad, ctx.needs_input_grad[3:])
+
+
+def register_gradients(op: str, inputs: Sequence[str], gradients: Gradients) -> None:
+    """Makes an operator differentiable with respect to `inputs`: `gradients(other arguments, grad, which are needed)`
+    gives one for each. By hand, because torch.library.register_autograd takes no keyword-only tensors, and because
+    transforms that it does not know would give wrong derivatives without a word."""
+    overload = getattr(torch.ops.bnbops, op).default
+    names = [argument.name for argument in overload._schema.arguments]
+
+    def kernel(keyset, *args: Any, **kwargs: Any) -> Tensor:
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        values = [arguments.pop(name) for name in inputs]
+        given = [value for value in values if value is not None]
+        differentiable = torch.is_grad_enabled() and any(value.requires_grad for value in given)
+        for name, value in arguments.items():
+            fixed = not (isinstance(value, Tensor) and value.requires_grad)
+            check(fixed, f"{op}: {name} is not differentiable; detach it")
+        transformed = differentiable and torch._C._are_functorch_transforms_active()
+        if transformed or any(unpack_dual(value).tangent is not None for value in given):
+            check(False, f"{op}: torch.func's grad, vjp and jvp are not supported; use torch.autograd.grad")
+
+        def call() -> Tensor:
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+        return _Frozen.apply(call, gradients, arguments, *values) if differentiable else call()
+
+    _library.impl(op, kernel, "Autograd", with_keyset=True)
+
+
+def refuse_vmap(op: str, advice: str) -> None:
+    """torch's fallback would loop, one call an element: slow, and other numbers where an operator looks at all rows."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        check(False, f"{op}: vmap is not supported; {advice}")
+
+    _library.impl(op, refuse, "FuncTorchBatched")
+
+
+def bias_gradient(grad: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """The sum over rows, over those of each expert if `offsets` tell where they end, in float32."""
+    rows = grad.reshape(-1, grad.shape[-1])
+    if offsets is None:
+        return rows.sum(0, dtype=torch.float32).to(grad.dtype)
+    row = torch.arange(rows.shape[0], device=rows.device, dtype=offsets.dtype)
+    expert = torch.bucketize(row, offsets, right=True)  # one past the last for rows that belong to none
+    sums = torch.zeros((offsets.numel() + 1, rows.shape[1]), dtype=torch.float32, device=rows.device)
+    return sums.index_add(0, expert, rows.float())[:-1].to(grad.dtype)
