@@ -1,6 +1,6 @@
 """8-bit optimizers and quantization as PyTorch operators, so that a whole train step compiles into one graph."""
 
-from bnbops._library import isa, load_cuda_operators, load_operators
+from bnbops._library import isa, library_path, load_cuda_operators, load_operators
 
 load_operators(__path__)
 has_cuda = load_cuda_operators(__path__)
@@ -17,6 +17,7 @@ __all__ = [
     "functional",
     "has_cuda",
     "isa",
+    "library_path",
     "matmul",
     "matmul_4bit",
     "meta_kernels",

@@ -1,4 +1,4 @@
-"""`python -m bnbops`: what is installed and whether it computes what it should; how much memory training needs."""
+"""`python -m bnbops`: what is installed and where, whether it computes right, and how much memory training needs."""
 
 from __future__ import annotations
 
@@ -41,6 +41,12 @@ def _check_operators(device: str) -> int:
             print(f"      {problem}")
         wrong += bool(problems)
     return wrong
+
+
+def library(_args: argparse.Namespace) -> int:
+    """Prints the path of the shared library with the operators, for programs without Python."""
+    print(bnbops.library_path())
+    return 0
 
 
 def memory(args: argparse.Namespace) -> int:
@@ -116,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.set_defaults(run=info)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     commands.add_parser("info", help="print versions and check every operator (the default)").set_defaults(run=info)
+    commands.add_parser("library", help="print the path of the operators' shared library").set_defaults(run=library)
     _add_estimate(commands)
     args = parser.parse_args(argv)
     return args.run(args)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
 
 
-def library_path(name: str, search: list[str]) -> Path | None:
+def _find(name: str, search: list[str]) -> Path | None:
     """The file `lib/lib<name>.*` beside the package. An editable install has it in site-packages, not beside the
     sources, so all of the package's `__path__` is searched."""
     for folder in search:
@@ -24,7 +25,7 @@ def load_operators(search: list[str]) -> None:
     Raises:
         ImportError: the library is not built, or this torch is too old for it.
     """
-    path = library_path("bnbops_cpu", search)
+    path = _find("bnbops_cpu", search)
     if path is None:
         raise ImportError(
             "bnbops is not built: libbnbops_cpu is missing. Install it with `pip install .` (or `pip install -e .` to "
@@ -40,11 +41,19 @@ def load_operators(search: list[str]) -> None:
 
 def load_cuda_operators(search: list[str]) -> bool:
     """Registers the CUDA kernels where torch has CUDA and the library was built; tells whether it did."""
-    path = library_path("bnbops_cuda", search)
+    path = _find("bnbops_cuda", search)
     if path is None or torch.version.cuda is None:
         return False
     torch.ops.load_library(str(path))
     return True
+
+
+def library_path() -> Path:
+    """The shared library of the operators and their CPU kernels. A program without Python that loads it (`dlopen`)
+    beside libtorch has `bnbops::*`: docs/export.md."""
+    path = _find("bnbops_cpu", sys.modules[__package__].__path__)
+    assert path is not None, "it was found when bnbops was imported"
+    return path
 
 
 def isa() -> str:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import bnbops
+import int8_cases
 from bnbops.functional import create_dynamic_map, create_fp8_map, create_linear_map, get_4bit_type
 from reference import quantize as ref
 from reference.group import op_options, random_group
@@ -66,6 +67,7 @@ def items() -> Iterator[tuple[str, list[torch.Tensor]]]:
         for dtype in DTYPES:
             for blocksize in (32, 64, 4096):
                 yield f"{quant_type} {dtype} {blocksize}", there_and_back_4bit(quant_type, dtype, blocksize)
+    yield from int8_cases.items()
     for rule in RULES:
         for codec in CODECS if RULES[rule].states else ["fp32"]:
             for dtype in DTYPES:
