@@ -6,6 +6,7 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <tuple>
 
 #include "cpu/binding.h"
@@ -56,56 +57,46 @@ Int8QuantJob quant_job(const Tensor& values, double threshold) {
   return job;
 }
 
-// The columns that are marked.
-std::vector<int64_t> indices_of(const bool* marked, int64_t n) {
-  std::vector<int64_t> indices;
-  for (int64_t i = 0; i < n; ++i) {
-    if (marked[i]) indices.push_back(i);
+// Fills in the rows' absmax and the marks of outlier columns, and lists these columns.
+std::vector<int64_t> scan_rows(const Int8QuantJob& job) {
+  in_parallel(job.rows, job.inner, kGrain,
+              [&](int64_t first, int64_t last) { isa().int8->scan_rows(job, first, last); });
+  std::vector<int64_t> outliers;
+  for (int64_t i = 0; job.has_threshold && i < job.inner; ++i) {
+    if (job.is_outlier[i]) outliers.push_back(i);
   }
-  return indices;
+  return outliers;
 }
 
-// Codes of rows, and what the outlier columns held.
-struct QuantizedRows {
-  Tensor codes, stats, is_outlier;
-  std::vector<int64_t> outliers;      // columns
-  std::vector<float> outlier_values;  // [rows, outliers], if asked for
-};
+void encode_rows(Int8QuantJob job, const std::vector<int64_t>& outliers) {
+  job.outliers = outliers.data();
+  job.outlier_count = static_cast<int64_t>(outliers.size());
+  in_parallel(job.rows, job.inner, kGrain,
+              [&](int64_t first, int64_t last) { isa().int8->encode_rows(job, first, last); });
+}
 
-QuantizedRows quantize_rows(const Tensor& values, double threshold, bool keep_outliers = false) {
+std::tuple<Tensor, Tensor, Tensor> quantize_rows(const Tensor& values, double threshold) {
   Int8QuantJob job = quant_job(values, threshold);
-  QuantizedRows result{torch::stable::new_empty(values, values.sizes(), ScalarType::Char),
-                       torch::stable::new_empty(values, {job.rows}, ScalarType::Float),
-                       torch::stable::new_zeros(values, {job.inner}, ScalarType::Bool),
-                       {},
-                       {}};
-  prefer_huge_pages(result.codes);
-  job.row_stats = mutable_data<float>(result.stats);
-  job.is_outlier = mutable_data<bool>(result.is_outlier);
-  job.codes = mutable_data<int8_t>(result.codes);
-  const Int8Kernels& kernels = *isa().int8;
-  in_parallel(job.rows, job.inner, kGrain, [&](int64_t first, int64_t last) { kernels.scan_rows(job, first, last); });
-  if (job.has_threshold) result.outliers = indices_of(job.is_outlier, job.inner);
-  job.outliers = result.outliers.data();
-  job.outlier_count = static_cast<int64_t>(result.outliers.size());
-  if (keep_outliers) {
-    result.outlier_values.resize(job.rows * job.outlier_count);
-    job.outlier_values = result.outlier_values.data();
-  }
-  in_parallel(job.rows, job.inner, kGrain, [&](int64_t first, int64_t last) { kernels.encode_rows(job, first, last); });
-  return result;
+  Tensor codes = torch::stable::new_empty(values, values.sizes(), ScalarType::Char);
+  Tensor stats = torch::stable::new_empty(values, {job.rows}, ScalarType::Float);
+  Tensor is_outlier = torch::stable::new_zeros(values, {job.inner}, ScalarType::Bool);
+  prefer_huge_pages(codes);
+  job.row_stats = mutable_data<float>(stats);
+  job.is_outlier = mutable_data<bool>(is_outlier);
+  job.codes = mutable_data<int8_t>(codes);
+  encode_rows(job, scan_rows(job));
+  return {codes, stats, is_outlier};
 }
 
 std::tuple<Tensor, Tensor, Tensor> int8_vectorwise_quant(const Tensor& A, double threshold) {
   check_int8_quant("int8_vectorwise_quant", A, threshold);
-  const QuantizedRows rows = quantize_rows(cpu::in_logical_order(A), threshold);
-  return {rows.codes, rows.stats, rows.is_outlier};
+  return quantize_rows(cpu::in_logical_order(A), threshold);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> int8_double_quant(const Tensor& A, double threshold) {
   check_int8_quant("int8_double_quant", A, threshold);
   const Tensor values = cpu::in_logical_order(A);
-  const QuantizedRows rows = quantize_rows(values, threshold);
+  const auto [row_codes, row_stats, is_outlier] = quantize_rows(values, threshold);
   Int8QuantJob job = quant_job(values, threshold);
   Tensor codes = torch::stable::new_empty(values, values.sizes(), ScalarType::Char);
   Tensor stats = torch::stable::new_empty(values, {job.inner}, ScalarType::Float);
@@ -113,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> int8_double_quant(const Tenso
   job.col_stats = mutable_data<float>(stats);
   in_parallel(divide_up(job.inner, kInt8Piece), job.rows * kInt8Piece, kGrain,
               [&](int64_t first, int64_t last) { isa().int8->quantize_columns(job, first, last); });
-  return {rows.codes, codes, rows.stats, stats, rows.is_outlier};
+  return {row_codes, codes, row_stats, stats, is_outlier};
 }
 
 // Columns [begin, begin + width) of the values, [rows, width].
@@ -134,25 +125,30 @@ Tensor int8_vectorwise_dequant(const Tensor& A, const Tensor& stats) {
 
 // ---- matrix products -------------------------------------------------------------------------------------------
 
-// Codes of activations in the form that the kernels multiply.
+// Codes in the form that the kernels multiply.
 struct Activations {
   int64_t rows, inner;
   Scratch<uint8_t> bytes;
   Scratch<int32_t> sums;
 
-  Activations(const int8_t* codes, int64_t rows_of_codes, int64_t columns)
-      : rows(rows_of_codes),
+  Activations(int64_t row_count, int64_t columns)
+      : rows(row_count),
         inner(columns),
         bytes(make_scratch<uint8_t>(rows * isa().int8->row_bytes(inner))),
-        sums(make_scratch<int32_t>(rows)) {
-    const Int8Kernels& kernels = *isa().int8;
-    in_parallel(rows, inner, kGrain, [&](int64_t first, int64_t last) {
-      for (int64_t row = first; row < last; ++row) {
-        sums[row] = kernels.prepare(codes + row * inner, inner, bytes.get() + row * kernels.row_bytes(inner));
-      }
-    });
-  }
+        sums(make_scratch<int32_t>(rows)) {}
 };
+
+Activations prepared(const Tensor& codes) {
+  Activations a(rows_of(codes), columns_of(codes));
+  const Int8Kernels& kernels = *isa().int8;
+  const int64_t row_bytes = kernels.row_bytes(a.inner);
+  in_parallel(a.rows, a.inner, kGrain, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      a.sums[row] = kernels.prepare(data<int8_t>(codes) + row * a.inner, a.inner, a.bytes.get() + row * row_bytes);
+    }
+  });
+  return a;
+}
 
 void multiply(const Activations& a, const Tensor& weight, int32_t* sums, const Int8Epilogue* epilogue) {
   const Int8Kernels& kernels = *isa().int8;
@@ -177,7 +173,7 @@ Tensor new_product(const Tensor& A, int64_t columns, ScalarType dtype) {
 
 void matmul_into(const Tensor& A, const Tensor& B, Tensor& out) {
   const Tensor codes = cpu::in_logical_order(A), weight = cpu::in_logical_order(B);
-  multiply({data<int8_t>(codes), rows_of(A), columns_of(A)}, weight, mutable_data<int32_t>(out), nullptr);
+  multiply(prepared(codes), weight, mutable_data<int32_t>(out), nullptr);
 }
 
 Tensor int8_linear_matmul(const Tensor& A, const Tensor& B) {
@@ -195,10 +191,10 @@ void int8_linear_matmul_out(const Tensor& A, const Tensor& B, Tensor out) {
 }
 
 // Tensors in logical order, which the caller keeps, to what the kernels want.
-Int8Epilogue epilogue_of(const Tensor& row_stats, const Tensor& col_stats, const std::optional<Tensor>& bias,
+Int8Epilogue epilogue_of(const float* row_stats, const Tensor& col_stats, const std::optional<Tensor>& bias,
                          Tensor& out) {
   Int8Epilogue epilogue{};
-  epilogue.row_stats = data<float>(row_stats);
+  epilogue.row_stats = row_stats;
   epilogue.col_stats = data<float>(col_stats);
   if (bias) {
     epilogue.bias = bias->const_data_ptr();
@@ -217,7 +213,7 @@ Tensor int8_mm_dequant(const Tensor& A, const Tensor& row_stats, const Tensor& c
   const Tensor columns = cpu::in_logical_order(col_stats);
   const std::optional<Tensor> biases = in_logical_order(bias);
   Tensor out = new_product(A, columns_of(A), to);
-  const Int8Epilogue epilogue = epilogue_of(rows, columns, biases, out);
+  const Int8Epilogue epilogue = epilogue_of(data<float>(rows), columns, biases, out);
   in_parallel(rows_of(A), columns_of(A), kGrain, [&](int64_t first, int64_t last) {
     isa().int8->dequantize_sums(data<int32_t>(sums), columns_of(A), epilogue, first, last);
   });
@@ -233,8 +229,8 @@ Tensor int8_scaled_mm(const Tensor& A, const Tensor& B, const Tensor& row_stats,
   const Tensor rows = cpu::in_logical_order(row_stats), columns = cpu::in_logical_order(col_stats);
   const std::optional<Tensor> biases = in_logical_order(bias);
   Tensor out = new_product(A, B.size(0), to);
-  const Int8Epilogue epilogue = epilogue_of(rows, columns, biases, out);
-  multiply({data<int8_t>(codes), rows_of(A), columns_of(A)}, weight, nullptr, &epilogue);
+  const Int8Epilogue epilogue = epilogue_of(data<float>(rows), columns, biases, out);
+  multiply(prepared(codes), weight, nullptr, &epilogue);
   return out;
 }
 
@@ -246,13 +242,25 @@ Tensor linear_int8(const Tensor& x, const Tensor& weight, const Tensor& scale, c
   const Tensor values = cpu::in_logical_order(x), matrix = cpu::in_logical_order(weight);
   const Tensor scales = cpu::in_logical_order(scale);
   const std::optional<Tensor> biases = in_logical_order(bias);
-  const QuantizedRows rows = quantize_rows(values, threshold, true);
+  Int8QuantJob job = quant_job(values, threshold);
+  const Activations a(job.rows, job.inner);
+  const Scratch<float> row_stats = make_scratch<float>(job.rows);
+  const std::unique_ptr<bool[]> is_outlier(new bool[job.inner]());
+  job.row_stats = row_stats.get();
+  job.is_outlier = is_outlier.get();
+  const std::vector<int64_t> outliers = scan_rows(job);
+  const Scratch<float> outlier_values = make_scratch<float>(job.rows * static_cast<int64_t>(outliers.size()));
+  job.outlier_values = outlier_values.get();
+  job.activations = a.bytes.get();
+  job.activation_sums = a.sums.get();
+  encode_rows(job, outliers);
+
   Tensor out = new_product(x, weight.size(0), x.scalar_type());
-  Int8Epilogue epilogue = epilogue_of(rows.stats, scales, biases, out);
-  epilogue.outliers = rows.outliers.data();
-  epilogue.outlier_count = static_cast<int64_t>(rows.outliers.size());
-  epilogue.outlier_values = rows.outlier_values.data();
-  multiply({data<int8_t>(rows.codes), rows_of(x), columns_of(x)}, matrix, nullptr, &epilogue);
+  Int8Epilogue epilogue = epilogue_of(row_stats.get(), scales, biases, out);
+  epilogue.outliers = outliers.data();
+  epilogue.outlier_count = static_cast<int64_t>(outliers.size());
+  epilogue.outlier_values = outlier_values.get();
+  multiply(a, matrix, nullptr, &epilogue);
   return out;
 }
 

@@ -26,6 +26,9 @@ struct Int8QuantJob {
   const int64_t* outliers;  // the columns that have any
   int64_t outlier_count;
   float* outlier_values;  // what x has there, [rows, outlier_count]; or null
+  // Or instead of `codes`, for a product with them: rows as `prepare` makes them, and their sums.
+  void* activations;
+  int32_t* activation_sums;
 };
 
 // codes * stats / 127, of the columns from `begin` on, `width` of them.
@@ -64,7 +67,7 @@ struct Int8MatmulJob {
 struct Int8Kernels {
   // On ranges of rows.
   void (*scan_rows)(const Int8QuantJob&, int64_t first, int64_t last);    // row_stats, is_outlier
-  void (*encode_rows)(const Int8QuantJob&, int64_t first, int64_t last);  // codes, outlier_values
+  void (*encode_rows)(const Int8QuantJob&, int64_t first, int64_t last);  // codes or activations, outlier_values
   void (*dequantize)(const Int8DequantJob&, int64_t first, int64_t last);
   // On ranges of pieces of columns: col_stats and codes.
   void (*quantize_columns)(const Int8QuantJob&, int64_t first, int64_t last);
