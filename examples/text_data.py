@@ -5,6 +5,7 @@ import random
 import re
 import sysconfig
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,19 +64,32 @@ def load_text(source: Path | None, vocabulary_size: int, block_size: int) -> Tex
 
     Raises ValueError where there is nothing to read or too little for one window in each split.
     """
-    train, validation = _split(_read(source))
-    vocabulary = Vocabulary(train, vocabulary_size)
+    return as_text(read_documents(source), vocabulary_size, block_size, str(source))
+
+
+def as_text(documents: Sequence[bytes], vocabulary: int | Vocabulary, block_size: int, name: str) -> Text:
+    """As `load_text`, from documents that errors call by the name, with a vocabulary of this size or this very one."""
+    train, validation = _split(list(documents))
+    if isinstance(vocabulary, int):
+        vocabulary = Vocabulary(train, vocabulary)
     digest = hashlib.sha256(train + b"\0" + validation).hexdigest()[:16]
     text = Text(vocabulary, vocabulary.encode(train), vocabulary.encode(validation), digest)
     if min(len(text.train), len(text.validation)) <= block_size:
         raise ValueError(
-            f"too little text in {source}: {len(text.train)} tokens to train on and {len(text.validation)} to validate "
+            f"too little text in {name}: {len(text.train)} tokens to train on and {len(text.validation)} to validate "
             f"on, but each must exceed the block size of {block_size}"
         )
     return text
 
 
-def _read(source: Path | None) -> list[bytes]:
+def language_reference() -> list[str]:
+    """English prose that every Python brings along: the topics of its reference that help() shows."""
+    from pydoc_data.topics import topics
+
+    return [text for _, text in sorted(topics.items())]
+
+
+def read_documents(source: Path | None) -> list[bytes]:
     """The documents, in an order that depends on nothing but their relative paths."""
     if source is None:
         root = Path(sysconfig.get_paths()["stdlib"])

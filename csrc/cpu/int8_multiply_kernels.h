@@ -83,7 +83,7 @@ struct PanelEpilogue {
     for (int64_t i = 0; i < n; ++i) {
       float exact[kInt8Panel];
       for (int64_t c = 0; c < kInt8Panel; ++c) exact[c] = decoded(codes[i][c], scales[c]);
-      uint8_t rounded[kInt8Panel * sizeof(float)];
+      uint8_t rounded[kInt8Panel * sizeof(float)] = {};
       write<Lanes>(exact, kInt8Panel, rounded, epilogue.dtype);
       std::copy_n(read<Lanes>(rounded, epilogue.dtype, 0, kInt8Panel, exact), kInt8Panel, to[i]);
     }
