@@ -17,7 +17,7 @@ test: $(VENV)/installed
 lint: $(VENV)/installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp')
+	$(VENV)/bin/clang-format --dry-run --Werror $(shell find csrc examples -name '*.h' -o -name '*.cpp')
 
 bench: $(VENV)/installed
 	$(PY) benchmarks/optim_step.py
