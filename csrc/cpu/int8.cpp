@@ -279,9 +279,11 @@ Tensor linear_int8_input_grad(const Tensor& grad, const Tensor& weight, const Te
   const int64_t rows = rows_of(grad), outputs = weight.size(0), inner = weight.size(1);
   const Tensor rows_of_grad = torch::stable::view(cpu::in_logical_order(grad), {rows, outputs});
   Tensor out = torch::stable::new_empty(grad, {rows, inner});
+  Tensor memory = torch::stable::new_empty(grad, {outputs * std::min(kPanel, inner)});
   for (int64_t begin = 0; begin < inner; begin += kPanel) {
     const int64_t width = std::min(kPanel, inner - begin);
-    const Tensor panel = torch::stable::new_empty(grad, {outputs, width});
+    Tensor part = torch::stable::narrow(memory, 0, 0, outputs * width);
+    const Tensor panel = torch::stable::view(part, {outputs, width});
     mm_out(rows_of_grad, dequantized(matrix, scales, begin, width, panel), torch::stable::narrow(out, 1, begin, width));
   }
   return torch::stable::view(out, product_shape(grad, inner));

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cpu/int8_quantize_kernels.h"
+#include "cpu/unrolled.h"
 
 BNBOPS_NAMESPACE_BEGIN
 
@@ -19,7 +20,8 @@ constexpr float kInverse127Squared = 1.0F / (127.0F * 127.0F);  // bitsandbytes 
 // The scales and biases of a panel's columns, and the weights that meet outliers.
 template <class Lanes>
 struct PanelEpilogue {
-  static constexpr int64_t kOutliers = 64;  // at a time
+  static constexpr int64_t kOutliers = 64;                   // at a time
+  static constexpr int kRows = Lanes::kWidth == 16 ? 6 : 2;  // of a tile, as many as the registers hold
 
   const Int8Epilogue& epilogue;
   int64_t begin, width, columns;
@@ -63,14 +65,31 @@ struct PanelEpilogue {
     for (int64_t o = 0; o < epilogue.outlier_count; o += kOutliers) {
       const int64_t n = std::min(kOutliers, epilogue.outlier_count - o);
       decode_columns(weight + begin * inner, inner, epilogue.outliers + o, n, decoded_weights);
-      for (int64_t r = 0; r < rows; ++r) {
-        const float* x = epilogue.outlier_values + (first_row + r) * epilogue.outlier_count + o;
-        for (int64_t i = 0; i < n; ++i) {
-          for (int64_t c = 0; c < kInt8Panel; ++c) {
-            part[r][c] = fused_multiply_add(x[i], decoded_weights[i][c], part[r][c]);
-          }
-        }
+      const float* x = epilogue.outlier_values + first_row * epilogue.outlier_count + o;
+      int64_t r = 0;
+      for (; r + kRows <= rows; r += kRows) {
+        add_products<kRows>(x + r * epilogue.outlier_count, n, decoded_weights, part + r);
       }
+      for (; r < rows; ++r) add_products<1>(x + r * epilogue.outlier_count, n, decoded_weights, part + r);
+    }
+  }
+
+  // A tile of kTileRows rows by four vectors of columns at a time, whose sums stay in registers.
+  template <int kTileRows>
+  void add_products(const float* x, int64_t n, const float (*weights)[kInt8Panel], float (*part)[kInt8Panel]) const {
+    constexpr int kWidth = Lanes::kWidth;
+    for (int64_t c = 0; c < kInt8Panel; c += 4 * kWidth) {
+      typename Lanes::Float sum[4 * kTileRows];
+      unrolled<4 * kTileRows>([&](auto i) { sum[i] = Lanes::load(part[i / 4] + c + i % 4 * kWidth); });
+      for (int64_t o = 0; o < n; ++o) {
+        typename Lanes::Float weight[4];
+        unrolled<4>([&](auto v) { weight[v] = Lanes::load(weights[o] + c + v * kWidth); });
+        unrolled<kTileRows>([&](auto r) {
+          const auto value = Lanes::splat(x[r * epilogue.outlier_count + o]);
+          unrolled<4>([&](auto v) { sum[4 * r + v] = Lanes::fma(value, weight[v], sum[4 * r + v]); });
+        });
+      }
+      unrolled<4 * kTileRows>([&](auto i) { Lanes::store(part[i / 4] + c + i % 4 * kWidth, sum[i]); });
     }
   }
 
