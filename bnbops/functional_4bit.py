@@ -66,7 +66,7 @@ def get_4bit_type(typename: str, device: torch.device | str | None = None, block
     Source: see `bnbops.codebooks.create_4bit_map`.
     """
     if typename not in _MAPS:
-        raise NotImplementedError(f"4-bit types are {', '.join(_MAPS)}; got {typename!r}")
+        create_4bit_map(typename)  # refuses it
     if typename == "af4" and blocksize != 64:
         raise NotImplementedError(f"af4 is made for blocks of 64, got {blocksize}")
     device = torch.get_default_device() if device is None else device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from bnbops.functional_4bit import in_own_order, scale_arguments
 from bnbops.quant_state import QuantState
 
 
-def _matrix_shape(function: str, state: QuantState | None) -> Sequence[int]:
+def _weight_arguments(function: str, packed: Tensor, state: QuantState | None) -> dict[str, Any]:
+    """What the operators take to know a weight matrix."""
     if state is None:
         raise ValueError(f"{function} needs the state that quantize_4bit returned")
     if len(state.shape) != 2:
@@ -19,7 +20,9 @@ def _matrix_shape(function: str, state: QuantState | None) -> Sequence[int]:
             f"{function} multiplies by a matrix, but the state's shape is {list(state.shape)}; the experts of a "
             "three-dimensional weight go through torch.ops.bnbops.grouped_linear_4bit"
         )
-    return state.shape
+    scales, nested = scale_arguments(state)
+    weight = {"weight": in_own_order(packed)[0], "absmax": scales, "shape": list(state.shape)}
+    return weight | {"blocksize": state.blocksize, "quant_type": state.quant_type} | nested
 
 
 def _written(result: Tensor, out: Tensor | None) -> Tensor:
@@ -48,14 +51,12 @@ def matmul_4bit(
 
     Source: Dettmers et al., "QLoRA" (arXiv:2305.14314), equation 5.
     """
-    rows, columns = _matrix_shape("matmul_4bit", quant_state)
-    packed, _ = in_own_order(B)
-    scales, nested = scale_arguments(quant_state)
-    described = ([rows, columns], quant_state.blocksize, quant_state.quant_type)
+    weight = _weight_arguments("matmul_4bit", B, quant_state)
+    rows, columns = weight["shape"]
     if A.shape[-1] == rows != columns:
-        result = torch.ops.bnbops.linear_4bit_input_grad(A, packed, scales, *described, **nested)
+        result = torch.ops.bnbops.linear_4bit_input_grad(A, **weight)
         return _written(result if bias is None else result + bias, out)
-    return _written(torch.ops.bnbops.linear_4bit(A, packed, scales, bias, *described, **nested), out)
+    return _written(torch.ops.bnbops.linear_4bit(A, bias=bias, **weight), out)
 
 
 def gemv_4bit(
@@ -82,8 +83,4 @@ def gemv_4bit(
         ValueError: no state, or one of a weight that is no matrix.
         RuntimeError: shapes or dtypes that do not fit.
     """
-    rows, columns = _matrix_shape("gemv_4bit", state)
-    packed, _ = in_own_order(B)
-    scales, nested = scale_arguments(state)
-    described = ([rows, columns], state.blocksize, state.quant_type)
-    return _written(torch.ops.bnbops.linear_4bit(A, packed, scales, None, *described, **nested), out)
+    return _written(torch.ops.bnbops.linear_4bit(A, bias=None, **_weight_arguments("gemv_4bit", B, state)), out)

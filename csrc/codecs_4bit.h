@@ -70,7 +70,6 @@ constexpr Encoder4bit make_encoder_4bit(const float* values, const uint8_t (&ord
 
 constexpr Encoder4bit kEncodeNF4 = make_encoder_4bit(kNF4, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15});
 constexpr Encoder4bit kEncodeFP4 = make_encoder_4bit(kFP4, {11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3});
-constexpr uint32_t kZeroNF4 = kEncodeNF4.within[0], kZeroFP4 = kEncodeFP4.within[0];
 
 template <class Lanes>
 struct EncoderTables4bit {

@@ -107,14 +107,17 @@ void Weight4bitArguments::check(size_t dims) const {
                nested_blocks);
 }
 
+int64_t storage_size(ScalarType quant_storage) {
+  return quant_storage == ScalarType::Float ? 4 : is_float(quant_storage) ? 2 : 1;
+}
+
 void check_quantize_4bit(const Tensor& A, int64_t blocksize, const std::string& quant_type, ScalarType quant_storage) {
   constexpr const char* kOp = "quantize_4bit";
   check_float({A, kOp, "A"});
   check_type(kOp, blocksize, quant_type);
   BNBOPS_CHECK(is_storage(quant_storage), "bnbops::", kOp,
                ": quant_storage must be uint8, int8, float32, bfloat16 or float16, got ", dtype_name(quant_storage));
-  const int64_t bytes = divide_up(A.numel(), 2);
-  const int64_t size = quant_storage == ScalarType::Float ? 4 : is_float(quant_storage) ? 2 : 1;
+  const int64_t bytes = divide_up(A.numel(), 2), size = storage_size(quant_storage);
   BNBOPS_CHECK(bytes % size == 0, "bnbops::", kOp, ": A has ", A.numel(), " elements, ", bytes,
                " bytes when packed, which is not a whole number of ", dtype_name(quant_storage), " (", size,
                " bytes each); use quant_storage uint8");

@@ -27,6 +27,9 @@ struct Weight4bitArguments {
   void check(size_t dims) const;  // dims: how many the shape must have, 0 for any
 };
 
+// Bytes of an element that holds packed codes.
+int64_t storage_size(ScalarType quant_storage);
+
 void check_quantize_4bit(const Tensor& A, int64_t blocksize, const std::string& quant_type, ScalarType quant_storage);
 void check_dequantize_4bit(const Weight4bitArguments& weight, ScalarType dtype);
 void check_dequantize_4bit_out(const Weight4bitArguments& weight, ScalarType dtype, const Tensor& out);

@@ -46,8 +46,8 @@ def register_gradients(op: str, inputs: Sequence[str], gradients: Gradients) -> 
         given = [value for value in values if value is not None]
         differentiable = torch.is_grad_enabled() and any(value.requires_grad for value in given)
         for name, value in arguments.items():
-            fixed = not (isinstance(value, Tensor) and value.requires_grad)
-            check(fixed, f"{op}: {name} is not differentiable; detach it")
+            if isinstance(value, Tensor) and value.requires_grad:
+                check(False, f"{op}: {name} is not differentiable; detach it")
         transformed = differentiable and torch._C._are_functorch_transforms_active()
         if transformed or any(unpack_dual(value).tangent is not None for value in given):
             check(False, f"{op}: torch.func's grad, vjp and jvp are not supported; use torch.autograd.grad")

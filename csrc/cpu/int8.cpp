@@ -3,7 +3,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <array>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -30,17 +29,8 @@ void in_parallel(int64_t n, int64_t elements, int64_t grain, const Work& work) {
 }
 
 template <class T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <class T>
 T* mutable_data(Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-std::optional<Tensor> in_logical_order(const std::optional<Tensor>& tensor) {
-  return tensor ? std::optional(cpu::in_logical_order(*tensor)) : std::nullopt;
 }
 
 // ---- quantization ----------------------------------------------------------------------------------------------
@@ -90,12 +80,12 @@ std::tuple<Tensor, Tensor, Tensor> quantize_rows(const Tensor& values, double th
 
 std::tuple<Tensor, Tensor, Tensor> int8_vectorwise_quant(const Tensor& A, double threshold) {
   check_int8_quant("int8_vectorwise_quant", A, threshold);
-  return quantize_rows(cpu::in_logical_order(A), threshold);
+  return quantize_rows(in_logical_order(A), threshold);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> int8_double_quant(const Tensor& A, double threshold) {
   check_int8_quant("int8_double_quant", A, threshold);
-  const Tensor values = cpu::in_logical_order(A);
+  const Tensor values = in_logical_order(A);
   const auto [row_codes, row_stats, is_outlier] = quantize_rows(values, threshold);
   Int8QuantJob job = quant_job(values, threshold);
   Tensor codes = torch::stable::new_empty(values, values.sizes(), ScalarType::Char);
@@ -109,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> int8_double_quant(const Tenso
 
 // Columns [begin, begin + width) of the values, [rows, width].
 Tensor dequantized(const Tensor& codes, const Tensor& stats, int64_t begin, int64_t width, Tensor out) {
-  const Int8DequantJob job{data<int8_t>(codes),    data<float>(stats), columns_of(codes), begin, width,
+  const Int8DequantJob job{data_of<int8_t>(codes), data_of<float>(stats), columns_of(codes), begin, width,
                            out.mutable_data_ptr(), dtype_of(out)};
   in_parallel(rows_of(codes), width, kGrain,
               [&](int64_t first, int64_t last) { isa().int8->dequantize(job, first, last); });
@@ -120,7 +110,7 @@ Tensor int8_vectorwise_dequant(const Tensor& A, const Tensor& stats) {
   check_int8_dequant(A, stats);
   Tensor out = torch::stable::new_empty(A, A.sizes(), ScalarType::Float);
   prefer_huge_pages(out);
-  return dequantized(cpu::in_logical_order(A), cpu::in_logical_order(stats), 0, columns_of(A), out);
+  return dequantized(in_logical_order(A), in_logical_order(stats), 0, columns_of(A), out);
 }
 
 // ---- matrix products -------------------------------------------------------------------------------------------
@@ -144,7 +134,7 @@ Activations prepared(const Tensor& codes) {
   const int64_t row_bytes = kernels.row_bytes(a.inner);
   in_parallel(a.rows, a.inner, kGrain, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
-      a.sums[row] = kernels.prepare(data<int8_t>(codes) + row * a.inner, a.inner, a.bytes.get() + row * row_bytes);
+      a.sums[row] = kernels.prepare(data_of<int8_t>(codes) + row * a.inner, a.inner, a.bytes.get() + row * row_bytes);
     }
   });
   return a;
@@ -152,27 +142,21 @@ Activations prepared(const Tensor& codes) {
 
 void multiply(const Activations& a, const Tensor& weight, int32_t* sums, const Int8Epilogue* epilogue) {
   const Int8Kernels& kernels = *isa().int8;
-  const Int8MatmulJob job{a.bytes.get(), a.sums.get(), data<int8_t>(weight), a.rows, weight.size(0), a.inner,
+  const Int8MatmulJob job{a.bytes.get(), a.sums.get(), data_of<int8_t>(weight), a.rows, weight.size(0), a.inner,
                           sums,          epilogue};
   const int64_t tiles = divide_up(job.columns, kInt8Panel) * divide_up(job.rows, kernels.row_block);
   const int64_t products = std::min(job.rows, kernels.row_block) * kInt8Panel * job.inner;
   in_parallel(tiles, products, kProductGrain, [&](int64_t first, int64_t last) { kernels.multiply(job, first, last); });
 }
 
-std::vector<int64_t> product_shape(const Tensor& A, int64_t columns) {
-  std::vector<int64_t> shape(A.sizes().begin(), A.sizes().end());
-  shape.back() = columns;
-  return shape;
-}
-
 Tensor new_product(const Tensor& A, int64_t columns, ScalarType dtype) {
-  Tensor out = torch::stable::new_empty(A, product_shape(A, columns), dtype);
+  Tensor out = torch::stable::new_empty(A, with_last(A, columns), dtype);
   prefer_huge_pages(out);
   return out;
 }
 
 void matmul_into(const Tensor& A, const Tensor& B, Tensor& out) {
-  const Tensor codes = cpu::in_logical_order(A), weight = cpu::in_logical_order(B);
+  const Tensor codes = in_logical_order(A), weight = in_logical_order(B);
   multiply(prepared(codes), weight, mutable_data<int32_t>(out), nullptr);
 }
 
@@ -195,7 +179,7 @@ Int8Epilogue epilogue_of(const float* row_stats, const Tensor& col_stats, const 
                          Tensor& out) {
   Int8Epilogue epilogue{};
   epilogue.row_stats = row_stats;
-  epilogue.col_stats = data<float>(col_stats);
+  epilogue.col_stats = data_of<float>(col_stats);
   if (bias) {
     epilogue.bias = bias->const_data_ptr();
     epilogue.bias_dtype = dtype_of(*bias);
@@ -209,13 +193,13 @@ Tensor int8_mm_dequant(const Tensor& A, const Tensor& row_stats, const Tensor& c
                        std::optional<ScalarType> dtype, const std::optional<Tensor>& bias) {
   const ScalarType to = dtype.value_or(ScalarType::Half);
   check_int8_mm_dequant(A, row_stats, col_stats, bias, to);
-  const Tensor sums = cpu::in_logical_order(A), rows = cpu::in_logical_order(row_stats);
-  const Tensor columns = cpu::in_logical_order(col_stats);
+  const Tensor sums = in_logical_order(A), rows = in_logical_order(row_stats);
+  const Tensor columns = in_logical_order(col_stats);
   const std::optional<Tensor> biases = in_logical_order(bias);
   Tensor out = new_product(A, columns_of(A), to);
-  const Int8Epilogue epilogue = epilogue_of(data<float>(rows), columns, biases, out);
+  const Int8Epilogue epilogue = epilogue_of(data_of<float>(rows), columns, biases, out);
   in_parallel(rows_of(A), columns_of(A), kGrain, [&](int64_t first, int64_t last) {
-    isa().int8->dequantize_sums(data<int32_t>(sums), columns_of(A), epilogue, first, last);
+    isa().int8->dequantize_sums(data_of<int32_t>(sums), columns_of(A), epilogue, first, last);
   });
   return out;
 }
@@ -225,11 +209,11 @@ Tensor int8_scaled_mm(const Tensor& A, const Tensor& B, const Tensor& row_stats,
   const ScalarType to = dtype.value_or(ScalarType::Half);
   check_int8_matmul("int8_scaled_mm", A, B);
   check_int8_scales("int8_scaled_mm", A, rows_of(A), B.size(0), row_stats, col_stats, bias, to);
-  const Tensor codes = cpu::in_logical_order(A), weight = cpu::in_logical_order(B);
-  const Tensor rows = cpu::in_logical_order(row_stats), columns = cpu::in_logical_order(col_stats);
+  const Tensor codes = in_logical_order(A), weight = in_logical_order(B);
+  const Tensor rows = in_logical_order(row_stats), columns = in_logical_order(col_stats);
   const std::optional<Tensor> biases = in_logical_order(bias);
   Tensor out = new_product(A, B.size(0), to);
-  const Int8Epilogue epilogue = epilogue_of(data<float>(rows), columns, biases, out);
+  const Int8Epilogue epilogue = epilogue_of(data_of<float>(rows), columns, biases, out);
   multiply(prepared(codes), weight, nullptr, &epilogue);
   return out;
 }
@@ -239,8 +223,8 @@ Tensor int8_scaled_mm(const Tensor& A, const Tensor& B, const Tensor& row_stats,
 Tensor linear_int8(const Tensor& x, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias,
                    double threshold) {
   check_linear_int8(x, weight, scale, bias, threshold);
-  const Tensor values = cpu::in_logical_order(x), matrix = cpu::in_logical_order(weight);
-  const Tensor scales = cpu::in_logical_order(scale);
+  const Tensor values = in_logical_order(x), matrix = in_logical_order(weight);
+  const Tensor scales = in_logical_order(scale);
   const std::optional<Tensor> biases = in_logical_order(bias);
   Int8QuantJob job = quant_job(values, threshold);
   const Activations a(job.rows, job.inner);
@@ -264,29 +248,23 @@ Tensor linear_int8(const Tensor& x, const Tensor& weight, const Tensor& scale, c
   return out;
 }
 
-void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                    torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  (void)torch::stable::detail::to<Tensor>(stack[0]);  // `out` once more
-}
-
 // grad @ W in panels of W's columns, so that W is never whole in floating point.
 Tensor linear_int8_input_grad(const Tensor& grad, const Tensor& weight, const Tensor& scale) {
   check_linear_int8_input_grad(grad, weight, scale);
   constexpr int64_t kPanel = 512;
-  const Tensor matrix = cpu::in_logical_order(weight), scales = cpu::in_logical_order(scale);
+  const Tensor matrix = in_logical_order(weight), scales = in_logical_order(scale);
   const int64_t rows = rows_of(grad), outputs = weight.size(0), inner = weight.size(1);
-  const Tensor rows_of_grad = torch::stable::view(cpu::in_logical_order(grad), {rows, outputs});
+  const Tensor rows_of_grad = torch::stable::view(in_logical_order(grad), {rows, outputs});
   Tensor out = torch::stable::new_empty(grad, {rows, inner});
   Tensor memory = torch::stable::new_empty(grad, {outputs * std::min(kPanel, inner)});
   for (int64_t begin = 0; begin < inner; begin += kPanel) {
     const int64_t width = std::min(kPanel, inner - begin);
     Tensor part = torch::stable::narrow(memory, 0, 0, outputs * width);
     const Tensor panel = torch::stable::view(part, {outputs, width});
-    mm_out(rows_of_grad, dequantized(matrix, scales, begin, width, panel), torch::stable::narrow(out, 1, begin, width));
+    matrix_product(rows_of_grad, dequantized(matrix, scales, begin, width, panel),
+                   torch::stable::narrow(out, 1, begin, width));
   }
-  return torch::stable::view(out, product_shape(grad, inner));
+  return torch::stable::view(out, with_last(grad, inner));
 }
 
 }  // namespace

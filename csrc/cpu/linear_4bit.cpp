@@ -118,8 +118,8 @@ void linear_into(const Tensor& x, const Matrix4bit& matrix, const OptionalTensor
     torch::stable::copy_(out, dense_linear(x, dense(matrix, x), bias));
     return;
   }
-  const Tensor own_bias = in_logical_order(bias ? *bias : x);
-  const void* bias_data = bias ? own_bias.const_data_ptr() : nullptr;
+  const OptionalTensor own_bias = in_logical_order(bias);
+  const void* bias_data = own_bias ? own_bias->const_data_ptr() : nullptr;
   if (few) return few_rows_linear(x, matrix, bias_data, out);
   tile_product(isa().tiles->linear, in_logical_order(x), matrix, bias_data, matrix.in_features, matrix.out_features,
                out);
@@ -132,7 +132,7 @@ void input_grad_into(const Tensor& gradient, const Matrix4bit& matrix, Tensor& o
     tile_product(isa().tiles->input_grad, in_logical_order(gradient), matrix, nullptr, matrix.out_features,
                  matrix.in_features, out);
   } else {
-    torch::stable::copy_(out, torch::stable::matmul(gradient, dense(matrix, gradient)));
+    matrix_product(gradient, dense(matrix, gradient), out);
   }
 }
 
@@ -141,12 +141,6 @@ Tensor as_matrix(const Tensor& x) {
   int64_t rows = 1;
   for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
   return torch::stable::reshape(x, {rows, features});
-}
-
-std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = last;
-  return sizes;
 }
 
 Tensor linear_4bit(const Tensor& x, const Tensor& weight, const Tensor& absmax, OptionalTensor bias,

@@ -31,8 +31,7 @@ std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& A, int64_t blocksize, std
   check_quantize_4bit(A, blocksize, quant_type, quant_storage);
   const Tensor values = in_logical_order(A);
   const int64_t blocks = divide_up(A.numel(), blocksize), bytes = divide_up(A.numel(), 2);
-  const int64_t size = quant_storage == ScalarType::Float ? 4 : is_float(quant_storage) ? 2 : 1;
-  Tensor codes = torch::stable::new_empty(A, {bytes / size, 1}, quant_storage);
+  Tensor codes = torch::stable::new_empty(A, {bytes / storage_size(quant_storage), 1}, quant_storage);
   Tensor absmax = torch::stable::new_empty(A, {blocks}, ScalarType::Float);
   const QuantizeJob job{values.const_data_ptr(),
                         dtype_of(values),

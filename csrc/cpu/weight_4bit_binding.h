@@ -7,11 +7,6 @@
 
 namespace bnbops::cpu {
 
-template <class T>
-const T* data_of(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
 inline const float* codebook_of(const std::string& quant_type) { return quant_type == "nf4" ? kNF4 : kFP4; }
 
 inline Weight4bit kernel_view(const Weight4bitArguments& arguments) {
