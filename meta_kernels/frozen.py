@@ -38,25 +38,25 @@ def register_gradients(op: str, inputs: Sequence[str], gradients: Gradients) -> 
     gives one for each. By hand, because torch.library.register_autograd takes no keyword-only tensors, and because
     transforms that it does not know would give wrong derivatives without a word."""
     overload = getattr(torch.ops.bnbops, op).default
-    names = [argument.name for argument in overload._schema.arguments]
+    names = [argument.name for argument in overload._schema.arguments if not argument.kwarg_only]
+    places = [names.index(name) for name in inputs]
 
     def kernel(keyset, *args: Any, **kwargs: Any) -> Tensor:
-        arguments = dict(zip(names, args, strict=False)) | kwargs
-        values = [arguments.pop(name) for name in inputs]
-        given = [value for value in values if value is not None]
-        differentiable = torch.is_grad_enabled() and any(value.requires_grad for value in given)
-        for name, value in arguments.items():
-            if isinstance(value, Tensor) and value.requires_grad:
-                check(False, f"{op}: {name} is not differentiable; detach it")
-        transformed = differentiable and torch._C._are_functorch_transforms_active()
-        if transformed or any(unpack_dual(value).tangent is not None for value in given):
-            check(False, f"{op}: torch.func's grad, vjp and jvp are not supported; use torch.autograd.grad")
-
         def call() -> Tensor:
             with torch._C._AutoDispatchBelowAutograd():
                 return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
-        return _Frozen.apply(call, gradients, arguments, *values) if differentiable else call()
+        values = [args[place] for place in places]
+        given = [value for value in values if value is not None]
+        frozen = {name: value for name, value in zip(names, args, strict=True) if name not in inputs} | kwargs
+        for name, value in frozen.items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                check(False, f"{op}: {name} is not differentiable; detach it")
+        differentiable = torch.is_grad_enabled() and any(value.requires_grad for value in given)
+        transformed = differentiable and torch._C._are_functorch_transforms_active()
+        if transformed or any(unpack_dual(value).tangent is not None for value in given):
+            check(False, f"{op}: torch.func's grad, vjp and jvp are not supported; use torch.autograd.grad")
+        return _Frozen.apply(call, gradients, frozen, *values) if differentiable else call()
 
     _library.impl(op, kernel, "Autograd", with_keyset=True)
 

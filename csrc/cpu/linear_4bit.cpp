@@ -6,6 +6,7 @@
 #include <array>
 
 #include "cpu/memory.h"
+#include "cpu/scratch.h"
 #include "cpu/tile_kernels.h"
 #include "cpu/weight_4bit_binding.h"
 
@@ -44,26 +45,18 @@ bool takes_tiles(const Tensor& activations, const Matrix4bit& matrix) {
   return activations.scalar_type() == ScalarType::BFloat16 && has_whole_blocks(matrix) && isa().tiles != nullptr;
 }
 
-// fp32 rows with zeros up to a multiple of kXPadding, in the order that the kernel wants.
-Tensor ordered_rows(const Tensor& x) {
-  const int64_t rows = x.size(0), features = x.size(1), stride = divide_up(features, kXPadding) * kXPadding;
-  Tensor padded = torch::stable::new_zeros(x, {rows, stride}, ScalarType::Float);
-  Tensor inner = torch::stable::narrow(padded, 1, 0, features);
-  torch::stable::copy_(inner, x);
-  Tensor ordered = torch::stable::empty_like(padded);
-  isa().kernels->order_for_codes(data_of<float>(padded), rows * stride,
-                                 static_cast<float*>(ordered.mutable_data_ptr()));
-  return ordered;
-}
-
+// x is contiguous.
 void few_rows_linear(const Tensor& x, const Matrix4bit& matrix, const void* bias, Tensor& out) {
-  const Tensor rows = ordered_rows(x);
-  const Linear4bitJob job{
-      matrix.weight, matrix.first, matrix.in_features,     matrix.out_features, x.size(0), data_of<float>(rows),
-      rows.size(1),  bias,         out.mutable_data_ptr(), dtype_of(out)};
   const Kernels& kernels = *isa().kernels;
-  const int64_t grain = divide_up(kGrain, std::max<int64_t>(matrix.in_features, 1));
-  torch::stable::parallel_for(0, matrix.out_features, grain,
+  const int64_t rows = x.size(0), features = matrix.in_features, stride = divide_up(features, kXPadding) * kXPadding;
+  const Scratch<float> ordered = make_scratch<float>(rows * stride);
+  for (int64_t row = 0; row < rows; ++row) {
+    const auto* from = data_of<uint8_t>(x) + row * features * static_cast<int64_t>(x.element_size());
+    kernels.order_for_codes(from, dtype_of(x), features, stride, ordered.get() + row * stride);
+  }
+  const Linear4bitJob job{matrix.weight, matrix.first, features, matrix.out_features,    rows,
+                          ordered.get(), stride,       bias,     out.mutable_data_ptr(), dtype_of(out)};
+  torch::stable::parallel_for(0, matrix.out_features, divide_up(kGrain, std::max<int64_t>(features, 1)),
                               [&](int64_t first, int64_t last) { kernels.linear_4bit(job, first, last); });
 }
 
@@ -120,9 +113,9 @@ void linear_into(const Tensor& x, const Matrix4bit& matrix, const OptionalTensor
   }
   const OptionalTensor own_bias = in_logical_order(bias);
   const void* bias_data = own_bias ? own_bias->const_data_ptr() : nullptr;
-  if (few) return few_rows_linear(x, matrix, bias_data, out);
-  tile_product(isa().tiles->linear, in_logical_order(x), matrix, bias_data, matrix.in_features, matrix.out_features,
-               out);
+  const Tensor contiguous = in_logical_order(x);
+  if (few) return few_rows_linear(contiguous, matrix, bias_data, out);
+  tile_product(isa().tiles->linear, contiguous, matrix, bias_data, matrix.in_features, matrix.out_features, out);
 }
 
 // gradient [rows, out_features] to out [rows, in_features], contiguous.

@@ -19,13 +19,14 @@ constexpr int kDwordsGroup = kCodesPerDword * Lanes::kWidth;  // elements of a v
 // Shifting a dword of codes to the right by 4 * t brings the code of its element t ^ 1 to the bottom. So activations
 // come in an order for which no code need move to another lane: of each group of kLanes dwords, first element 1 of
 // every dword, then element 0, 3, 2, ...
+// One row of n elements, as fp32; zeros after it, up to `padded`, a multiple of a group.
 template <class Lanes>
-void order_for_codes(const float* x, int64_t n, float* to) {
-  constexpr int64_t kLanes = Lanes::kWidth;
-  for (int64_t group = 0; group < n; group += kDwordsGroup<Lanes>) {
+void order_for_codes(const void* x, DType dtype, int64_t n, int64_t padded, float* to) {
+  for (int64_t group = 0; group < padded; group += kDwordsGroup<Lanes>) {
     for (int position = 0; position < kCodesPerDword; ++position) {
-      for (int64_t dword = 0; dword < kLanes; ++dword) {
-        *to++ = x[group + dword * kCodesPerDword + (position ^ 1)];
+      for (int64_t dword = 0; dword < Lanes::kWidth; ++dword) {
+        const int64_t i = group + dword * kCodesPerDword + (position ^ 1);
+        *to++ = i < n ? load_as<ScalarLanes>(x, dtype, i) : 0.0F;
       }
     }
   }
