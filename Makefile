@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
-SOURCES := pyproject.toml bnbops/codebooks.py $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name 'CMakeLists.txt')
+SOURCES := pyproject.toml bnbops/codebooks.py $(shell find csrc -type f)
 
 .PHONY: demo test lint bench clean
 
@@ -17,7 +17,7 @@ test: $(VENV)/installed
 lint: $(VENV)/installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(shell find csrc examples -name '*.h' -o -name '*.cpp')
+	$(VENV)/bin/clang-format --dry-run --Werror $(shell find csrc examples tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 bench: $(VENV)/installed
 	$(PY) benchmarks/optim_step.py

@@ -19,6 +19,12 @@ BNBOPS_HD float encodable(float x) {
   return x > kFloatMax ? kFloatMax : x < -kFloatMax ? -kFloatMax : x;
 }
 
+// Likewise under a map that may have no negative entries.
+BNBOPS_HD float encodable(float x, bool is_signed) { return is_signed || x > 0 ? encodable(x) : 0.0F; }
+
+// Bits from which on a magnitude is not finite.
+constexpr uint32_t kInfinityBits = 0x7F800000U;
+
 // A scale as its decoding sees it: 0 * infinity would be NaN.
 BNBOPS_HD float decodable(float absmax) { return absmax > kFloatMax ? kFloatMax : absmax; }
 
@@ -110,12 +116,25 @@ BNBOPS_HD typename Lanes::Int nearest_magnitude(typename Lanes::Float x, typenam
   return kSigned ? Lanes::round_with_sign(k, x) : Lanes::round(k);
 }
 
+// Likewise; with kKeepPositive, the smallest positive entry stands for whatever is positive and nearer to 0.
+template <class Lanes, bool kSigned, bool kKeepPositive>
+BNBOPS_HD typename Lanes::Int numbered_magnitude(typename Lanes::Float x, typename Lanes::Float inverse,
+                                                 const DynamicTables<Lanes>& tables) {
+  const auto k = nearest_magnitude<Lanes, kSigned>(x, inverse, tables);
+  if constexpr (!kKeepPositive) return k;
+  return Lanes::max(k, Lanes::add_if_less(Lanes::splat_int(!kSigned), 1, Lanes::splat(0), x));
+}
+
 // ---- encoding to any sorted codebook ---------------------------------------------------------------------------
 
 // midpoint[k] lies between entries k and k + 1; the last one is infinite.
 struct NearestEncoder {
   float midpoint[kCodebookSize];
 };
+
+BNBOPS_HD float midpoint_after(const float* codebook, int k) {
+  return k + 1 < kCodebookSize ? 0.5F * codebook[k] + 0.5F * codebook[k + 1] : float_from_bits(kInfinityBits);
+}
 
 // The number of midpoints below x, by binary search: the nearest entry, the lower one in a tie.
 template <class Lanes>

@@ -4,16 +4,17 @@
 #include <string>
 #include <vector>
 
-#include "cpu/kernels.h"
 #include "int8.h"
 #include "optimizer.h"
 #include "rules.h"
 #include "weight_4bit.h"
 
+#ifndef BNBOPS_LIBRARY
+#define BNBOPS_LIBRARY bnbops
+#endif
+
 namespace bnbops {
 namespace {
-
-std::string isa() { return cpu::isa().name; }
 
 // The operators made from the table of rules, for whoever must treat them alike (the fake kernels).
 std::vector<std::string> step_ops() {
@@ -53,7 +54,7 @@ void define_4bit(torch::stable::detail::StableLibrary& m) {
 }  // namespace
 }  // namespace bnbops
 
-STABLE_TORCH_LIBRARY(bnbops, m) {
+STABLE_TORCH_LIBRARY(BNBOPS_LIBRARY, m) {
   m.def("isa() -> str");
   m.def("step_ops() -> str[]");
   m.def("quantize_blockwise(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)");
@@ -70,7 +71,6 @@ STABLE_TORCH_LIBRARY(bnbops, m) {
   bnbops::define_int8(m);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(bnbops, CompositeExplicitAutograd, m) {
-  m.impl("isa", TORCH_BOX(&bnbops::isa));
+STABLE_TORCH_LIBRARY_IMPL(BNBOPS_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("step_ops", TORCH_BOX(&bnbops::step_ops));
 }

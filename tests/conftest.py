@@ -8,8 +8,30 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import backends
+
 GOLDEN = Path(__file__).parent / "golden"
 _MARGIN = 67  # elements around a guarded tensor; odd, so that no vector boundary is met by chance
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backends",
+        default="cpu,cuda_on_cpu",
+        help=f"kernels for the tests that run on any, of {', '.join(backends.BACKENDS)} (default: %(default)s)",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", metafunc.config.getoption("backends").split(","), indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test once with each backend's kernels; `backends.on_every_backend` asks for it."""
+    with backends.use(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

@@ -6,12 +6,8 @@
 
 BNBOPS_NAMESPACE_BEGIN
 
-using cpu::DType;
-
 template <class Lanes>
 constexpr int kGroup = 4 * Lanes::kWidth;  // elements whose codes are stored together
-
-BNBOPS_HD int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // kWidth elements of a tensor from the i-th on, as fp32. The dtype is the same for a whole call: a well-predicted
 // branch.
@@ -58,14 +54,9 @@ BNBOPS_HD uint32_t largest_magnitude_bits(const float* x, int64_t n) {
   return static_cast<uint32_t>(Lanes::reduce_max(largest));
 }
 
-constexpr uint32_t kInfinityBits = 0x7F800000U;
-
 // The rare elements that need care before encoding: non-finite ones, and negative ones under an unsigned map.
 inline void make_encodable(const float* from, int64_t n, bool is_signed, float* to) {
-  for (int64_t i = 0; i < n; ++i) {
-    const float x = encodable(from[i]);
-    to[i] = is_signed || x > 0 ? x : 0.0F;
-  }
+  for (int64_t i = 0; i < n; ++i) to[i] = encodable(from[i], is_signed);
 }
 
 // Codes of n elements: `group(x, codes)` encodes kGroup of them. Elements beyond the last one count as 0.
@@ -82,7 +73,6 @@ BNBOPS_HD void encode_groups(const float* x, int64_t n, uint8_t* codes, const Gr
       });
 }
 
-// With kKeepPositive, the smallest positive entry stands for whatever is positive and nearer to 0.
 template <class Lanes, bool kSigned, bool kKeepPositive = false>
 BNBOPS_HD void encode_dynamic(const float* x, int64_t n, float inverse_absmax, uint8_t* codes) {
   const DynamicTables<Lanes> tables(kSigned ? kEncodeSigned : kEncodeUnsigned);
@@ -91,10 +81,7 @@ BNBOPS_HD void encode_dynamic(const float* x, int64_t n, float inverse_absmax, u
     typename Lanes::Int k[4];
     for (int i = 0; i < 4; ++i) {
       const auto value = Lanes::load(from + i * Lanes::kWidth);
-      k[i] = nearest_magnitude<Lanes, kSigned>(value, inverse, tables);
-      if constexpr (kKeepPositive) {
-        k[i] = Lanes::max(k[i], Lanes::add_if_less(Lanes::splat_int(!kSigned), 1, Lanes::splat(0), value));
-      }
+      k[i] = numbered_magnitude<Lanes, kSigned, kKeepPositive>(value, inverse, tables);
     }
     kSigned ? Lanes::store_signed(k, to) : Lanes::store_unsigned(k, to);
   });

@@ -8,9 +8,7 @@
 
 BNBOPS_NAMESPACE_BEGIN
 
-using cpu::DequantizeJob;
 using cpu::kChunk;
-using cpu::QuantizeJob;
 
 constexpr int64_t kPiece = 256;  // elements converted to fp32 at a time
 
@@ -18,8 +16,7 @@ inline bool same_codebook(const float* a, const float* b) { return memcmp(a, b, 
 
 inline NearestEncoder make_nearest_encoder(const float* codebook) {
   NearestEncoder encoder;
-  for (int i = 0; i + 1 < kCodebookSize; ++i) encoder.midpoint[i] = 0.5F * codebook[i] + 0.5F * codebook[i + 1];
-  encoder.midpoint[kCodebookSize - 1] = __builtin_inff();
+  for (int i = 0; i < kCodebookSize; ++i) encoder.midpoint[i] = midpoint_after(codebook, i);
   return encoder;
 }
 

@@ -28,11 +28,6 @@ void in_parallel(int64_t n, int64_t elements, int64_t grain, const Work& work) {
   torch::stable::parallel_for(0, n, divide_up(grain, std::max<int64_t>(elements, 1)), work);
 }
 
-template <class T>
-T* mutable_data(Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
 // ---- quantization ----------------------------------------------------------------------------------------------
 
 Int8QuantJob quant_job(const Tensor& values, double threshold) {

@@ -3,44 +3,14 @@
 
 #include <cstdint>
 
-namespace bnbops::cpu {
+#include "jobs.h"
 
-enum class DType : uint8_t { kFloat32, kBFloat16, kFloat16 };
+namespace bnbops::cpu {
 
 constexpr int kMaxStates = 3;
 constexpr int kMaxRules = 16;
 constexpr int64_t kChunk = 4096;    // elements of a piece of work that has no blocks
 constexpr int64_t kXPadding = 256;  // in_features are padded to a multiple of this
-
-struct QuantizeJob {
-  const void* values;
-  DType dtype;
-  const float* codebook;  // 256 sorted entries
-  uint8_t* codes;
-  float* absmax;
-  int64_t numel, blocksize;
-};
-
-struct DequantizeJob {
-  const uint8_t* codes;
-  const float* absmax;
-  const float* codebook;
-  void* values;
-  DType dtype;
-  int64_t numel, blocksize;
-};
-
-// A 4-bit weight: two codes a byte, numbered in logical order. Scales are fp32, or codes of doubly quantized ones.
-struct Weight4bit {
-  const uint8_t* codes;
-  const float* codebook;         // 16 entries
-  const float* absmax;           // null if the scales are nested:
-  const uint8_t* nested_codes;   // scale b is nested_codebook[nested_codes[b]] * nested_absmax[b / nested_blocksize]
-  const float* nested_codebook;  //   + nested_offset
-  const float* nested_absmax;
-  float nested_offset;
-  int64_t blocksize, nested_blocksize;
-};
 
 // out = x @ W.T + bias for the matrix W [out_features, in_features] that begins at element `first` of the weight and
 // whose rows consist of whole blocks.

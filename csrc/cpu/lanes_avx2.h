@@ -1,4 +1,4 @@
-// Eight lanes of AVX2 + FMA + F16C. Each operation means what its namesake in lanes_scalar.h means.
+// Eight lanes of AVX2 + FMA + F16C. Each operation means what its namesake in ../lanes_scalar.h means.
 #pragma once
 
 #include <immintrin.h>

@@ -1,4 +1,4 @@
-// Sixteen lanes of AVX-512 (F, BW, DQ, VL, VBMI). Each operation means what its namesake in lanes_scalar.h means.
+// Sixteen lanes of AVX-512 (F, BW, DQ, VL, VBMI). Each operation means what its namesake in ../lanes_scalar.h means.
 #pragma once
 
 #include <immintrin.h>

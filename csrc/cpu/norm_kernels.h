@@ -31,7 +31,7 @@ inline double sum_of_squares(const float* x, int64_t n) {
 
 // One sum for each piece of kChunk elements.
 template <class Lanes>
-void squares(const void* values, cpu::DType dtype, int64_t numel, int64_t first, int64_t last, double* sums) {
+void squares(const void* values, DType dtype, int64_t numel, int64_t first, int64_t last, double* sums) {
   alignas(64) float scratch[cpu::kChunk];
   for (int64_t piece = first; piece < last; ++piece) {
     const int64_t begin = piece * cpu::kChunk, n = std::min(cpu::kChunk, numel - begin);

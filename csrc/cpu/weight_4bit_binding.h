@@ -18,7 +18,7 @@ inline Weight4bit kernel_view(const Weight4bitArguments& arguments) {
     weight.nested_codes = data_of<uint8_t>(arguments.absmax);
     weight.nested_codebook = data_of<float>(*arguments.nested_code);
     weight.nested_absmax = data_of<float>(*arguments.nested_absmax);
-    weight.nested_offset = *data_of<float>(*arguments.nested_offset);
+    weight.nested_offset = data_of<float>(*arguments.nested_offset);
     weight.nested_blocksize = arguments.nested_blocksize;
   } else {
     weight.absmax = data_of<float>(arguments.absmax);

@@ -8,8 +8,6 @@
 
 BNBOPS_NAMESPACE_BEGIN
 
-using cpu::Weight4bit;
-
 template <class Lanes>
 void quantize_4bit(const QuantizeJob& job, int64_t first, int64_t last) {
   const bool nf4 = memcmp(job.codebook, kNF4, sizeof(kNF4)) == 0;
@@ -27,7 +25,7 @@ void quantize_4bit(const QuantizeJob& job, int64_t first, int64_t last) {
 BNBOPS_HD float scale_of_block(const Weight4bit& weight, int64_t block) {
   if (weight.absmax != nullptr) return weight.absmax[block];
   return nested_scale(weight.nested_codebook[weight.nested_codes[block]],
-                      weight.nested_absmax[block / weight.nested_blocksize], weight.nested_offset);
+                      weight.nested_absmax[block / weight.nested_blocksize], *weight.nested_offset);
 }
 
 // Scales of blocks [first, first + n).
@@ -43,7 +41,7 @@ void scales_of_blocks(const Weight4bit& weight, int64_t first, int64_t n, float*
     const float absmax = weight.nested_absmax[outer];
     for (; i < end; ++i) {
       const float entry = weight.nested_codebook[weight.nested_codes[first + i]];
-      scales[i] = nested_scale(entry, absmax, weight.nested_offset);
+      scales[i] = nested_scale(entry, absmax, *weight.nested_offset);
     }
   }
 }

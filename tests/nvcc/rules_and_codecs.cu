@@ -1,6 +1,6 @@
 // The shared rules and codecs in kernels: compiled by tests/test_nvcc_headers.py, not run.
 #include "codecs.h"
-#include "cpu/lanes_scalar.h"
+#include "lanes_scalar.h"
 #include "rules.h"
 
 using namespace bnbops;

@@ -44,13 +44,18 @@ struct ScalarLanes {
   BNBOPS_HD static Int round(Float x) { return as_int(x + 12582912.0F) - 0x4B400000; }
   BNBOPS_HD static Int round_with_sign(Float x, Float sign) { return (bits_of(sign) >> 31) ? -round(x) : round(x); }
 
-  // Four vectors of magnitude numbers to codes; numbers beyond the map saturate.
+  // A magnitude's number to its code; numbers beyond the map saturate.
+  template <bool kSigned>
+  BNBOPS_HD static Int code_of_magnitude(Int k) {
+    if (kSigned) return (k < -127 ? -128 : k > 128 ? 127 : k - 1) + 128;
+    return k > 256 ? 255 : k - 1;
+  }
+  // Four vectors of them.
   BNBOPS_HD static void store_signed(const Int (&k)[4], uint8_t* codes) {
-    for (int i = 0; i < 4; ++i)
-      codes[i] = static_cast<uint8_t>((k[i] < -127 ? -128 : k[i] > 128 ? 127 : k[i] - 1) + 128);
+    for (int i = 0; i < 4; ++i) codes[i] = static_cast<uint8_t>(code_of_magnitude<true>(k[i]));
   }
   BNBOPS_HD static void store_unsigned(const Int (&k)[4], uint8_t* codes) {
-    for (int i = 0; i < 4; ++i) codes[i] = static_cast<uint8_t>(k[i] > 256 ? 255 : k[i] - 1);
+    for (int i = 0; i < 4; ++i) codes[i] = static_cast<uint8_t>(code_of_magnitude<false>(k[i]));
   }
   BNBOPS_HD static void store_codes(const Int (&k)[4], uint8_t* codes) {
     for (int i = 0; i < 4; ++i) codes[i] = static_cast<uint8_t>(k[i]);

@@ -1,0 +1,87 @@
+// The language of the kernels: CUDA C++ under nvcc, or the simulator that runs them on the CPU (tests/cuda_on_cpu).
+// Only this file and runtime.h tell the two apart.
+#pragma once
+
+#include "cuda/runtime.h"
+#include "dtype.h"
+
+#ifdef CUSIM
+#include "cusim/cusim.h"
+#else
+#include <cuda_runtime.h>
+
+#define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
+
+// `name` points to the dynamic shared memory, aligned to 16 bytes.
+#define DYNAMIC_SHARED(type, name)                                       \
+  extern __shared__ __align__(16) unsigned char bnbops_dynamic_shared[]; \
+  type* const name = reinterpret_cast<type*>(bnbops_dynamic_shared)
+
+// One access of 4, 8 or 16 bytes; the simulator checks its alignment.
+template <class T>
+__device__ __forceinline__ T load_vector(const void* from) {
+  return *static_cast<const T*>(from);
+}
+template <class T>
+__device__ __forceinline__ void store_vector(void* to, const T& value) {
+  *static_cast<T*>(to) = value;
+}
+#endif
+
+#define BNBOPS_DEVICE __device__ __forceinline__
+
+namespace bnbops::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xFFFFFFFFU;
+
+template <class T>
+BNBOPS_DEVICE bool is_aligned(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % sizeof(T) == 0;
+}
+
+// ---- 16-bit floats, as the bits they have in memory --------------------------------------------------------------
+
+BNBOPS_DEVICE float from_bfloat16(uint32_t bits) { return float_from_bits(bits << 16); }
+
+BNBOPS_DEVICE float from_float16(uint32_t bits) {
+#ifdef CUSIM
+  return cusim::from_float16(static_cast<uint16_t>(bits));
+#else
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(static_cast<uint16_t>(bits)));
+  return x;
+#endif
+}
+
+// Two elements, rounded to nearest, ties to even; the first one in the lower half.
+BNBOPS_DEVICE uint32_t pack_bfloat16(float first, float second) {
+#ifdef CUSIM
+  return cusim::to_bfloat16(first) | static_cast<uint32_t>(cusim::to_bfloat16(second)) << 16;
+#else
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+#endif
+}
+
+BNBOPS_DEVICE uint32_t pack_float16(float first, float second) {
+#ifdef CUSIM
+  return cusim::to_float16(first) | static_cast<uint32_t>(cusim::to_float16(second)) << 16;
+#else
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+#endif
+}
+
+BNBOPS_DEVICE uint32_t pack_halves(DType dtype, float first, float second) {
+  return dtype == DType::kBFloat16 ? pack_bfloat16(first, second) : pack_float16(first, second);
+}
+
+BNBOPS_DEVICE float from_half(DType dtype, uint32_t bits) {
+  return dtype == DType::kBFloat16 ? from_bfloat16(bits) : from_float16(bits);
+}
+
+}  // namespace bnbops::cuda

@@ -1,0 +1,116 @@
+// Eight consecutive elements of a tensor on their way between memory and registers.
+//
+// Whole, aligned octets move by accesses of 16 bytes (8 for codes); a tail, or what lies askew, element by element.
+// Loading and converting are apart, so that all loads of a kernel are under way before the first conversion waits.
+// The dtype is the same for all threads: a branch that costs nothing beside the memory.
+#pragma once
+
+#include "cuda/device.h"
+
+namespace bnbops::cuda {
+
+constexpr int kOctet = 8;
+
+struct Octet {
+  uint32_t word[kOctet];  // fp32 elements, or pairs of 16-bit ones in the first half
+};
+
+BNBOPS_DEVICE void load_words(const char* from, uint32_t* word) {
+  const auto four = load_vector<uint4>(from);
+  word[0] = four.x, word[1] = four.y, word[2] = four.z, word[3] = four.w;
+}
+
+BNBOPS_DEVICE void store_words(char* to, const uint32_t* word) {
+  store_vector(to, make_uint4(word[0], word[1], word[2], word[3]));
+}
+
+// Elements at, at + 1, ... ; `count` of them, or all eight if there are more. The others are zeros.
+BNBOPS_DEVICE Octet load_octet(const void* values, DType dtype, int64_t at, int64_t count) {
+  const char* from = static_cast<const char*>(values) + at * size_of(dtype);
+  Octet octet{};
+  if (count >= kOctet && is_aligned<uint4>(from)) {
+    load_words(from, octet.word);
+    if (dtype == DType::kFloat32) load_words(from + sizeof(uint4), octet.word + 4);
+    return octet;
+  }
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i) {
+    if (i >= count) continue;
+    if (dtype == DType::kFloat32) {
+      octet.word[i] = reinterpret_cast<const uint32_t*>(from)[i];
+    } else {
+      octet.word[i / 2] |= static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(from)[i]) << (i % 2 * 16);
+    }
+  }
+  return octet;
+}
+
+BNBOPS_DEVICE void to_floats(const Octet& octet, DType dtype, float (&x)[kOctet]) {
+  if (dtype == DType::kFloat32) {
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) x[i] = float_from_bits(octet.word[i]);
+  } else if (dtype == DType::kBFloat16) {
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) x[i] = from_bfloat16(octet.word[i / 2] >> (i % 2 * 16) & 0xFFFFU);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) x[i] = from_float16(octet.word[i / 2] >> (i % 2 * 16) & 0xFFFFU);
+  }
+}
+
+BNBOPS_DEVICE Octet from_floats(const float (&x)[kOctet], DType dtype) {
+  Octet octet{};
+  if (dtype == DType::kFloat32) {
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) octet.word[i] = bits_of(x[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kOctet / 2; ++i) octet.word[i] = pack_halves(dtype, x[2 * i], x[2 * i + 1]);
+  }
+  return octet;
+}
+
+BNBOPS_DEVICE void store_octet(void* values, DType dtype, int64_t at, int64_t count, const float (&x)[kOctet]) {
+  char* to = static_cast<char*>(values) + at * size_of(dtype);
+  const Octet octet = from_floats(x, dtype);
+  if (count >= kOctet && is_aligned<uint4>(to)) {
+    store_words(to, octet.word);
+    if (dtype == DType::kFloat32) store_words(to + sizeof(uint4), octet.word + 4);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i) {
+    if (i >= count) continue;
+    if (dtype == DType::kFloat32) {
+      reinterpret_cast<uint32_t*>(to)[i] = octet.word[i];
+    } else {
+      reinterpret_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(octet.word[i / 2] >> (i % 2 * 16));
+    }
+  }
+}
+
+// Eight codes of a byte each, the first one in the lowest bits; beyond `count` they are `rest`.
+BNBOPS_DEVICE uint2 load_codes(const uint8_t* codes, int64_t count, uint8_t rest = 0) {
+  if (count >= kOctet && is_aligned<uint2>(codes)) return load_vector<uint2>(codes);
+  uint32_t word[2] = {};
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i) {
+    word[i / 4] |= static_cast<uint32_t>(i < count ? codes[i] : rest) << (i % 4 * 8);
+  }
+  return make_uint2(word[0], word[1]);
+}
+
+BNBOPS_DEVICE uint32_t code_of(const uint2& codes, int i) { return (i < 4 ? codes.x : codes.y) >> (i % 4 * 8) & 0xFFU; }
+
+BNBOPS_DEVICE void store_codes(uint8_t* codes, int64_t count, const uint32_t (&code)[kOctet]) {
+  uint32_t word[2] = {};
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i) word[i / 4] |= code[i] << (i % 4 * 8);
+  if (count >= kOctet && is_aligned<uint2>(codes)) return store_vector(codes, make_uint2(word[0], word[1]));
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i) {
+    if (i < count) codes[i] = static_cast<uint8_t>(code[i]);
+  }
+}
+
+}  // namespace bnbops::cuda

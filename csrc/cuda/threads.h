@@ -1,0 +1,57 @@
+// Groups of threads that work on one block of elements together, and the grids they run in.
+#pragma once
+
+#include "cuda/device.h"
+
+namespace bnbops::cuda {
+
+constexpr int kThreads = 256;  // of every kernel's thread blocks, unless it says otherwise
+constexpr int kResident =
+    4;  // thread blocks on a multiprocessor: enough to hide the memory, with 64 registers a thread
+
+// The largest of the unsigned numbers that the `kSize` threads of a group hold; all of them get it. A group is a part
+// of a warp, a warp, or several warps; then all threads of the thread block must call, and `scratch` is shared memory
+// of one number for each warp.
+template <int kSize>
+BNBOPS_DEVICE uint32_t group_max(uint32_t x, uint32_t* scratch) {
+  if constexpr (kSize < kWarp) {
+#pragma unroll
+    for (int step = kSize / 2; step > 0; step /= 2) {
+      const uint32_t other = __shfl_xor_sync(kAllLanes, x, step);
+      x = x > other ? x : other;
+    }
+    return x;
+  } else {
+    x = __reduce_max_sync(kAllLanes, x);
+    if constexpr (kSize == kWarp) return x;
+    constexpr int kWarps = kSize / kWarp;
+    const int warp = threadIdx.x / kWarp, first = warp / kWarps * kWarps;
+    __syncthreads();  // the last call's numbers have been read
+    if (threadIdx.x % kWarp == 0) scratch[warp] = x;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) x = x > scratch[first + i] ? x : scratch[first + i];
+    return x;
+  }
+}
+
+#ifndef CUSIM
+// Multiprocessors of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+#else
+inline int multiprocessors() { return 2; }
+#endif
+
+// Thread blocks for so many units of work, each doing some after another: no more than the device can run at a time,
+// so that tables in shared memory are filled rarely.
+inline dim3 grid_of(int64_t units) {
+  const int64_t most = int64_t{multiprocessors()} * kResident;
+  return dim3(static_cast<unsigned>(units < most ? units : most));
+}
+
+}  // namespace bnbops::cuda

@@ -1,0 +1,8 @@
+# Sources that more than one library is made of, relative to this folder.
+
+# The argument checks, which every backend has in it.
+set(BNBOPS_CHECKS check.cpp blockwise.cpp norms.cpp optimizer.cpp weight_4bit.cpp int8.cpp)
+
+# The CUDA backend. Each kernel file stands beside the binding that calls it; tests/cuda_on_cpu builds the same files.
+set(BNBOPS_CUDA_KERNELS cuda/blockwise.cu)
+set(BNBOPS_CUDA_BINDINGS cuda/blockwise.cpp)

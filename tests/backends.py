@@ -1,0 +1,85 @@
+"""Runs test bodies on other kernels than the CPU's.
+
+A backend stands in for the CPU kernels of `torch.ops.bnbops.*`: whatever a test calls, through classes, autograd or a
+compiled graph, ends there. "cuda_on_cpu" are the CUDA kernels in the simulator; "cuda" are those on a GPU, to which the
+arguments travel and from which the results come back.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from cuda_on_cpu import library
+
+BACKENDS = ("cpu", "cuda_on_cpu", "cuda")
+SANITIZER = "CUDA_ON_CPU_SANITIZER"  # environment variable: the build of the simulator to test with
+
+on_every_backend = pytest.mark.usefixtures("backend")
+
+
+@cache
+def simulated() -> dict[str, torch._ops.OpOverload]:
+    """The operators that the simulator runs, by name."""
+    return _with_kernel(library.load(os.environ.get(SANITIZER)), "CPU")
+
+
+def on_gpu() -> dict[str, Callable[..., Any]]:
+    """The operators that have CUDA kernels, for tensors on the CPU."""
+    return {name: _through_gpu(op) for name, op in _with_kernel(torch.ops.bnbops, "CUDA").items()}
+
+
+def _with_kernel(namespace: torch._ops._OpNamespace, key: str) -> dict[str, torch._ops.OpOverload]:
+    found = {}
+    for schema in torch._C._jit_get_all_schemas():
+        library_name, _, name = schema.name.partition("::")
+        if library_name != namespace.name.rpartition(".")[2]:
+            continue
+        qualified = f"{schema.name}.{schema.overload_name}".rstrip(".")
+        if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key):
+            packet = getattr(namespace, name)
+            found[f"{name}.{schema.overload_name}".rstrip(".")] = getattr(packet, schema.overload_name or "default")
+    return found
+
+
+def _through_gpu(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        copies: list[tuple[Tensor, Tensor]] = []
+
+        def to_gpu(x: Tensor) -> Tensor:
+            copies.append((x, x.cuda()))
+            return copies[-1][1]
+
+        args, kwargs = tree_map_only(Tensor, to_gpu, (args, kwargs))
+        result = op(*args, **kwargs)
+        if op._schema.is_mutable:
+            for original, copy in copies:
+                original.copy_(copy)
+        return tree_map_only(Tensor, Tensor.cpu, result)
+
+    return call
+
+
+@contextmanager
+def replaced(kernels: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """`torch.ops.bnbops.*` run these instead of their CPU kernels."""
+    with torch.library._scoped_library("bnbops", "IMPL") as lib:
+        for name, kernel in kernels.items():
+            lib.impl(name, kernel, "CPU", allow_override=True)
+        yield
+
+
+@contextmanager
+def use(backend: str) -> Iterator[None]:
+    """One of `BACKENDS` for what happens inside."""
+    kernels = {"cpu": dict, "cuda_on_cpu": simulated, "cuda": on_gpu}[backend]()
+    with replaced(kernels):
+        yield

@@ -1,0 +1,39 @@
+"""Builds and loads the CUDA kernels for the CPU: `torch.ops.bnbops_cuda_on_cpu.*`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+NAMESPACE = "bnbops_cuda_on_cpu"
+
+
+def build(sanitizer: str | None = None) -> Path:
+    """The shared library, built if it is not up to date. `sanitizer`: "address" (with undefined behaviour) or
+    "thread". Concurrent callers wait for one another."""
+    folder = ROOT / "build" / (f"{NAMESPACE}-{sanitizer}" if sanitizer else NAMESPACE)
+    folder.mkdir(parents=True, exist_ok=True)
+    options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DSANITIZE={sanitizer or ''}"]
+    with FileLock(folder / "lock"):
+        _run("cmake", "-S", HERE, "-B", folder, "-G", "Ninja", *options)
+        _run("cmake", "--build", folder)
+    return folder / f"lib{NAMESPACE}.so"
+
+
+def _run(*command: str | Path) -> None:
+    scripts = Path(sys.executable).parent  # cmake and ninja may be installed beside Python
+    env = os.environ | {"PATH": f"{scripts}:{os.environ['PATH']}"}
+    env.pop("LD_PRELOAD", None)  # a sanitizer is for the tests, not for compilers
+    done = subprocess.run(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout
+
+
+def load(sanitizer: str | None = None) -> torch._ops._OpNamespace:
+    """The operators."""
+    torch.ops.load_library(str(build(sanitizer)))
+    return getattr(torch.ops, NAMESPACE)
