@@ -91,6 +91,15 @@ struct ScalarLanes {
     }
   };
 
+  // The same for values of 16 bits. Codes of kWidth bytes become a vector of values.
+  struct HalfCodebook4bit {
+    const uint16_t* values;
+    explicit HalfCodebook4bit(const uint16_t* table) : values(table) {}
+    BNBOPS_HD Int decode(const uint8_t* source) const {
+      return static_cast<Int>(values[*source >> 4] | static_cast<uint32_t>(values[*source & 15]) << 16);
+    }
+  };
+
   // Repeats each scale for as many lanes as its block has dwords of codes.
   struct Spread {
     BNBOPS_HD explicit Spread(int /*dwords*/) {}
@@ -104,6 +113,7 @@ struct ScalarLanes {
     return x;
   }
   BNBOPS_HD static void store(float* out, Float x) { *out = x; }
+  BNBOPS_HD static void store_int(uint8_t* out, Int x) { memcpy(out, &x, sizeof(x)); }
   BNBOPS_HD static int32_t reduce_max(Int x) { return x; }
   BNBOPS_HD static float reduce_add(Float x) { return x; }
 
@@ -122,7 +132,17 @@ struct ScalarLanes {
     const auto half = static_cast<_Float16>(x);
     memcpy(out, &half, sizeof(half));
   }
+
+  // These lanes with stores past the caches, where there are such: `store` and `store_int` to whole aligned cache
+  // lines, one after the other. `fence` orders them before whatever follows.
+  struct PastCaches;
 #endif
 };
+
+#if !defined(__CUDACC__)
+struct ScalarLanes::PastCaches : ScalarLanes {
+  static void fence() {}
+};
+#endif
 
 BNBOPS_NAMESPACE_END

@@ -67,6 +67,7 @@ def items() -> Iterator[tuple[str, list[torch.Tensor]]]:
         for dtype in DTYPES:
             for blocksize in (32, 64, 4096):
                 yield f"{quant_type} {dtype} {blocksize}", there_and_back_4bit(quant_type, dtype, blocksize)
+            yield f"{quant_type} {dtype}, large", [large_out_4bit(quant_type, dtype)]
     yield from int8_cases.items()
     for rule in RULES:
         for codec in CODECS if RULES[rule].states else ["fp32"]:
@@ -87,6 +88,16 @@ def there_and_back_4bit(quant_type: str, dtype: torch.dtype, blocksize: int) -> 
     decoded += [ops.dequantize_4bit(packed, codes, *described, to, **nested) for to in DTYPES]
     rows = torch.arange(0, 711, 7)
     return [packed, absmax, *decoded, ops.embedding_4bit(rows, packed, absmax, shape, blocksize, quant_type, dtype)]
+
+
+def large_out_4bit(quant_type: str, dtype: torch.dtype) -> torch.Tensor:
+    """As many values as are written past the caches, to memory that was used before."""
+    rows = (8 << 20) // (dtype.itemsize * 4096) + 1
+    packed, absmax = torch.ops.bnbops.quantize_4bit(values(4096, dtype), 64, quant_type, torch.uint8)
+    many = packed.repeat(rows, 1), absmax.repeat(rows)
+    out = torch.zeros(rows, 4096, dtype=dtype)
+    torch.ops.bnbops.dequantize_4bit.out(*many, 64, quant_type, list(out.shape), dtype, out=out)
+    return out
 
 
 def steps_and_norms(rule: str, codec: str, dtype: torch.dtype, grad_dtype: torch.dtype) -> list[torch.Tensor]:

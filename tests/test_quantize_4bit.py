@@ -228,6 +228,22 @@ def test_out_of_any_strides(dtype):
     assert (memory[:, 1::2] == -1).all() and (memory[:, 60] == -1).all()
 
 
+@dtypes
+@pytest.mark.parametrize(("begin", "blocksize"), [(64, 64), (64, 32), (65, 64), (72, 256)])
+def test_large_out_in_used_memory(dtype, begin, blocksize):
+    """Written past the caches, if it begins with a cache line as `memory` does; its last block is short."""
+    n = (8 << 20) // dtype.itemsize + 77
+    generator = torch.Generator().manual_seed(n)
+    packed = torch.randint(256, (-(-n // 2),), dtype=torch.uint8, generator=generator)
+    absmax = torch.rand(-(-n // blocksize), generator=generator)
+    memory = torch.full((n + 200,), -1.0, dtype=dtype)
+    assert memory.data_ptr() % 64 == 0
+    out = memory[begin : begin + n]
+    dequantize.out(packed, absmax, blocksize, "nf4", [n], dtype, out=out)
+    assert same_bits(out, ref.dequantize(packed, absmax, blocksize, "nf4", [n], dtype))
+    assert (memory[:begin] == -1).all() and (memory[begin + n :] == -1).all()
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_change_no_bit(threads):
     x = data((1 << 20) - 5)

@@ -101,25 +101,30 @@ BNBOPS_HD void encode_entries(const float* x, int64_t n, float inverse_absmax, u
   });
 }
 
-// Writes the values of n codes, the first one at the beginning of a byte, as `dtype`.
+// Writes the values of n codes, the first one at the beginning of a byte. `group(codes, out)` decodes kGroup of them,
+// to `size` bytes each.
+template <class Lanes, int kPerByte, class Group>
+BNBOPS_HD void decode_groups(const uint8_t* codes, int64_t n, void* out, int64_t size, const Group& group) {
+  auto* bytes = static_cast<uint8_t*>(out);
+  for_chunks<kGroup<Lanes>>(
+      n, [&](int64_t i) { group(codes + i / kPerByte, bytes + i * size); },
+      [&](int64_t i, int64_t rest) {
+        uint8_t padded[kGroup<Lanes> / kPerByte] = {};
+        alignas(64) uint8_t values[kGroup<Lanes> * sizeof(float)];
+        Lanes::copy(padded, codes + i / kPerByte, (rest + kPerByte - 1) / kPerByte);
+        group(padded, values);
+        Lanes::copy(bytes + i * size, values, rest * size);
+      });
+}
+
+// Writes the values as `dtype`.
 template <class Lanes, class Codebook>
 BNBOPS_HD void decode(const Codebook& codebook, const uint8_t* codes, int64_t n, float absmax, void* out, DType dtype) {
-  constexpr int kPerByte = Codebook::kPerByte;
-  auto* bytes = static_cast<uint8_t*>(out);
-  const auto group = [&](const uint8_t* from, uint8_t* to) {
+  decode_groups<Lanes, Codebook::kPerByte>(codes, n, out, size_of(dtype), [&](const uint8_t* from, uint8_t* to) {
     typename Lanes::Float values[4];
     codebook.decode(from, absmax, values);
     for (int v = 0; v < 4; ++v) store_as<Lanes>(to, dtype, v * Lanes::kWidth, values[v]);
-  };
-  for_chunks<kGroup<Lanes>>(
-      n, [&](int64_t i) { group(codes + i / kPerByte, bytes + i * size_of(dtype)); },
-      [&](int64_t i, int64_t rest) {
-        uint8_t padded[kGroup<Lanes> / kPerByte] = {};
-        uint8_t values[kGroup<Lanes> * sizeof(float)];
-        Lanes::copy(padded, codes + i / kPerByte, (rest + kPerByte - 1) / kPerByte);
-        group(padded, values);
-        Lanes::copy(bytes + i * size_of(dtype), values, rest * size_of(dtype));
-      });
+  });
 }
 
 // Elements [first, first + n) of a tensor as fp32: in place, or converted into `scratch`.

@@ -44,7 +44,7 @@ struct Kernels {
   void (*dequantize)(const DequantizeJob&, int64_t first, int64_t last);
   // 4-bit weights. `quantize` works on blocks; QuantizeJob's codebook is kNF4 or kFP4.
   void (*quantize_4bit)(const QuantizeJob&, int64_t first, int64_t last);
-  void (*dequantize_4bit)(const Weight4bit&, int64_t first, int64_t numel, void* out, DType dtype);
+  void (*dequantize_4bit)(const Weight4bit&, int64_t first, int64_t numel, void* out, DType dtype, bool past_caches);
   void (*scales_4bit)(const Weight4bit&, int64_t first_block, int64_t n, float* scales);
   void (*order_for_codes)(const void* x, DType dtype, int64_t n, int64_t padded, float* to);
   void (*linear_4bit)(const Linear4bitJob&, int64_t first_feature, int64_t last_feature);

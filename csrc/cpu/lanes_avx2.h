@@ -150,6 +150,23 @@ struct Avx2Lanes {
     }
   };
 
+  struct HalfCodebook4bit {
+    __m128i low, high;  // bytes of the values
+    explicit HalfCodebook4bit(const uint16_t* table) {
+      const auto* words = reinterpret_cast<const __m128i*>(table);
+      const __m128i first = _mm_loadu_si128(words), second = _mm_loadu_si128(words + 1), byte = _mm_set1_epi16(0xFF);
+      low = _mm_packus_epi16(_mm_and_si128(first, byte), _mm_and_si128(second, byte));
+      high = _mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(second, 8));
+    }
+    BNBOPS_HD Int decode(const uint8_t* source) const {
+      const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(source));
+      const __m128i pairs = _mm_unpacklo_epi8(_mm_srli_epi16(codes, 4), codes);
+      const __m128i index = _mm_and_si128(pairs, _mm_set1_epi8(15));
+      const __m128i lows = _mm_shuffle_epi8(low, index), highs = _mm_shuffle_epi8(high, index);
+      return _mm256_set_m128i(_mm_unpackhi_epi8(lows, highs), _mm_unpacklo_epi8(lows, highs));
+    }
+  };
+
   struct Spread {
     Int index;
     BNBOPS_HD explicit Spread(int dwords)
@@ -162,6 +179,7 @@ struct Avx2Lanes {
     return _mm256_loadu_si256(reinterpret_cast<const Int*>(bytes));
   }
   BNBOPS_HD static void store(float* out, Float x) { _mm256_storeu_ps(out, x); }
+  BNBOPS_HD static void store_int(uint8_t* out, Int x) { _mm256_storeu_si256(reinterpret_cast<Int*>(out), x); }
   BNBOPS_HD static int32_t reduce_max(Int x) {
     __m128i m = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
     m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4E));
@@ -192,6 +210,14 @@ struct Avx2Lanes {
   BNBOPS_HD static void store_float16(uint16_t* out, Float x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
+
+  struct PastCaches;
+};
+
+struct Avx2Lanes::PastCaches : Avx2Lanes {
+  BNBOPS_HD static void store(float* out, Float x) { _mm256_stream_ps(out, x); }
+  BNBOPS_HD static void store_int(uint8_t* out, Int x) { _mm256_stream_si256(reinterpret_cast<Int*>(out), x); }
+  static void fence() { _mm_sfence(); }
 };
 
 BNBOPS_NAMESPACE_END

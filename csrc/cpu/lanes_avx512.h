@@ -179,6 +179,24 @@ struct Avx512Lanes {
     }
   };
 
+  struct HalfCodebook4bit {
+    Int values;  // twice: an index then needs no masking, since only its lowest 5 bits count
+    Int shifts;  // by word; qwords i and i + 4 take their four codes from bit 16i on
+    explicit HalfCodebook4bit(const uint16_t* table)
+        : values(_mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)))),
+          shifts(_mm512_add_epi16(_mm512_set1_epi64(0x0008'000C'0000'0004),
+                                  _mm512_setr_epi64(0, k16, 2 * k16, 3 * k16, 0, k16, 2 * k16, 3 * k16))) {}
+    BNBOPS_HD Int decode(const uint8_t* source) const {
+      int64_t codes[2];
+      memcpy(codes, source, sizeof(codes));
+      const Int halves = _mm512_mask_set1_epi64(_mm512_set1_epi64(codes[0]), 0xF0, codes[1]);
+      return _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(shifts, halves), values);
+    }
+
+   private:
+    static constexpr int64_t k16 = 0x0010'0010'0010'0010;
+  };
+
   struct Spread {
     Int index;
     BNBOPS_HD explicit Spread(int dwords)
@@ -192,6 +210,7 @@ struct Avx512Lanes {
   BNBOPS_HD static Float load(const float* x) { return _mm512_loadu_ps(x); }
   BNBOPS_HD static Int load_int(const uint8_t* bytes) { return _mm512_loadu_si512(bytes); }
   BNBOPS_HD static void store(float* out, Float x) { _mm512_storeu_ps(out, x); }
+  BNBOPS_HD static void store_int(uint8_t* out, Int x) { _mm512_storeu_si512(out, x); }
   BNBOPS_HD static int32_t reduce_max(Int x) { return _mm512_reduce_max_epi32(x); }
   BNBOPS_HD static float reduce_add(Float x) { return _mm512_reduce_add_ps(x); }
 
@@ -212,6 +231,14 @@ struct Avx512Lanes {
   BNBOPS_HD static void store_float16(uint16_t* out, Float x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
+
+  struct PastCaches;
+};
+
+struct Avx512Lanes::PastCaches : Avx512Lanes {
+  BNBOPS_HD static void store(float* out, Float x) { _mm512_stream_ps(out, x); }
+  BNBOPS_HD static void store_int(uint8_t* out, Int x) { _mm512_stream_si512(reinterpret_cast<Int*>(out), x); }
+  static void fence() { _mm_sfence(); }
 };
 
 BNBOPS_NAMESPACE_END

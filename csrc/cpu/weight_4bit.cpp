@@ -16,9 +16,13 @@ constexpr int64_t kGrain = 32768;  // elements worth a thread
 void dequantize_range(const Weight4bit& weight, int64_t first, int64_t numel, void* out, DType dtype) {
   const Kernels& kernels = *isa().kernels;
   const int64_t size = dtype == DType::kFloat32 ? 4 : 2;
+  constexpr int64_t kLines = 64;  // elements; a multiple of it fills whole lines in every dtype
+  const bool past_caches =
+      first % kLines == 0 && weight.blocksize % kLines == 0 && worth_past_caches(out, numel * size);
   torch::stable::parallel_for(0, divide_up(numel, kChunk), kGrain / kChunk, [&](int64_t begin, int64_t end) {
     const int64_t from = begin * kChunk, to = std::min(numel, end * kChunk);
-    kernels.dequantize_4bit(weight, first + from, to - from, static_cast<uint8_t*>(out) + from * size, dtype);
+    kernels.dequantize_4bit(weight, first + from, to - from, static_cast<uint8_t*>(out) + from * size, dtype,
+                            past_caches);
   });
 }
 
@@ -94,7 +98,7 @@ void look_up(const Tensor& indices, const Weight4bitArguments& arguments, Tensor
   const int64_t row_bytes = width * static_cast<int64_t>(out.element_size());
   torch::stable::parallel_for(0, n, divide_up(kGrain, std::max<int64_t>(width, 1)), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      kernels.dequantize_4bit(weight, index[i] * width, width, to + i * row_bytes, dtype);
+      kernels.dequantize_4bit(weight, index[i] * width, width, to + i * row_bytes, dtype, false);
     }
   });
 }

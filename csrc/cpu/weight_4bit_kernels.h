@@ -46,9 +46,24 @@ void scales_of_blocks(const Weight4bit& weight, int64_t first, int64_t n, float*
   }
 }
 
-// Writes elements [first, first + numel) as `dtype`.
+// Values of n codes of a block. As 16 bits, a block has but 16 of them: they are rounded once and then looked up.
 template <class Lanes>
-void dequantize_4bit(const Weight4bit& weight, int64_t first, int64_t numel, void* out, DType dtype) {
+BNBOPS_HD void decode_4bit(const Weight4bit& weight, const typename Lanes::Codebook4bit& codebook, const uint8_t* codes,
+                           int64_t n, float scale, void* out, DType dtype) {
+  if (dtype == DType::kFloat32) return decode<Lanes>(codebook, codes, n, scale, out, dtype);
+  uint16_t values[kCodebook4bit] = {};
+  for (int i = 0; i < kCodebook4bit; i += Lanes::kWidth) {
+    store_as<Lanes>(values, dtype, i, Lanes::mul(Lanes::load(weight.codebook + i), Lanes::splat(scale)));
+  }
+  const typename Lanes::HalfCodebook4bit halves(values);
+  decode_groups<Lanes, 2>(codes, n, out, sizeof(uint16_t), [&](const uint8_t* from, uint8_t* to) {
+    Lanes::store_int(to, halves.decode(from));
+    Lanes::store_int(to + kGroup<Lanes>, halves.decode(from + Lanes::kWidth));
+  });
+}
+
+template <class Lanes>
+void dequantize_elements(const Weight4bit& weight, int64_t first, int64_t numel, void* out, DType dtype) {
   const typename Lanes::Codebook4bit codebook(weight.codebook);
   const int64_t end = first + numel;
   const int log2_blocksize = __builtin_ctzll(weight.blocksize);
@@ -58,17 +73,26 @@ void dequantize_4bit(const Weight4bit& weight, int64_t first, int64_t numel, voi
     const float scale = scale_of_block(weight, block);
     if (i % 2 == 1) {  // in the lower half of a byte
       uint8_t pair[2 * sizeof(float)];
-      decode<Lanes>(codebook, weight.codes + i / 2, 2, scale, pair, dtype);
+      decode_4bit<Lanes>(weight, codebook, weight.codes + i / 2, 2, scale, pair, dtype);
       memcpy(to, pair + size, size);
       to += size;
       ++i;
       continue;
     }
     const int64_t n = std::min(end, (block + 1) * weight.blocksize) - i;
-    decode<Lanes>(codebook, weight.codes + i / 2, n, scale, to, dtype);
+    decode_4bit<Lanes>(weight, codebook, weight.codes + i / 2, n, scale, to, dtype);
     to += n * size;
     i += n;
   }
+}
+
+// Writes elements [first, first + numel) as `dtype`. `past_caches` asks for lines written past the caches: `out` begins
+// with a cache line, and blocks and `first` are multiples of 64 elements.
+template <class Lanes>
+void dequantize_4bit(const Weight4bit& weight, int64_t first, int64_t numel, void* out, DType dtype, bool past_caches) {
+  if (!past_caches) return dequantize_elements<Lanes>(weight, first, numel, out, dtype);
+  dequantize_elements<typename Lanes::PastCaches>(weight, first, numel, out, dtype);
+  Lanes::PastCaches::fence();
 }
 
 BNBOPS_NAMESPACE_END
