@@ -8,18 +8,60 @@
 
 BNBOPS_NAMESPACE_BEGIN
 
-template <class Lanes>
-void quantize_4bit(const QuantizeJob& job, int64_t first, int64_t last) {
+// The bits of the largest magnitude in a block of whole vectors.
+template <class Lanes, DType kType>
+BNBOPS_HD uint32_t largest_bits_of_block(const QuantizeJob& job, int64_t block) {
+  auto largest = Lanes::splat_int(0);
+  for (int64_t i = block * job.blocksize; i < (block + 1) * job.blocksize; i += Lanes::kWidth) {
+    largest = Lanes::max(largest, Lanes::as_int(Lanes::abs(load_as<Lanes>(job.values, kType, i))));
+  }
+  return static_cast<uint32_t>(Lanes::reduce_max(largest));
+}
+
+// Whole blocks of finite elements are encoded straight from memory, each while the next one's scale is on its way:
+// alone, an encoding would wait for its scale. (The job is a copy, which no store can change, as far as C++ knows.)
+template <class Lanes, DType kType>
+void quantize_4bit_from(const QuantizeJob job, int64_t first, int64_t last) {
   const bool nf4 = memcmp(job.codebook, kNF4, sizeof(kNF4)) == 0;
   const EncoderTables4bit<Lanes> tables(nf4 ? kEncodeNF4 : kEncodeFP4);
-  quantize_blocks<Lanes>(job, first, last, true, [&](const float* x, int64_t n, float inverse_absmax, int64_t i) {
+  const auto encode = [&](const auto& load, float inverse_absmax, uint8_t* codes) {
     const auto inverse = Lanes::splat(inverse_absmax);
-    encode_groups<Lanes, 2>(x, n, job.codes + i / 2, [&](const float* from, uint8_t* to) {
-      typename Lanes::Int k[4];
-      for (int v = 0; v < 4; ++v) k[v] = encode_4bit(Lanes::load(from + v * Lanes::kWidth), inverse, tables);
-      Lanes::store_nibbles(k, to);
+    typename Lanes::Int k[4];
+    for (int v = 0; v < 4; ++v) k[v] = encode_4bit(load(v * Lanes::kWidth), inverse, tables);
+    Lanes::store_nibbles(k, codes);
+  };
+  const auto any_block = [&](int64_t block) {
+    quantize_blocks<Lanes>(job, block, block + 1, true, [&](const float* x, int64_t n, float inverse, int64_t i) {
+      encode_groups<Lanes, 2>(x, n, job.codes + i / 2, [&](const float* from, uint8_t* to) {
+        encode([&](int64_t v) { return Lanes::load(from + v); }, inverse, to);
+      });
     });
-  });
+  };
+  const int64_t whole = job.blocksize % kGroup<Lanes> == 0 ? std::min(last, job.numel / job.blocksize) : first;
+  uint32_t next = first < whole ? largest_bits_of_block<Lanes, kType>(job, first) : 0;
+  for (int64_t block = first; block < whole; ++block) {
+    const uint32_t bits = next;
+    const float absmax = float_from_bits(bits), inverse = inverse_scale(absmax);
+    job.absmax[block] = absmax;
+    if (block + 1 < whole) next = largest_bits_of_block<Lanes, kType>(job, block + 1);
+    if (bits >= kInfinityBits) {
+      any_block(block);
+      continue;
+    }
+    for (int64_t i = block * job.blocksize; i < (block + 1) * job.blocksize; i += kGroup<Lanes>) {
+      encode([&](int64_t v) { return load_as<Lanes>(job.values, kType, i + v); }, inverse, job.codes + i / 2);
+    }
+  }
+  for (int64_t block = std::max(first, whole); block < last; ++block) any_block(block);
+}
+
+template <class Lanes>
+void quantize_4bit(const QuantizeJob& job, int64_t first, int64_t last) {
+  switch (job.dtype) {
+    case DType::kFloat32: return quantize_4bit_from<Lanes, DType::kFloat32>(job, first, last);
+    case DType::kBFloat16: return quantize_4bit_from<Lanes, DType::kBFloat16>(job, first, last);
+    case DType::kFloat16: return quantize_4bit_from<Lanes, DType::kFloat16>(job, first, last);
+  }
 }
 
 BNBOPS_HD float scale_of_block(const Weight4bit& weight, int64_t block) {
@@ -53,7 +95,7 @@ BNBOPS_HD void decode_4bit(const Weight4bit& weight, const typename Lanes::Codeb
   if (dtype == DType::kFloat32) return decode<Lanes>(codebook, codes, n, scale, out, dtype);
   uint16_t values[kCodebook4bit] = {};
   for (int i = 0; i < kCodebook4bit; i += Lanes::kWidth) {
-    store_as<Lanes>(values, dtype, i, Lanes::mul(Lanes::load(weight.codebook + i), Lanes::splat(scale)));
+    store_as<Lanes>(values, dtype, i, Lanes::mul(Lanes::load(codebook_of(weight.quant_type) + i), Lanes::splat(scale)));
   }
   const typename Lanes::HalfCodebook4bit halves(values);
   decode_groups<Lanes, 2>(codes, n, out, sizeof(uint16_t), [&](const uint8_t* from, uint8_t* to) {
@@ -64,7 +106,7 @@ BNBOPS_HD void decode_4bit(const Weight4bit& weight, const typename Lanes::Codeb
 
 template <class Lanes>
 void dequantize_elements(const Weight4bit& weight, int64_t first, int64_t numel, void* out, DType dtype) {
-  const typename Lanes::Codebook4bit codebook(weight.codebook);
+  const typename Lanes::Codebook4bit codebook(codebook_of(weight.quant_type));
   const int64_t end = first + numel;
   const int log2_blocksize = __builtin_ctzll(weight.blocksize);
   auto* to = static_cast<uint8_t*>(out);
