@@ -7,6 +7,7 @@
 #pragma once
 
 #include "codecs.h"
+#include "jobs.h"
 
 BNBOPS_NAMESPACE_BEGIN
 
@@ -71,6 +72,10 @@ constexpr Encoder4bit make_encoder_4bit(const float* values, const uint8_t (&ord
 constexpr Encoder4bit kEncodeNF4 = make_encoder_4bit(kNF4, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15});
 constexpr Encoder4bit kEncodeFP4 = make_encoder_4bit(kFP4, {11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3});
 
+// For the host: devices have copies of their own.
+inline const float* codebook_of(QuantType type) { return type == QuantType::kNF4 ? kNF4 : kFP4; }
+inline const Encoder4bit& encoder_of(QuantType type) { return type == QuantType::kNF4 ? kEncodeNF4 : kEncodeFP4; }
+
 template <class Lanes>
 struct EncoderTables4bit {
   typename Lanes::Table32 threshold, within, beyond;
@@ -96,6 +101,12 @@ BNBOPS_HD typename Lanes::Int encode_4bit(typename Lanes::Float x, typename Lane
 BNBOPS_HD float nested_scale(float entry, float nested_absmax, float offset) {
   const float product = entry * nested_absmax;
   return product + offset;
+}
+
+BNBOPS_HD float scale_of_block(const Weight4bit& weight, int64_t block) {
+  if (weight.absmax != nullptr) return weight.absmax[block];
+  return nested_scale(weight.nested_codebook[weight.nested_codes[block]],
+                      weight.nested_absmax[block / weight.nested_blocksize], *weight.nested_offset);
 }
 
 BNBOPS_NAMESPACE_END

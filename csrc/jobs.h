@@ -5,13 +5,17 @@
 
 namespace bnbops {
 
+// Which codebook 4-bit codes have.
+enum class QuantType : uint8_t { kNF4, kFP4 };
+
 struct QuantizeJob {
   const void* values;
   DType dtype;
-  const float* codebook;  // 256 sorted entries
+  const float* codebook;  // 256 sorted entries, or null where 4-bit codes are asked for
   uint8_t* codes;
   float* absmax;
   int64_t numel, blocksize;
+  QuantType quant_type{};  // of 4-bit codes
 };
 
 struct DequantizeJob {
@@ -26,13 +30,13 @@ struct DequantizeJob {
 // A 4-bit weight: two codes a byte, numbered in logical order. Scales are fp32, or codes of doubly quantized ones.
 struct Weight4bit {
   const uint8_t* codes;
-  const float* codebook;         // 16 entries, in the host's memory: kNF4 or kFP4
   const float* absmax;           // null if the scales are nested:
   const uint8_t* nested_codes;   // scale b is nested_codebook[nested_codes[b]] * nested_absmax[b / nested_blocksize]
   const float* nested_codebook;  //   + *nested_offset
   const float* nested_absmax;
   const float* nested_offset;
   int64_t blocksize, nested_blocksize;
+  QuantType quant_type;
 };
 
 }  // namespace bnbops

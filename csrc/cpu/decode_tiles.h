@@ -22,7 +22,9 @@ inline __m512i interleaved(__m512i chunk) {
 class TileDecoder {
  public:
   explicit TileDecoder(const Weight4bit& weight)
-      : weight_(weight), log2_blocksize_(__builtin_ctzll(weight.blocksize)), values_(_mm512_loadu_ps(weight.codebook)) {
+      : weight_(weight),
+        log2_blocksize_(__builtin_ctzll(weight.blocksize)),
+        values_(_mm512_loadu_ps(codebook_of(weight.quant_type))) {
     alignas(64) uint16_t shifts[32];  // qwords 2i and 2i + 1 take their four codes from bit 16i on
     for (int word = 0; word < 32; ++word) shifts[word] = static_cast<uint16_t>(16 * (word / 8) + 4 * ((word % 4) ^ 1));
     shifts_ = _mm512_load_si512(shifts);

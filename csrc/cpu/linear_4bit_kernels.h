@@ -100,7 +100,7 @@ void linear_4bit_rows(const Linear4bitJob& job, int64_t first_feature, int64_t l
   constexpr int64_t kPiece = kPiece4bit<kRows>;
   const int64_t blocksize = job.weight.blocksize;
   const int log2_blocksize = __builtin_ctzll(blocksize);
-  const typename Lanes::Codebook4bit codebook(job.weight.codebook);
+  const typename Lanes::Codebook4bit codebook(codebook_of(job.weight.quant_type));
   const typename Lanes::Spread spread(static_cast<int>(blocksize / kCodesPerDword));
   alignas(64) float scales[kPiece / 32 + Lanes::kWidth] = {};
   const float* x = job.x + first_row * job.x_stride;

@@ -39,11 +39,12 @@ std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& A, int64_t blocksize, std
   Tensor absmax = torch::stable::new_empty(A, {blocks}, ScalarType::Float);
   const QuantizeJob job{values.const_data_ptr(),
                         dtype_of(values),
-                        codebook_of(quant_type),
+                        nullptr,
                         static_cast<uint8_t*>(codes.mutable_data_ptr()),
                         static_cast<float*>(absmax.mutable_data_ptr()),
                         A.numel(),
-                        blocksize};
+                        blocksize,
+                        quant_type_of(quant_type)};
   const Kernels& kernels = *isa().kernels;
   torch::stable::parallel_for(0, blocks, divide_up(kGrain, blocksize),
                               [&](int64_t first, int64_t last) { kernels.quantize_4bit(job, first, last); });

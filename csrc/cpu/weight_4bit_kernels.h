@@ -22,8 +22,7 @@ BNBOPS_HD uint32_t largest_bits_of_block(const QuantizeJob& job, int64_t block) 
 // alone, an encoding would wait for its scale. (The job is a copy, which no store can change, as far as C++ knows.)
 template <class Lanes, DType kType>
 void quantize_4bit_from(const QuantizeJob job, int64_t first, int64_t last) {
-  const bool nf4 = memcmp(job.codebook, kNF4, sizeof(kNF4)) == 0;
-  const EncoderTables4bit<Lanes> tables(nf4 ? kEncodeNF4 : kEncodeFP4);
+  const EncoderTables4bit<Lanes> tables(encoder_of(job.quant_type));
   const auto encode = [&](const auto& load, float inverse_absmax, uint8_t* codes) {
     const auto inverse = Lanes::splat(inverse_absmax);
     typename Lanes::Int k[4];
@@ -62,12 +61,6 @@ void quantize_4bit(const QuantizeJob& job, int64_t first, int64_t last) {
     case DType::kBFloat16: return quantize_4bit_from<Lanes, DType::kBFloat16>(job, first, last);
     case DType::kFloat16: return quantize_4bit_from<Lanes, DType::kFloat16>(job, first, last);
   }
-}
-
-BNBOPS_HD float scale_of_block(const Weight4bit& weight, int64_t block) {
-  if (weight.absmax != nullptr) return weight.absmax[block];
-  return nested_scale(weight.nested_codebook[weight.nested_codes[block]],
-                      weight.nested_absmax[block / weight.nested_blocksize], *weight.nested_offset);
 }
 
 // Scales of blocks [first, first + n).
