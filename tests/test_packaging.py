@@ -1,9 +1,11 @@
 """sdist, wheel and install, as a user gets them: built from scratch and imported without the source tree."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -32,23 +34,14 @@ def import_bnbops(python: Path, cwd: Path, *path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory) -> Path:
-    """A folder with the sdist and the wheel that was built from it."""
+    """A folder with the sdist and the wheel that was built from it, for the CPU alone (make test-cuda-link builds one
+    with CUDA kernels)."""
     folder = tmp_path_factory.mktemp("build-of-bnbops")
-    run(
-        sys.executable,
-        "-m",
-        "build",
-        "--sdist",
-        "--no-isolation",
-        "--skip-dependency-check",
-        "--outdir",
-        folder,
-        ROOT,
-        cwd=folder,
-    )
+    make_sdist = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--skip-dependency-check"]
+    run(*make_sdist, "--outdir", folder, ROOT, cwd=folder)
     (sdist,) = folder.glob("*.tar.gz")
     pip = [sys.executable, "-m", "pip", "wheel", "--no-index", "--no-build-isolation", "--no-deps", "--quiet"]
-    run(*pip, "--wheel-dir", folder, sdist, cwd=folder)
+    run(*pip, "--wheel-dir", folder, sdist, cwd=folder, env=os.environ | {"SKBUILD_CMAKE_DEFINE": "BNBOPS_CUDA=OFF"})
     return folder
 
 
@@ -80,6 +73,16 @@ def installed(wheel, new_python) -> tuple[Path, Path]:
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", wheel, cwd=wheel.parent)
     (site_packages,) = python.parents[1].glob("lib/python*/site-packages")
     return python, site_packages
+
+
+def test_sdist_has_all_sources(build):
+    """Those of the CUDA library too, which the wheel here is built without."""
+    (sdist,) = build.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert {Path(name).suffix for name in sources} == {".cpp", ".h", ".cu", ".cmake", ".txt"}
+    assert names >= sources | {"pyproject.toml", "README.md", "LICENSE"}
 
 
 def test_wheel_is_for_any_python_3(wheel):
@@ -124,6 +127,70 @@ def test_self_check_passes_where_it_was_installed(installed, tmp_path):
     output = run(installed[0], "-m", "bnbops", cwd=tmp_path, env={})
     assert output.startswith(f"bnbops {bnbops.__version__}, torch {torch.__version__}")
     assert "all operators are right" in output
+
+
+# ---- with or without CUDA kernels ------------------------------------------------------------------------------
+
+NO_NVCC = {"CUDACXX": "/nowhere/nvcc"}
+
+
+def configure(folder: Path, **environment: str) -> str:
+    """What CMake says; `folder` then tells what would be built and installed."""
+    define = [f"-DPython_EXECUTABLE={sys.executable}"]
+    define += [f"-D{name}={environment.pop(name)}" for name in sorted(environment) if name.startswith("BNBOPS_")]
+    command = ["cmake", "-S", ROOT / "csrc", "-B", folder, "-G", "Ninja", *define]
+    return run(*command, cwd=ROOT, env=with_scripts() | environment, check=False)
+
+
+def with_scripts() -> dict[str, str]:
+    """The environment, with cmake and ninja that may be installed beside Python."""
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def would_install(folder: Path) -> set[str]:
+    scripts = "".join(path.read_text() for path in folder.rglob("cmake_install.cmake"))
+    return set(re.findall(r'bnbops/lib" TYPE SHARED_LIBRARY FILES "[^"]*/(\S+)"', scripts))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc (the CUDA toolkit) is not installed")
+def test_nvcc_brings_cuda_kernels(tmp_path):
+    said = configure(tmp_path, CUDAARCHS="90-real")
+    assert would_install(tmp_path) == {"libbnbops_cpu.so", "libbnbops_cuda.so"}, said
+    assert set(re.findall(r"arch=[^ \"]+", (tmp_path / "build.ninja").read_text())) == {"arch=compute_90,code=[sm_90]"}
+
+
+@pytest.mark.parametrize(
+    ("known", "chosen"),
+    [
+        ("75 80 86 87 89 90 100 103 110 120 121", "80-real;86-real;89-real;90-real;100-real;120-real;120-virtual"),
+        ("50 75 80 86 87 89 90", "80-real;86-real;89-real;90-real;90-virtual"),  # CUDA 12.0
+    ],
+)
+def test_default_architectures_are_those_that_nvcc_knows(known, chosen, tmp_path):
+    nvcc, script = tmp_path / "nvcc", tmp_path / "script.cmake"
+    nvcc.write_text(f'#!/bin/sh\n[ "$1" = --list-gpu-code ] && printf "sm_%s\\n" {known}\n')
+    nvcc.chmod(0o755)
+    script.write_text(f'include({ROOT}/csrc/cuda/architectures.cmake)\nmessage("${{CMAKE_CUDA_ARCHITECTURES}}")\n')
+    said = run("cmake", f"-DCMAKE_CUDA_COMPILER={nvcc}", "-P", script, cwd=tmp_path, env=with_scripts())
+    assert said.strip() == chosen
+
+
+def test_without_nvcc_there_are_no_cuda_kernels(tmp_path):
+    said = configure(tmp_path, **NO_NVCC)
+    assert "No nvcc: bnbops without CUDA kernels" in said
+    assert would_install(tmp_path) == {"libbnbops_cpu.so"}
+
+
+def test_nvcc_may_be_demanded(tmp_path):
+    said = " ".join(configure(tmp_path, BNBOPS_CUDA="ON", **NO_NVCC).split())
+    assert "BNBOPS_CUDA is ON, but there is no nvcc that works: install the CUDA toolkit" in said
+    assert not (tmp_path / "build.ninja").exists()
+
+
+def test_nvcc_may_be_left_alone(tmp_path):
+    said = configure(tmp_path, BNBOPS_CUDA="OFF")
+    assert "CUDA" not in said
+    assert would_install(tmp_path) == {"libbnbops_cpu.so"}
 
 
 # ---- what a broken installation says ---------------------------------------------------------------------------
