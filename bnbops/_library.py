@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+_refusals = torch.library.Library("bnbops", "IMPL")
 
 
 def _find(name: str, search: list[str]) -> Path | None:
@@ -35,17 +39,51 @@ def load_operators(search: list[str]) -> None:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise ImportError(
-            f"{path.name} does not load under torch {torch.__version__} (bnbops needs torch >= 2.13): {error}"
+            f"{path.name} does not load under torch {torch.__version__} (bnbops needs torch >= 2.13): {_reason(error)}"
         ) from error
 
 
 def load_cuda_operators(search: list[str]) -> bool:
-    """Registers the CUDA kernels where torch has CUDA and the library was built; tells whether it did."""
-    path = _find("bnbops_cuda", search)
-    if path is None or torch.version.cuda is None:
+    """Registers the CUDA kernels where torch has CUDA, and tells whether they are there. Where they are not, operators
+    on CUDA tensors say why; the CPU's are not concerned."""
+    if torch.version.cuda is None:
         return False
-    torch.ops.load_library(str(path))
+    path = _find("bnbops_cuda", search)
+    if path is None:
+        _refuse_cuda("bnbops was built without CUDA kernels: install nvcc (the CUDA toolkit) and reinstall bnbops")
+        return False
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        why = f"{path.name} does not load under torch {torch.__version__}: {_reason(error)}"
+        _refuse_cuda(why)
+        warnings.warn(f"bnbops runs on the CPU only: {why}", RuntimeWarning, stacklevel=2)
+        return False
     return True
+
+
+def _reason(error: OSError) -> BaseException:
+    """The loader's words; torch's own only name the file."""
+    return error.__cause__ or error
+
+
+def _refuse_cuda(why: str) -> None:
+    """Registers kernels that raise: torch's own error would only say that there are none."""
+
+    def kernel(name: str) -> Callable[..., None]:
+        def refuse(*_args: object, **_kwargs: object) -> None:
+            raise NotImplementedError(f"bnbops::{name}: {why}")
+
+        return refuse
+
+    for name in device_operators():
+        _refusals.impl(name, kernel(name), "CUDA")
+
+
+def device_operators() -> list[str]:
+    """The operators that need a kernel for each device, "op" or "op.overload"."""
+    names = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
+    return sorted(name.removeprefix("bnbops::") for name in names if name.startswith("bnbops::"))
 
 
 def library_path() -> Path:
