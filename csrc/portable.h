@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__CUDACC__) || defined(CUSIM)
+#ifdef __CUDACC__
 #define BNBOPS_HD __host__ __device__ __forceinline__
 #else
 #define BNBOPS_HD inline __attribute__((always_inline))
