@@ -39,4 +39,20 @@ struct Weight4bit {
   QuantType quant_type;
 };
 
+// Rows of a 4-bit weight [rows, width]: those that the indices name, one after another.
+struct LookUpJob {
+  Weight4bit weight;
+  int64_t rows, width;
+  const void* indices;  // int64 or int32, or null for row 0
+  int64_t count;
+  bool wide;  // int64
+  void* out;  // [count, width]
+  DType dtype;
+
+  BNBOPS_HD int64_t index(int64_t i) const {
+    if (indices == nullptr) return 0;
+    return wide ? static_cast<const int64_t*>(indices)[i] : static_cast<const int32_t*>(indices)[i];
+  }
+};
+
 }  // namespace bnbops

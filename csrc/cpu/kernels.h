@@ -42,7 +42,7 @@ using SquaresKernel = void (*)(const StepJob&, int64_t first, int64_t last, doub
 struct Kernels {
   void (*quantize)(const QuantizeJob&, int64_t first, int64_t last);
   void (*dequantize)(const DequantizeJob&, int64_t first, int64_t last);
-  // 4-bit weights. `quantize` works on blocks;
+  // 4-bit weights. `quantize` works on blocks.
   void (*quantize_4bit)(const QuantizeJob&, int64_t first, int64_t last);
   void (*dequantize_4bit)(const Weight4bit&, int64_t first, int64_t numel, void* out, DType dtype, bool past_caches);
   void (*scales_4bit)(const Weight4bit&, int64_t first_block, int64_t n, float* scales);

@@ -5,10 +5,10 @@
 #include <algorithm>
 #include <array>
 
+#include "cpu/decode_4bit.h"
 #include "cpu/memory.h"
 #include "cpu/scratch.h"
 #include "cpu/tile_kernels.h"
-#include "cpu/weight_4bit_binding.h"
 
 namespace bnbops::cpu {
 namespace {
