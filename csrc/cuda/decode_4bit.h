@@ -27,6 +27,13 @@ BNBOPS_DEVICE void copy_codebook(QuantType type, Codebook4bit& to) {
   if (threadIdx.x < kCodebook4bit) to.value[threadIdx.x] = kCodebooks4bit[static_cast<int>(type)].value[threadIdx.x];
 }
 
+// Likewise the codebook of nested scales, and has the weight look there.
+BNBOPS_DEVICE void copy_nested_codebook(Weight4bit& weight, float (&to)[kCodebookSize]) {
+  if (weight.absmax != nullptr) return;
+  for (unsigned i = threadIdx.x; i < kCodebookSize; i += blockDim.x) to[i] = weight.nested_codebook[i];
+  weight.nested_codebook = to;
+}
+
 // The block that an element belongs to. Block sizes are powers of two.
 BNBOPS_DEVICE int64_t block_of(const Weight4bit& weight, int64_t element) {
   return element >> (__ffsll(weight.blocksize) - 1);

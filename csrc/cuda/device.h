@@ -7,6 +7,8 @@
 
 #ifdef CUSIM
 #include "cusim/cusim.h"
+
+#define DEVICE_ASSERT(condition, text) (static_cast<bool>(condition) ? void() : cusim::fail("%s", text))
 #else
 #include <cuda_runtime.h>
 
@@ -17,6 +19,13 @@
 #define DYNAMIC_SHARED(type, name)                                       \
   extern __shared__ __align__(16) unsigned char bnbops_dynamic_shared[]; \
   type* const name = reinterpret_cast<type*>(bnbops_dynamic_shared)
+
+// As torch's own operators treat an index out of range: the message goes to stderr, and the next call that waits for
+// the device raises "device-side assert triggered". Also in release builds.
+extern "C" __host__ __device__ void __assert_fail(const char* assertion, const char* file, unsigned line,
+                                                  const char* function) noexcept;
+#define DEVICE_ASSERT(condition, text) \
+  (static_cast<bool>(condition) ? void() : __assert_fail(text, __FILE__, __LINE__, __func__))
 
 // One access of 4, 8 or 16 bytes; the simulator checks its alignment.
 template <class T>

@@ -23,14 +23,6 @@ constexpr Map make_map(const float* values, const DynamicEncoder& encoder) {
 static __device__ const Map kMaps[2] = {make_map(kDynamicUnsigned, kEncodeUnsigned),
                                         make_map(kDynamicSigned, kEncodeSigned)};
 
-// All threads of a thread block copy a table of 32-bit words into shared memory; a barrier must follow.
-template <class T>
-BNBOPS_DEVICE void copy_table(const T& from, T& to) {
-  for (unsigned i = threadIdx.x; i < sizeof(T) / sizeof(uint32_t); i += blockDim.x) {
-    reinterpret_cast<uint32_t*>(&to)[i] = reinterpret_cast<const uint32_t*>(&from)[i];
-  }
-}
-
 // The code of an encodable element.
 template <bool kSigned, bool kKeepPositive = false>
 BNBOPS_DEVICE uint32_t dynamic_code(float x, float inverse, const DynamicEncoder& encoder) {

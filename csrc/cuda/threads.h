@@ -35,6 +35,14 @@ BNBOPS_DEVICE uint32_t group_max(uint32_t x, uint32_t* scratch) {
   }
 }
 
+// All threads of a thread block copy a table of 32-bit words into shared memory; a barrier must follow.
+template <class T>
+BNBOPS_DEVICE void copy_table(const T& from, T& to) {
+  for (unsigned i = threadIdx.x; i < sizeof(T) / sizeof(uint32_t); i += blockDim.x) {
+    reinterpret_cast<uint32_t*>(&to)[i] = reinterpret_cast<const uint32_t*>(&from)[i];
+  }
+}
+
 #ifndef CUSIM
 // Multiprocessors of the current device.
 inline int multiprocessors() {

@@ -1,0 +1,124 @@
+// Quantization, dequantization and look-up of 4-bit weights.
+#include "cuda/blocks.h"
+#include "cuda/decode_4bit.h"
+#include "cuda/weight_4bit_kernels.h"
+#include "lanes_scalar.h"
+
+namespace bnbops::cuda {
+namespace {
+
+// By QuantType. In shared memory each of an encoder's tables has an entry in each of the 32 banks: a warp's look-ups
+// never conflict.
+static __device__ const Encoder4bit kEncoders4bit[2] = {kEncodeNF4, kEncodeFP4};
+
+BNBOPS_DEVICE void store_packed(uint8_t* codes, int64_t first, int64_t count, uint32_t packed) {
+  uint8_t* to = codes + first / 2;
+  if (count >= kOctet && is_aligned<uint32_t>(to)) return store_vector(to, packed);
+#pragma unroll
+  for (int i = 0; i < kOctet / 2; ++i) {
+    if (2 * i < count) to[i] = static_cast<uint8_t>(packed >> (i * 8));
+  }
+}
+
+template <int kGroup>
+__global__ void __launch_bounds__(kThreads, kResident) quantize_4bit_kernel(QuantizeJob job) {
+  __shared__ Encoder4bit encoder;
+  copy_table(kEncoders4bit[static_cast<int>(job.quant_type)], encoder);
+  __syncthreads();
+  const EncoderTables4bit<ScalarLanes> tables(encoder);
+  quantize_blocks<kGroup>(job, [&](const float (&x)[kOctet], float inverse, int64_t at, int64_t count) {
+    uint32_t packed = 0;
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) {
+      packed |= static_cast<uint32_t>(encode_4bit<ScalarLanes>(encodable(x[i]), inverse, tables)) << ((i ^ 1) * 4);
+    }
+    store_packed(job.codes, at, count, packed);
+  });
+}
+
+// Eight elements of a row that begins at any element: their codes may begin within a byte, and they may lie in two
+// blocks.
+BNBOPS_DEVICE void decode_askew(const Weight4bit& weight, const Codebook4bit& codebook, int64_t first, int64_t count,
+                                float (&x)[kOctet]) {
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i) {
+    if (i >= count) continue;
+    const int64_t element = first + i;
+    const uint32_t code = weight.codes[element / 2] >> (element % 2 == 0 ? 4 : 0) & 15U;
+    x[i] = codebook.value[code] * scale_of_block(weight, block_of(weight, element));
+  }
+}
+
+constexpr int kOctets = 2;                            // of a thread, on their way together
+constexpr int64_t kPiece = kWarp * kOctets * kOctet;  // elements of a row that a warp takes at a time
+
+// A warp writes the piece of the row that begins at element `row` of the weight and at `to` of the result; the piece
+// begins `begin` elements into the row.
+BNBOPS_DEVICE void decode_piece(const LookUpJob& job, const Codebook4bit& codebook, int64_t row, int64_t to,
+                                int64_t begin) {
+  const Weight4bit& weight = job.weight;
+  const int64_t at = begin + threadIdx.x % kWarp * kOctet;
+  constexpr int64_t kStride = kWarp * kOctet;
+  float x[kOctet] = {};
+  if (row % kOctet != 0) {
+    for (int64_t i = at; i < begin + kPiece && i < job.width; i += kStride) {
+      decode_askew(weight, codebook, row + i, job.width - i, x);
+      store_octet(job.out, job.dtype, to + i, job.width - i, x);
+    }
+    return;
+  }
+  uint32_t packed[kOctets];
+  float scale[kOctets];
+#pragma unroll
+  for (int k = 0; k < kOctets; ++k) {
+    const int64_t i = at + k * kStride;
+    packed[k] = load_packed(weight.codes, row + i, job.width - i);
+    scale[k] = i < job.width ? scale_of_block(weight, block_of(weight, row + i)) : 0.0F;
+  }
+#pragma unroll
+  for (int k = 0; k < kOctets; ++k) {
+    const int64_t i = at + k * kStride;
+    decode_packed(packed[k], codebook, scale[k], x);
+    store_octet(job.out, job.dtype, to + i, job.width - i, x);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, kResident) look_up_kernel(LookUpJob job, int64_t pieces) {
+  __shared__ Codebook4bit codebook;
+  __shared__ float nested_codebook[kCodebookSize];
+  copy_codebook(job.weight.quant_type, codebook);
+  copy_nested_codebook(job.weight, nested_codebook);
+  __syncthreads();
+  constexpr int kWarps = kThreads / kWarp;
+  const int64_t step = int64_t{gridDim.x} * kWarps;
+  for (int64_t i = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp; i < job.count * pieces; i += step) {
+    const int64_t row = i / pieces, index = job.index(row);
+    DEVICE_ASSERT(index >= 0 && index < job.rows, "bnbops::embedding_4bit: an index is out of range");
+    decode_piece(job, codebook, index * job.width, row * job.width, (i - row * pieces) * kPiece);
+  }
+}
+
+}  // namespace
+
+cudaError_t quantize_4bit(const QuantizeJob& job, cudaStream_t stream) {
+  if (job.numel == 0) return cudaSuccess;
+  with_groups(job, [&](auto group, dim3 grid) {
+    LAUNCH((quantize_4bit_kernel<decltype(group)::value>), grid, dim3(kThreads), 0, stream, job);
+  });
+  return cudaGetLastError();
+}
+
+cudaError_t look_up_4bit(const LookUpJob& job, cudaStream_t stream) {
+  if (job.count == 0 || job.width == 0) return cudaSuccess;
+  const int64_t pieces = divide_up(job.width, kPiece);
+  LAUNCH(look_up_kernel, grid_of(divide_up(job.count * pieces, kThreads / kWarp)), dim3(kThreads), 0, stream, job,
+         pieces);
+  return cudaGetLastError();
+}
+
+// A look-up of a table's only row.
+cudaError_t dequantize_4bit(const Weight4bit& weight, int64_t numel, void* out, DType dtype, cudaStream_t stream) {
+  return look_up_4bit({weight, 1, numel, nullptr, 1, false, out, dtype}, stream);
+}
+
+}  // namespace bnbops::cuda
