@@ -3,14 +3,18 @@
 import os
 import re
 import subprocess
+import sys
+from functools import cache
+from pathlib import Path
 
 import pytest
 
-from cuda_on_cpu.compiler import HERE, SANITIZERS, compile_for_cpu
+from cuda_on_cpu.library import HERE, build
 
-SOURCES = sorted((HERE / "selftest").glob("*.cu"))
+BUILDS = (None, "address", "thread")
+CASES = HERE / "selftest" / "torch_library" / "cases.py"
 ORDERS = ["forward", "reverse", "random:1", "random:2"]
-ALL, PLAIN = list(SANITIZERS), [None]
+ALL, PLAIN = BUILDS, [None]
 
 WRONG = r"is .*, expected"
 RACE = "WARNING: ThreadSanitizer: data race"
@@ -56,21 +60,26 @@ PLANTED = [
 def selftest():
     """Runs the self-tests of one build in one order, or one planted bug; gives the exit status and the errors."""
 
+    @cache
+    def program(sanitizer: str | None) -> Path:
+        return build(sanitizer, "cusim_selftest")
+
     def run(sanitizer: str | None, order: str, *bug: str) -> tuple[int, str]:
-        program = compile_for_cpu("selftest", SOURCES, sanitizer)
-        done = subprocess.run([program, *bug], text=True, capture_output=True, env={**os.environ, "CUSIM_ORDER": order})
+        done = subprocess.run(
+            [program(sanitizer), *bug], text=True, capture_output=True, env={**os.environ, "CUSIM_ORDER": order}
+        )
         return done.returncode, done.stderr
 
     return run
 
 
-@pytest.mark.parametrize("sanitizer", SANITIZERS)
+@pytest.mark.parametrize("sanitizer", BUILDS)
 def test_right_kernels_pass_in_every_order(selftest, sanitizer):
     for order in ORDERS:
         assert selftest(sanitizer, order) == (0, "")
 
 
-@pytest.mark.parametrize("sanitizer", SANITIZERS)
+@pytest.mark.parametrize("sanitizer", BUILDS)
 def test_planted_bugs_are_found(selftest, sanitizer):
     """In every order that shows them; the sanitizers do not depend on it."""
     for bug, builds, orders, message in PLANTED:
@@ -94,3 +103,21 @@ def test_failure_names_kernel_block_and_thread(selftest):
 def test_unknown_order_is_refused(selftest):
     status, errors = selftest(None, "backward")
     assert status != 0 and "CUSIM_ORDER=backward is not forward, reverse or random:SEED" in errors
+
+
+@pytest.mark.parametrize(
+    ("sanitizer", "bug", "message"), [("address", "out_of_bounds", OUT_OF_HEAP), ("thread", "race", RACE)]
+)
+def test_sanitizers_work_within_python(sanitizer, bug, message):
+    """The right kernel passes in a process with the sanitizer; the one with the bug makes it fail."""
+
+    def run(case: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "cuda_on_cpu.sanitize", sanitizer, "--", f"{CASES}::test_{case}"]
+        env = {**os.environ, "PYTHONPATH": str(HERE.parent), "CUSIM_ORDER": "forward"}
+        done = subprocess.run(command, text=True, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return done.returncode, done.stdout
+
+    status, output = run("right")
+    assert status == 0 and "1 passed" in output, output
+    status, output = run(bug)
+    assert status != 0 and message in output, output

@@ -13,16 +13,16 @@ ROOT = HERE.parents[1]
 NAMESPACE = "bnbops_cuda_on_cpu"
 
 
-def build(sanitizer: str | None = None) -> Path:
-    """The shared library, built if it is not up to date. `sanitizer`: "address" (with undefined behaviour) or
-    "thread". Concurrent callers wait for one another."""
+def build(sanitizer: str | None = None, product: str = f"lib{NAMESPACE}.so") -> Path:
+    """The shared library, or another product, built if it is not up to date. `sanitizer`: "address" (with undefined
+    behaviour) or "thread". Concurrent callers wait for one another."""
     folder = ROOT / "build" / (f"{NAMESPACE}-{sanitizer}" if sanitizer else NAMESPACE)
     folder.mkdir(parents=True, exist_ok=True)
     options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DSANITIZE={sanitizer or ''}"]
     with FileLock(folder / "lock"):
         _run("cmake", "-S", HERE, "-B", folder, "-G", "Ninja", *options)
-        _run("cmake", "--build", folder)
-    return folder / f"lib{NAMESPACE}.so"
+        _run("cmake", "--build", folder, "--target", product)
+    return folder / product
 
 
 def _run(*command: str | Path) -> None:

@@ -95,15 +95,6 @@ inline cudaError_t cudaPeekAtLastError() { return cusim::last_error; }
 
 inline cudaError_t cudaGetLastError() { return std::exchange(cusim::last_error, cudaSuccess); }
 
-inline const char* cudaGetErrorString(cudaError_t error) {
-  switch (error) {
-    case cudaSuccess: return "no error";
-    case cudaErrorInvalidValue: return "invalid argument";
-    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
-  }
-  return "unrecognized error code";
-}
-
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;

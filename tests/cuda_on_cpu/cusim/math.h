@@ -17,6 +17,19 @@ To bit_cast(From from) {
   return to;
 }
 
+// 16-bit floats by their bits, rounded to nearest, ties to even.
+inline float from_bfloat16(uint16_t bits) { return bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+inline float from_float16(uint16_t bits) { return static_cast<float>(bit_cast<_Float16>(bits)); }
+
+// NaN becomes 0x7FFF, as by the device's cvt.
+inline uint16_t to_bfloat16(float x) {
+  if (x != x) return 0x7FFF;
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+inline uint16_t to_float16(float x) { return x != x ? 0x7FFF : bit_cast<uint16_t>(static_cast<_Float16>(x)); }
+
 // A number if there is one; +0 is above -0. The host's library leaves the sign of a zero open.
 template <class T>
 T min_number(T a, T b) {

@@ -105,21 +105,6 @@ inline void check_shared(const void* p, size_t bytes, const char* access) {
 #endif
 }
 
-// One access of sizeof(T) bytes to memory of any type. The address must be a multiple of that size.
-template <class T>
-T load_vector(const void* p) {
-  check_aligned(p, sizeof(T), "load");
-  T value;
-  std::memcpy(&value, p, sizeof(T));
-  return value;
-}
-
-template <class T>
-void store_vector(void* p, const T& value) {
-  check_aligned(p, sizeof(T), "store");
-  std::memcpy(p, &value, sizeof(T));
-}
-
 // cp.async: N bytes to shared memory, of which the first `source_bytes` come from global memory; the rest are zero.
 // The bytes arrive when the thread waits for them; until then the place holds poison, as a copy may also be early.
 template <unsigned N>
@@ -161,16 +146,31 @@ inline void cp_async_wait_all() { finish_copies_before(current->copy_group + 1);
 
 }  // namespace cusim
 
+// One access of sizeof(T) bytes to memory of any type. The address must be a multiple of that size.
+template <class T>
+T load_vector(const void* p) {
+  cusim::check_aligned(p, sizeof(T), "load");
+  T value;
+  std::memcpy(&value, p, sizeof(T));
+  return value;
+}
+
+template <class T>
+void store_vector(void* p, const T& value) {
+  cusim::check_aligned(p, sizeof(T), "store");
+  std::memcpy(p, &value, sizeof(T));
+}
+
 // Loads and stores with a cache hint.
-#define CUSIM_LOAD(name)             \
-  template <class T>                 \
-  T name(const T* p) {               \
-    return cusim::load_vector<T>(p); \
+#define CUSIM_LOAD(name)      \
+  template <class T>          \
+  T name(const T* p) {        \
+    return load_vector<T>(p); \
   }
-#define CUSIM_STORE(name)             \
-  template <class T>                  \
-  void name(T* p, T value) {          \
-    cusim::store_vector<T>(p, value); \
+#define CUSIM_STORE(name)      \
+  template <class T>           \
+  void name(T* p, T value) {   \
+    store_vector<T>(p, value); \
   }
 CUSIM_LOAD(__ldg)
 CUSIM_LOAD(__ldca)

@@ -15,14 +15,14 @@ namespace cusim {
 struct Bfloat16 {
   using Sum = float;
   static constexpr int kPerRegister = 2;
-  static float element(unsigned bits, int i) { return bit_cast<float>(i ? bits & 0xFFFF0000 : bits << 16); }
+  static float element(unsigned bits, int i) { return from_bfloat16(static_cast<uint16_t>(bits >> 16 * i)); }
   static float multiply_add(float a, float b, float sum) { return __builtin_fmaf(a, b, sum); }
 };
 
 struct Float16 {
   using Sum = float;
   static constexpr int kPerRegister = 2;
-  static float element(unsigned bits, int i) { return bit_cast<_Float16>(static_cast<uint16_t>(bits >> 16 * i)); }
+  static float element(unsigned bits, int i) { return from_float16(static_cast<uint16_t>(bits >> 16 * i)); }
   static float multiply_add(float a, float b, float sum) { return __builtin_fmaf(a, b, sum); }
 };
 

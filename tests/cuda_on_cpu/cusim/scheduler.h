@@ -112,8 +112,16 @@ CUSIM_UNWATCHED inline void thread_main() {
   switch_fiber(*current->fiber, scheduler, true);
 }
 
-CUSIM_UNWATCHED inline void wait_for_block(Site site) {
+// What the threads that arrive at one barrier say of a predicate; those at the next one have votes of their own.
+struct Votes {
+  unsigned yes, no;
+};
+inline Votes barrier_votes[2];
+
+CUSIM_UNWATCHED inline Votes wait_for_block(Site site, bool predicate = false) {
   Thread& me = *current;
+  Votes& votes = barrier_votes[barriers_opened % 2];
+  (predicate ? votes.yes : votes.no)++;
   char* waits = &block_waits[barriers_opened % 2];
   release_to(waits);
   me.site = site;
@@ -121,6 +129,7 @@ CUSIM_UNWATCHED inline void wait_for_block(Site site) {
   me.warp->at_block |= 1U << me.lane;
   suspend();
   acquire_from(waits);
+  return votes;
 }
 
 // Whether the live lanes of the thread's mask wait for each other in the same operation at the same place.
@@ -265,6 +274,7 @@ CUSIM_UNWATCHED inline void run_warp(Warp& warp) {
 CUSIM_UNWATCHED inline bool open_barrier() {
   Thread* first = nullptr;
   barriers_opened++;
+  barrier_votes[barriers_opened % 2] = {0, 0};
   for (unsigned w = 0; w < block.warps; w++) {
     Warp& warp = all_warps[w];
     for (unsigned left = warp.at_block; left; left &= left - 1) {

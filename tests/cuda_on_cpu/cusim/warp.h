@@ -112,6 +112,18 @@ inline unsigned bit_xor(unsigned a, unsigned b) { return a ^ b; }
 
 inline void __syncthreads(cusim::Site site = cusim::Site::here()) { cusim::wait_for_block(site); }
 
+inline int __syncthreads_count(int predicate, cusim::Site site = cusim::Site::here()) {
+  return static_cast<int>(cusim::wait_for_block(site, predicate != 0).yes);
+}
+
+inline int __syncthreads_or(int predicate, cusim::Site site = cusim::Site::here()) {
+  return cusim::wait_for_block(site, predicate != 0).yes != 0;
+}
+
+inline int __syncthreads_and(int predicate, cusim::Site site = cusim::Site::here()) {
+  return cusim::wait_for_block(site, predicate != 0).no == 0;
+}
+
 inline void __syncwarp(unsigned mask = cusim::kAllLanes, cusim::Site site = cusim::Site::here()) {
   cusim::wait_for_warp(mask, site);
 }

@@ -162,7 +162,7 @@ __global__ void shuffle_at_two_places(int* y) {
 template <class T>
 __global__ void copy_vectors(const char* x, char* y) {
   const int i = threadIdx.x * sizeof(T);
-  cusim::store_vector(y + i, cusim::load_vector<T>(x + i));
+  store_vector(y + i, load_vector<T>(x + i));
 }
 
 template <class T>
