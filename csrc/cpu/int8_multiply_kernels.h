@@ -9,11 +9,9 @@
 
 BNBOPS_NAMESPACE_BEGIN
 
-using cpu::Int8Epilogue;
 using cpu::Int8MatmulJob;
+using cpu::Int8Outliers;
 using cpu::kInt8Panel;
-
-constexpr float kInverse127Squared = 1.0F / (127.0F * 127.0F);  // bitsandbytes has 6.200124e-05, a digit short
 
 // ---- what follows a product ------------------------------------------------------------------------------------
 
@@ -24,15 +22,12 @@ struct PanelEpilogue {
   static constexpr int kRows = Lanes::kWidth == 16 ? 6 : 2;  // of a tile, as many as the registers hold
 
   const Int8Epilogue& epilogue;
-  int64_t begin, width, columns;
+  int64_t begin, width;
   alignas(64) float scales[kInt8Panel] = {}, biases[kInt8Panel] = {};
 
-  PanelEpilogue(const Int8Epilogue& of, int64_t first_column, int64_t all_columns)
-      : epilogue(of),
-        begin(first_column),
-        width(std::min(kInt8Panel, all_columns - first_column)),
-        columns(all_columns) {
-    for (int64_t c = 0; c < width; ++c) scales[c] = finite_scale(of.col_stats[begin + c]);
+  PanelEpilogue(const Int8Epilogue& of, int64_t first_column)
+      : epilogue(of), begin(first_column), width(std::min(kInt8Panel, of.columns - first_column)) {
+    for (int64_t c = 0; c < width; ++c) scales[c] = decodable(of.col_stats[begin + c]);
     if (of.bias != nullptr) {
       float scratch[kInt8Panel];
       std::copy_n(read<Lanes>(of.bias, of.bias_dtype, begin, width, scratch), width, biases);
@@ -40,43 +35,46 @@ struct PanelEpilogue {
   }
 
   // One row of sums, with the outliers' part in fp32 or null.
-  void row(const int32_t* sums, int64_t row, const float* outliers) const {
+  void row(const int32_t* sums, int64_t row, const float* outlier_part) const {
     alignas(64) float values[kInt8Panel];
-    const float row_scale = finite_scale(epilogue.row_stats[row]);
+    const float row_scale = decodable(epilogue.row_stats[row]);
     for (int64_t c = 0; c < width; ++c) {
-      values[c] = static_cast<float>(sums[c]) * finite_scale(row_scale * scales[c]) * kInverse127Squared;
+      values[c] = product_value(sums[c], row_scale, scales[c]);
     }
-    if (outliers != nullptr) {
-      for (int64_t c = 0; c < width; ++c) values[c] += outliers[c];
+    if (outlier_part != nullptr) {
+      for (int64_t c = 0; c < width; ++c) values[c] += outlier_part[c];
     }
     if (epilogue.bias != nullptr) {
       for (int64_t c = 0; c < width; ++c) values[c] += biases[c];
     }
-    auto* out = static_cast<uint8_t*>(epilogue.out) + (row * columns + begin) * size_of(epilogue.dtype);
+    auto* out = static_cast<uint8_t*>(epilogue.out) + (row * epilogue.columns + begin) * size_of(epilogue.dtype);
     write<Lanes>(values, width, out, epilogue.dtype);
   }
 
   // part[r][c] = sum over the outlier columns, in order, of x[first_row + r] times the decoded weights of the panel,
   // which are rounded to x's dtype.
-  void multiply_outliers(const int8_t* weight, int64_t inner, int64_t first_row, int64_t rows,
-                         float (*part)[kInt8Panel]) const {
+  void multiply_outliers(const Int8Outliers& outliers, const int8_t* weight, int64_t inner, int64_t first_row,
+                         int64_t rows, float (*part)[kInt8Panel]) const {
     alignas(64) float decoded_weights[kOutliers][kInt8Panel] = {};
     for (int64_t r = 0; r < rows; ++r) std::fill_n(part[r], kInt8Panel, 0.0F);
-    for (int64_t o = 0; o < epilogue.outlier_count; o += kOutliers) {
-      const int64_t n = std::min(kOutliers, epilogue.outlier_count - o);
-      decode_columns(weight + begin * inner, inner, epilogue.outliers + o, n, decoded_weights);
-      const float* x = epilogue.outlier_values + first_row * epilogue.outlier_count + o;
+    for (int64_t o = 0; o < outliers.count; o += kOutliers) {
+      const int64_t n = std::min(kOutliers, outliers.count - o);
+      decode_columns(weight + begin * inner, inner, outliers.columns + o, n, decoded_weights);
+      const float* x = outliers.values + first_row * outliers.count + o;
       int64_t r = 0;
       for (; r + kRows <= rows; r += kRows) {
-        add_products<kRows>(x + r * epilogue.outlier_count, n, decoded_weights, part + r);
+        add_products<kRows>(x + r * outliers.count, outliers.count, n, decoded_weights, part + r);
       }
-      for (; r < rows; ++r) add_products<1>(x + r * epilogue.outlier_count, n, decoded_weights, part + r);
+      for (; r < rows; ++r) {
+        add_products<1>(x + r * outliers.count, outliers.count, n, decoded_weights, part + r);
+      }
     }
   }
 
   // A tile of kTileRows rows by four vectors of columns at a time, whose sums stay in registers.
   template <int kTileRows>
-  void add_products(const float* x, int64_t n, const float (*weights)[kInt8Panel], float (*part)[kInt8Panel]) const {
+  static void add_products(const float* x, int64_t stride, int64_t n, const float (*weights)[kInt8Panel],
+                           float (*part)[kInt8Panel]) {
     constexpr int kWidth = Lanes::kWidth;
     for (int64_t c = 0; c < kInt8Panel; c += 4 * kWidth) {
       typename Lanes::Float sum[4 * kTileRows];
@@ -85,7 +83,7 @@ struct PanelEpilogue {
         typename Lanes::Float weight[4];
         unrolled<4>([&](auto v) { weight[v] = Lanes::load(weights[o] + c + v * kWidth); });
         unrolled<kTileRows>([&](auto r) {
-          const auto value = Lanes::splat(x[r * epilogue.outlier_count + o]);
+          const auto value = Lanes::splat(x[r * stride + o]);
           unrolled<4>([&](auto v) { sum[4 * r + v] = Lanes::fma(value, weight[v], sum[4 * r + v]); });
         });
       }
@@ -101,7 +99,7 @@ struct PanelEpilogue {
     }
     for (int64_t i = 0; i < n; ++i) {
       float exact[kInt8Panel];
-      for (int64_t c = 0; c < kInt8Panel; ++c) exact[c] = decoded(codes[i][c], scales[c]);
+      for (int64_t c = 0; c < kInt8Panel; ++c) exact[c] = int8_value(codes[i][c], scales[c]);
       uint8_t rounded[kInt8Panel * sizeof(float)] = {};
       write<Lanes>(exact, kInt8Panel, rounded, epilogue.dtype);
       std::copy_n(read<Lanes>(rounded, epilogue.dtype, 0, kInt8Panel, exact), kInt8Panel, to[i]);
@@ -110,10 +108,10 @@ struct PanelEpilogue {
 };
 
 template <class Lanes>
-void dequantize_sums(const int32_t* sums, int64_t columns, const Int8Epilogue& epilogue, int64_t first, int64_t last) {
-  for (int64_t begin = 0; begin < columns; begin += kInt8Panel) {
-    const PanelEpilogue<Lanes> panel(epilogue, begin, columns);
-    for (int64_t row = first; row < last; ++row) panel.row(sums + row * columns + begin, row, nullptr);
+void dequantize_sums(const int32_t* sums, const Int8Epilogue& epilogue, int64_t first, int64_t last) {
+  for (int64_t begin = 0; begin < epilogue.columns; begin += kInt8Panel) {
+    const PanelEpilogue<Lanes> panel(epilogue, begin);
+    for (int64_t row = first; row < last; ++row) panel.row(sums + row * epilogue.columns + begin, row, nullptr);
   }
 }
 
@@ -169,7 +167,7 @@ void multiply(const Int8MatmulJob& job, int64_t first, int64_t last) {
   const int64_t row_blocks = (job.rows + Dots::kRowBlock - 1) / Dots::kRowBlock;
   const int64_t block_rows = std::min(Dots::kRowBlock, job.rows);
   const Scratch<Row> sums = make_scratch<Row>(block_rows);
-  const bool has_outliers = job.epilogue != nullptr && job.epilogue->outlier_count > 0;
+  const bool has_outliers = job.outliers.count > 0;
   const Scratch<Part> part = make_scratch<Part>(has_outliers ? block_rows : 0);
   for (int64_t task = first; task < last; ++task) {
     const int64_t column = task / row_blocks * kInt8Panel, row = task % row_blocks * Dots::kRowBlock;
@@ -179,8 +177,8 @@ void multiply(const Int8MatmulJob& job, int64_t first, int64_t last) {
       for (int64_t r = 0; r < rows; ++r) std::copy_n(sums[r], width, job.sums + (row + r) * job.columns + column);
       continue;
     }
-    const PanelEpilogue<Lanes> panel(*job.epilogue, column, job.columns);
-    if (has_outliers) panel.multiply_outliers(job.weight, job.inner, row, rows, part.get());
+    const PanelEpilogue<Lanes> panel(*job.epilogue, column);
+    if (has_outliers) panel.multiply_outliers(job.outliers, job.weight, job.inner, row, rows, part.get());
     for (int64_t r = 0; r < rows; ++r) panel.row(sums[r], row + r, has_outliers ? part[r] : nullptr);
   }
 }
