@@ -93,4 +93,13 @@ BNBOPS_DEVICE float from_half(DType dtype, uint32_t bits) {
   return dtype == DType::kBFloat16 ? from_bfloat16(bits) : from_float16(bits);
 }
 
+// Several threads may set the same flag at the same time.
+BNBOPS_DEVICE void set_flag(bool* flag) {
+#ifdef CUSIM
+  __atomic_store_n(flag, true, __ATOMIC_RELAXED);
+#else
+  *static_cast<volatile bool*>(flag) = true;  // a relaxed store, in PTX
+#endif
+}
+
 }  // namespace bnbops::cuda

@@ -1,0 +1,252 @@
+// Int8 codes of rows and columns, and back.
+#include "codecs_int8.h"
+#include "cuda/blocks.h"
+#include "cuda/int8_kernels.h"
+
+namespace bnbops::cuda {
+namespace {
+
+// ---- rows: blocks as long as a row -----------------------------------------------------------------------------
+
+struct RowsAsBlocks {
+  int64_t numel, blocksize;
+};
+
+// Calls launch(group, grid) with the number of threads for a row: a warp or, for a long one, the whole thread block.
+template <class Launch>
+void with_row_groups(const RowsAsBlocks& rows, const Launch& launch) {
+  const int64_t count = rows.numel / rows.blocksize;
+  if (rows.blocksize > 4 * kWarp * kOctet) return launch(std::integral_constant<int, kThreads>{}, grid_of(count));
+  launch(std::integral_constant<int, kWarp>{}, grid_of(divide_up(count, kThreads / kWarp)));
+}
+
+// Calls visit(x, at) for a thread's octets of a block, two of them loaded at a time.
+template <int kGroup, class Visit>
+BNBOPS_DEVICE void for_octets(const void* values, DType dtype, const Share& share, const Visit& visit) {
+  constexpr int64_t kStride = kGroup * kOctet;
+  for (int64_t at = share.begin + share.lane * kOctet; at < share.end; at += 2 * kStride) {
+    const Octet octets[2] = {load_octet(values, dtype, at, share.end - at),
+                             load_octet(values, dtype, at + kStride, share.end - at - kStride)};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float x[kOctet];
+      to_floats(octets[i], dtype, x);
+      if (at + i * kStride < share.end) visit(x, at + i * kStride);
+    }
+  }
+}
+
+// Without a threshold, in one pass.
+template <int kGroup>
+__global__ void __launch_bounds__(kThreads, kResident) quantize_rows_kernel(QuantizeJob job, uint32_t limit) {
+  quantize_blocks<kGroup>(job, [&](const float (&x)[kOctet], float inverse, int64_t at, int64_t count) {
+    const float factor = code_factor(inverse);
+    uint32_t code[kOctet];
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) code[i] = static_cast<uint8_t>(int8_code(x[i], factor, limit));
+    store_codes(job.codes + at, count, code);
+  });
+}
+
+// With one, all rows must be seen before the codes of the first: row_stats and is_outlier ...
+template <int kGroup>
+__global__ void __launch_bounds__(kThreads, kResident) scan_rows_kernel(Int8QuantJob job) {
+  __shared__ uint32_t scratch[kThreads / kWarp];
+  for_blocks<kGroup>(RowsAsBlocks{job.rows * job.inner, job.inner}, [&](const Share& share) {
+    uint32_t largest = 0;
+    for_octets<kGroup>(job.values, job.dtype, share, [&](const float (&x)[kOctet], int64_t at) {
+#pragma unroll
+      for (int i = 0; i < kOctet; ++i) {
+        const uint32_t bits = counted_bits(x[i], job.limit);
+        largest = bits > largest ? bits : largest;
+        if (is_outlier(x[i], job.limit)) set_flag(job.is_outlier + (at - share.begin) + i);
+      }
+    });
+    largest = group_max<kGroup>(largest, scratch);
+    if (share.lane == 0 && share.begin < share.end) job.row_stats[share.block] = float_from_bits(largest);
+  });
+}
+
+// ... and then codes.
+template <int kGroup>
+__global__ void __launch_bounds__(kThreads, kResident) encode_rows_kernel(Int8QuantJob job) {
+  for_blocks<kGroup>(RowsAsBlocks{job.rows * job.inner, job.inner}, [&](const Share& share) {
+    const float factor = share.begin < share.end ? code_factor(inverse_scale(job.row_stats[share.block])) : 0.0F;
+    for_octets<kGroup>(job.values, job.dtype, share, [&](const float (&x)[kOctet], int64_t at) {
+      const auto* marks = reinterpret_cast<const uint8_t*>(job.is_outlier) + (at - share.begin);
+      const uint2 marked = load_codes(marks, share.end - at);
+      uint32_t code[kOctet];
+#pragma unroll
+      for (int i = 0; i < kOctet; ++i) {
+        code[i] = code_of(marked, i) != 0 ? 0 : static_cast<uint8_t>(int8_code(x[i], factor, job.limit));
+      }
+      store_codes(reinterpret_cast<uint8_t*>(job.codes) + at, share.end - at, code);
+    });
+  });
+}
+
+template <int kGroup>
+__global__ void __launch_bounds__(kThreads, kResident) dequantize_rows_kernel(Int8DequantJob job) {
+  for_blocks<kGroup>(RowsAsBlocks{job.rows * job.width, job.width}, [&](const Share& share) {
+    const float scale = share.begin < share.end ? decodable(job.stats[share.block]) : 0.0F;
+    const auto* row = reinterpret_cast<const uint8_t*>(job.codes) + share.block * job.inner + job.begin;
+    for (int64_t at = share.begin + share.lane * kOctet; at < share.end; at += kGroup * kOctet) {
+      const uint2 codes = load_codes(row + (at - share.begin), share.end - at);
+      float x[kOctet];
+#pragma unroll
+      for (int i = 0; i < kOctet; ++i) x[i] = int8_value(static_cast<int8_t>(code_of(codes, i)), scale);
+      store_octet(job.values, job.dtype, at, share.end - at, x);
+    }
+  });
+}
+
+// ---- columns ---------------------------------------------------------------------------------------------------
+
+// A thread has eight columns and, of a part of so many rows, every eighth.
+constexpr int64_t kPartColumns = kWarp * kOctet, kPartRows = 128;
+static_assert(kPartColumns == kThreads, "one thread for each column");
+
+int64_t column_parts(const Int8QuantJob& job) {
+  return divide_up(job.inner, kPartColumns) * divide_up(job.rows, kPartRows);
+}
+
+BNBOPS_DEVICE int64_t first_column(const Int8QuantJob& job) {
+  return blockIdx.x % divide_up(job.inner, kPartColumns) * kPartColumns;
+}
+
+// Calls visit(x, at, count) for this thread's octets.
+template <class Visit>
+BNBOPS_DEVICE void for_rows(const Int8QuantJob& job, int64_t column, const Visit& visit) {
+  if (column >= job.inner) return;
+  const int64_t begin = blockIdx.x / divide_up(job.inner, kPartColumns) * kPartRows;
+  const int64_t end = begin + kPartRows < job.rows ? begin + kPartRows : job.rows;
+#pragma unroll 2
+  for (int64_t row = begin + threadIdx.x / kWarp; row < end; row += kThreads / kWarp) {
+    const int64_t at = row * job.inner + column, count = job.inner - column;
+    float x[kOctet];
+    to_floats(load_octet(job.values, job.dtype, at, count), job.dtype, x);
+    visit(x, at, count);
+  }
+}
+
+// col_stats, which are zeros beforehand, by their bits.
+__global__ void __launch_bounds__(kThreads, kResident) scan_columns_kernel(Int8QuantJob job) {
+  __shared__ uint32_t largest[kPartColumns];
+  const int64_t first = first_column(job);
+  const int lane_column = threadIdx.x % kWarp * kOctet;
+  uint32_t mine[kOctet] = {};
+  for_rows(job, first + lane_column, [&](const float (&x)[kOctet], int64_t /*at*/, int64_t /*count*/) {
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) {
+      const uint32_t bits = counted_bits(x[i], job.limit);
+      mine[i] = bits > mine[i] ? bits : mine[i];
+    }
+  });
+  largest[threadIdx.x] = 0;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i) atomicMax(largest + lane_column + i, mine[i]);
+  __syncthreads();
+  const int64_t column = first + threadIdx.x;
+  if (column < job.inner) atomicMax(reinterpret_cast<uint32_t*>(job.col_stats) + column, largest[threadIdx.x]);
+}
+
+__global__ void __launch_bounds__(kThreads, kResident) encode_columns_kernel(Int8QuantJob job) {
+  const int64_t column = first_column(job) + threadIdx.x % kWarp * kOctet;
+  float factor[kOctet];
+  to_floats(load_octet(job.col_stats, DType::kFloat32, column, job.inner - column), DType::kFloat32, factor);
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i) factor[i] = code_factor(inverse_scale(factor[i]));
+  for_rows(job, column, [&](const float (&x)[kOctet], int64_t at, int64_t count) {
+    uint32_t code[kOctet];
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) code[i] = static_cast<uint8_t>(int8_code(x[i], factor[i], job.limit));
+    store_codes(reinterpret_cast<uint8_t*>(job.codes) + at, count, code);
+  });
+}
+
+// ---- the list of outlier columns -------------------------------------------------------------------------------
+
+constexpr int kListThreads = 1024;
+
+// One thread block. Each thread has eight columns at a time.
+__global__ void __launch_bounds__(kListThreads, 1)
+    list_outliers_kernel(const bool* is_outlier, int64_t inner, int32_t* columns, int32_t* count) {
+  __shared__ int32_t in_warp[kListThreads / kWarp];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  int32_t listed = 0;
+  for (int64_t first = 0; first < inner; first += kListThreads * kOctet) {
+    const int64_t column = first + threadIdx.x * kOctet;
+    const uint2 marked = load_codes(reinterpret_cast<const uint8_t*>(is_outlier) + column, inner - column);
+    int32_t mine = 0;
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) mine += code_of(marked, i) != 0;
+    int32_t upto = mine;  // of the lanes up to this one
+#pragma unroll
+    for (int step = 1; step < kWarp; step *= 2) {
+      const int32_t before = __shfl_up_sync(kAllLanes, upto, step);
+      if (lane >= step) upto += before;
+    }
+    if (lane == kWarp - 1) in_warp[warp] = upto;
+    __syncthreads();
+    int32_t at = listed + upto - mine;
+    for (int w = 0; w < kListThreads / kWarp; ++w) {
+      if (w < warp) at += in_warp[w];
+      listed += in_warp[w];
+    }
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) {
+      if (code_of(marked, i) != 0) columns[at++] = static_cast<int32_t>(column) + i;
+    }
+    __syncthreads();  // before the next numbers
+  }
+  if (threadIdx.x == 0) *count = listed;
+}
+
+}  // namespace
+
+cudaError_t quantize_rows(const Int8QuantJob& job, cudaStream_t stream) {
+  if (job.rows == 0) return cudaSuccess;
+  if (job.inner == 0) return cudaMemsetAsync(job.row_stats, 0, job.rows * sizeof(float), stream);
+  const RowsAsBlocks rows{job.rows * job.inner, job.inner};
+  if (!job.has_threshold) {
+    const QuantizeJob blocks{job.values,    job.dtype,  nullptr,       reinterpret_cast<uint8_t*>(job.codes),
+                             job.row_stats, rows.numel, rows.blocksize};
+    with_row_groups(rows, [&](auto group, dim3 grid) {
+      LAUNCH((quantize_rows_kernel<decltype(group)::value>), grid, dim3(kThreads), 0, stream, blocks, job.limit);
+    });
+    return cudaGetLastError();
+  }
+  with_row_groups(rows, [&](auto group, dim3 grid) {
+    LAUNCH((scan_rows_kernel<decltype(group)::value>), grid, dim3(kThreads), 0, stream, job);
+    LAUNCH((encode_rows_kernel<decltype(group)::value>), grid, dim3(kThreads), 0, stream, job);
+  });
+  return cudaGetLastError();
+}
+
+cudaError_t quantize_columns(const Int8QuantJob& job, cudaStream_t stream) {
+  if (job.inner == 0) return cudaSuccess;
+  const cudaError_t error = cudaMemsetAsync(job.col_stats, 0, job.inner * sizeof(float), stream);
+  if (error != cudaSuccess || job.rows == 0) return error;
+  const dim3 grid(static_cast<unsigned>(column_parts(job)));
+  LAUNCH(scan_columns_kernel, grid, dim3(kThreads), 0, stream, job);
+  LAUNCH(encode_columns_kernel, grid, dim3(kThreads), 0, stream, job);
+  return cudaGetLastError();
+}
+
+cudaError_t dequantize(const Int8DequantJob& job, cudaStream_t stream) {
+  const RowsAsBlocks rows{job.rows * job.width, job.width};
+  if (rows.numel == 0) return cudaSuccess;
+  with_row_groups(rows, [&](auto group, dim3 grid) {
+    LAUNCH((dequantize_rows_kernel<decltype(group)::value>), grid, dim3(kThreads), 0, stream, job);
+  });
+  return cudaGetLastError();
+}
+
+cudaError_t list_outliers(const bool* is_outlier, int64_t inner, int32_t* columns, int32_t* count,
+                          cudaStream_t stream) {
+  LAUNCH(list_outliers_kernel, dim3(1), dim3(kListThreads), 0, stream, is_outlier, inner, columns, count);
+  return cudaGetLastError();
+}
+
+}  // namespace bnbops::cuda
