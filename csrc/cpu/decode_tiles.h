@@ -31,32 +31,37 @@ class TileDecoder {
   }
 
   // The 16 values of an element's block, twice: an index then needs no masking, since only its lowest 5 bits count.
-  __m512i table_at(int64_t element) const {
-    const __m512 scaled = _mm512_mul_ps(values_, _mm512_set1_ps(weight_.absmax[element >> log2_blocksize_]));
-    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(scaled, scaled));
-  }
+  __m512i table_at(int64_t element) const { return table_of(weight_.absmax[element >> log2_blocksize_]); }
   bool begins_block(int64_t element) const { return (element & (weight_.blocksize - 1)) == 0; }
 
   // The chunk that begins at an element.
-  __m512i decode(int64_t element, __m512i table) const {
-    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(weight_.codes + element / 2));
-    return _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(shifts_, _mm512_broadcast_i32x4(codes)), table);
-  }
+  __m512i decode(int64_t element, __m512i table) const { return decode_codes(weight_.codes + element / 2, table); }
 
   void prefetch(int64_t element) const { _mm_prefetch(weight_.codes + element / 2, _MM_HINT_T0); }
 
-  // Calls visit(element, table) for each chunk of [first, first + n); `first` begins a chunk, n is a multiple of 32.
+  // Calls visit(i, chunk) for the chunks of elements [first, first + n), which are whole blocks or lie in one.
   template <class Visit>
   void for_chunks_of(int64_t first, int64_t n, const Visit& visit) const {
-    const int64_t end = first + n;
-    for (int64_t element = first; element < end;) {
-      const __m512i table = table_at(element);
-      const int64_t stop = std::min(end, ((element >> log2_blocksize_) + 1) << log2_blocksize_);
-      for (; element < stop; element += kChunk32) visit(element, table);
+    const uint8_t* codes = weight_.codes + first / 2;
+    const float* absmax = weight_.absmax + (first >> log2_blocksize_);
+    const int64_t chunks = n / kChunk32, run = std::min(n, weight_.blocksize) / kChunk32;
+    for (int64_t block = 0; block < chunks; block += run) {
+      const __m512i table = table_of(*absmax++);
+      for (int64_t i = block; i < block + run; ++i, codes += kChunk32 / 2) visit(i, decode_codes(codes, table));
     }
   }
 
  private:
+  __m512i table_of(float absmax) const {
+    const __m512 scaled = _mm512_mul_ps(values_, _mm512_set1_ps(absmax));
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(scaled, scaled));
+  }
+
+  __m512i decode_codes(const uint8_t* chunk, __m512i table) const {
+    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(chunk));
+    return _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(shifts_, _mm512_broadcast_i32x4(codes)), table);
+  }
+
   const Weight4bit& weight_;
   int log2_blocksize_;
   __m512 values_;

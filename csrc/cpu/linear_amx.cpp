@@ -17,7 +17,9 @@ using cpu::kTile;
 using cpu::kTilePair;
 
 constexpr int64_t kTileElements = kTile * kTilePair;  // of bfloat16: 1 KiB, as 16 x 16 of fp32
-constexpr int64_t kSteps = 16;                        // tiles of a panel along the reduced dimension
+// Tiles of a panel along the reduced dimension: few enough that a panel stays in the first cache beside the activations
+// that stream through it, so that decoding the next one finds its lines there.
+constexpr int64_t kSteps = 8;
 
 constexpr int kMaxPairs = 2;
 using Panel = uint16_t[kMaxPairs][kSteps][2][kTileElements];  // pairs of weight tiles
@@ -165,9 +167,8 @@ struct Linear {
         continue;
       }
       const int64_t begin = (feature + r) * job.in_features + step * kTilePair;
-      decoder.for_chunks_of(begin, n * kTilePair, [&](int64_t element, __m512i table) {
-        _mm512_store_si512(to + (element - begin) / kTilePair * 2 * kTileElements, decoder.decode(element, table));
-      });
+      decoder.for_chunks_of(begin, n * kTilePair,
+                            [&](int64_t s, __m512i chunk) { _mm512_store_si512(to + s * 2 * kTileElements, chunk); });
     }
   }
 
