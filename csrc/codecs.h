@@ -13,6 +13,9 @@ BNBOPS_NAMESPACE_BEGIN
 constexpr int kCodebookSize = 256;
 constexpr int kStateBlock = 256;  // elements of one optimizer-state block
 
+// Of the dynamic maps.
+BNBOPS_HD uint8_t zero_code(bool is_signed) { return is_signed ? 127 : 0; }
+
 // An element as its encoding sees it.
 BNBOPS_HD float encodable(float x) {
   if (x != x) return 0.0F;

@@ -147,6 +147,7 @@ BlockLayout state_layout(const StepArguments& a, size_t i) {
   if (!a.quantized() || a.absmax[0][i].dim() == 1) return flat_layout(param.numel(), kStateBlock);
   const int64_t rows = param.dim() > 0 ? param.size(0) : 1;
   const int64_t inner = rows > 0 ? param.numel() / rows : 0;
+  if (inner % kStateBlock == 0) return flat_layout(param.numel(), kStateBlock);  // the same blocks
   return {rows, inner, divide_up(inner, kStateBlock)};
 }
 

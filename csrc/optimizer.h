@@ -41,7 +41,7 @@ void check_arguments(const StepNames& names, const StepArguments& arguments);
 // That, and memory that is written and shared.
 void check_step(const StepNames& names, const StepArguments& arguments);
 
-// The layout of parameter i's states: rows where absmax has two dimensions, else flat.
+// The layout of parameter i's states: rows where absmax has two dimensions, else flat. Rows of whole blocks are flat.
 BlockLayout state_layout(const StepArguments& arguments, size_t i);
 
 template <class Rule>

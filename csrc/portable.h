@@ -46,6 +46,19 @@ BNBOPS_HD float square_root(float x) { return __builtin_sqrtf(x); }
 // False for infinities and NaN.
 BNBOPS_HD bool is_finite(float x) { return (bits_of(x) & 0x7FFFFFFFU) < 0x7F800000U; }
 
+BNBOPS_HD bool is_finite(double x) { return x - x == 0; }
+
+// x^n for a whole n >= 0, by squaring: products alone have the same bits everywhere, which a library's pow has not.
+BNBOPS_HD double power(double x, double n) {
+  constexpr double kMost = 9007199254740992.0;  // 2^53: all that a loop of 54 rounds can count
+  double result = 1;
+  for (auto left = static_cast<uint64_t>(n < kMost ? n : kMost); left > 0; left /= 2) {
+    if (left % 2 != 0) result *= x;
+    x *= x;
+  }
+  return result;
+}
+
 // a / b where b is positive, else 0.
 BNBOPS_HD float divide_by_positive(float a, float b) { return b > 0 ? a / b : 0.0F; }
 

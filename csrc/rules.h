@@ -1,7 +1,7 @@
 // Every optimizer's update rule, written once, for the host and for devices.
 //
 // A rule is code for one element that knows nothing of blocks, bytes or devices. It names its states and options
-// (operator schemas are made of them), turns the options into per-step scalars once on the host (`prepare`), and
+// (operator schemas are made of them), turns the options into scalars once a step and parameter (`prepare`), and
 // updates one element in fp32. `update` returns its witness: a number that is finite exactly if the result is fit to
 // be kept, which it is not where the gradient is not finite. The number type F is float or, on a CPU with SIMD, a
 // vector of floats: whatever has the operations of portable.h.
@@ -46,6 +46,9 @@ struct States {
 template <class F, class Rule>
 using StatesOf = States<F, Rule::kStates>;
 
+template <class Rule>
+constexpr int kSlots = Rule::kStates > 0 ? Rule::kStates : 1;  // arrays have a size
+
 // The first error message of a list in which nullptr stands for "fine".
 inline const char* first_error(std::initializer_list<const char*> errors) {
   for (const char* error : errors) {
@@ -56,7 +59,7 @@ inline const char* first_error(std::initializer_list<const char*> errors) {
 inline const char* require(bool ok, const char* message) { return ok ? nullptr : message; }
 inline bool is_rate(double x) { return x >= 0 && x < 1; }               // a decay rate
 inline bool is_amount(double x) { return x >= 0 && std::isfinite(x); }  // eps, weight decay, ...
-inline float to_float(double x) { return static_cast<float>(x); }
+BNBOPS_HD float to_float(double x) { return static_cast<float>(x); }
 
 struct NoTrust {
   static constexpr bool kTrust = false;          // no ratio of norms scales the step of a parameter
@@ -81,7 +84,7 @@ struct Adam : NoTrust {
     float inv_sqrt_correction2;  // 1 / sqrt(1 - beta2^t)
   };
 
-  static Hyper prepare(const double* option, const StepScalars& x) {
+  BNBOPS_HD static Hyper prepare(const double* option, const StepScalars& x) {
     const double beta1 = option[0], beta2 = option[1], eps = option[2], weight_decay = option[3];
     Hyper h{};
     h.beta1 = to_float(beta1);
@@ -90,8 +93,8 @@ struct Adam : NoTrust {
     h.grad_weight = to_float((1 - beta1) * x.grad_factor);
     h.root_square_weight = to_float(std::sqrt(1 - beta2) * x.grad_factor);
     h.decay = to_float(1 - x.lr * weight_decay);
-    h.minus_step_size = to_float(-x.lr / (1 - std::pow(beta1, x.step)));
-    h.inv_sqrt_correction2 = to_float(1 / std::sqrt(1 - std::pow(beta2, x.step)));
+    h.minus_step_size = to_float(-x.lr / (1 - power(beta1, x.step)));
+    h.inv_sqrt_correction2 = to_float(1 / std::sqrt(1 - power(beta2, x.step)));
     return h;
   }
 
@@ -125,7 +128,7 @@ struct Sgd : NoTrust {
     float grad_factor, weight_decay, minus_lr;
   };
 
-  static Hyper prepare(const double* option, const StepScalars& x) {
+  BNBOPS_HD static Hyper prepare(const double* option, const StepScalars& x) {
     return {to_float(x.grad_factor), to_float(option[0]), to_float(-x.lr)};
   }
 
@@ -157,7 +160,7 @@ struct Momentum : NoTrust {
     bool nesterov;
   };
 
-  static Hyper prepare(const double* option, const StepScalars& x) {
+  BNBOPS_HD static Hyper prepare(const double* option, const StepScalars& x) {
     const bool first = x.step == 1;
     Hyper h{};
     h.grad_factor = to_float(x.grad_factor);
@@ -218,7 +221,7 @@ struct Lion : NoTrust {
     float decay;                       // 1 - lr * weight_decay
   };
 
-  static Hyper prepare(const double* option, const StepScalars& x) {
+  BNBOPS_HD static Hyper prepare(const double* option, const StepScalars& x) {
     return {to_float(option[0]),
             to_float(option[1]),
             to_float(-x.lr),
@@ -253,7 +256,7 @@ struct RmsProp : NoTrust {
     float grad_factor, weight_decay, minus_lr, alpha, square_weight, eps;
   };
 
-  static Hyper prepare(const double* option, const StepScalars& x) {
+  BNBOPS_HD static Hyper prepare(const double* option, const StepScalars& x) {
     return {to_float(x.grad_factor), to_float(option[2]),     to_float(-x.lr),
             to_float(option[0]),     to_float(1 - option[0]), to_float(option[1])};
   }
@@ -292,7 +295,7 @@ struct RmsPropMomentum : NoTrust {
     float momentum;
   };
 
-  static Hyper prepare(const double* option, const StepScalars& x) {
+  BNBOPS_HD static Hyper prepare(const double* option, const StepScalars& x) {
     return {RmsProp::prepare(option, x), to_float(option[3])};
   }
 
@@ -321,7 +324,7 @@ struct Adagrad : NoTrust {
     float minus_step_size;  // -lr / (1 + (t - 1) * lr_decay)
   };
 
-  static Hyper prepare(const double* option, const StepScalars& x) {
+  BNBOPS_HD static Hyper prepare(const double* option, const StepScalars& x) {
     return {to_float(x.grad_factor), to_float(option[2]), to_float(option[1]),
             to_float(-x.lr / (1 + (x.step - 1) * option[0]))};
   }
@@ -360,7 +363,7 @@ struct Lamb {
     float minus_step_size;                        // -lr * trust
   };
 
-  static Hyper prepare(const double* option, const StepScalars& x) {
+  BNBOPS_HD static Hyper prepare(const double* option, const StepScalars& x) {
     const double beta1 = option[0], beta2 = option[1], weight_decay = option[3];
     const bool corrected = option[4] != 0, decoupled = option[5] != 0;
     Hyper h{};
@@ -372,8 +375,8 @@ struct Lamb {
     h.square_weight = to_float(1 - beta2);
     h.coupled_decay = to_float(decoupled ? 0 : weight_decay);
     h.decoupled_decay = to_float(decoupled ? weight_decay : 0);
-    h.inv_correction1 = to_float(corrected ? 1 / (1 - std::pow(beta1, x.step)) : 1);
-    h.inv_sqrt_correction2 = to_float(corrected ? 1 / std::sqrt(1 - std::pow(beta2, x.step)) : 1);
+    h.inv_correction1 = to_float(corrected ? 1 / (1 - power(beta1, x.step)) : 1);
+    h.inv_sqrt_correction2 = to_float(corrected ? 1 / std::sqrt(1 - power(beta2, x.step)) : 1);
     h.minus_step_size = to_float(-x.lr * x.trust);
     return h;
   }
@@ -422,19 +425,20 @@ struct AdEmaMix : NoTrust {
   };
 
   // Linear warm-up of alpha over `horizon` steps; 0 means none.
-  static double alpha_at(double step, double alpha, double horizon) {
+  BNBOPS_HD static double alpha_at(double step, double alpha, double horizon) {
     return horizon > 0 ? std::min(step / horizon, 1.0) * alpha : alpha;
   }
 
-  // beta3 goes from beta1 to its value over `horizon` steps, its half-life growing linearly.
-  static double beta3_at(double step, double beta1, double beta3, double horizon) {
+  // beta3 goes from beta1 to its value over `horizon` steps, its half-life growing linearly. The logarithms are the
+  // platform's: on another device, beta3 may differ by an ulp of fp32 meanwhile, and nothing else does.
+  BNBOPS_HD static double beta3_at(double step, double beta1, double beta3, double horizon) {
     const double done = step / horizon;
     if (!(horizon > 0) || done >= 1 || beta3 == 0) return beta3;
     const double ln3 = std::log(beta3);
     return std::min(std::exp(ln3 / ((1 - done) * ln3 / std::log(beta1) + done)), beta3);
   }
 
-  static Hyper prepare(const double* option, const StepScalars& x) {
+  BNBOPS_HD static Hyper prepare(const double* option, const StepScalars& x) {
     const double beta1 = option[0], beta2 = option[1], beta3 = beta3_at(x.step, beta1, option[2], option[7]);
     Hyper h{};
     h.beta1 = to_float(beta1);
@@ -447,8 +451,8 @@ struct AdEmaMix : NoTrust {
     h.root_square_weight = to_float(std::sqrt(1 - beta2) * x.grad_factor);
     h.decay = to_float(1 - x.lr * option[5]);
     h.minus_lr = to_float(-x.lr);
-    h.inv_correction1 = to_float(1 / (1 - std::pow(beta1, x.step)));
-    h.inv_sqrt_correction2 = to_float(1 / std::sqrt(1 - std::pow(beta2, x.step)));
+    h.inv_correction1 = to_float(1 / (1 - power(beta1, x.step)));
+    h.inv_sqrt_correction2 = to_float(1 / std::sqrt(1 - power(beta2, x.step)));
     return h;
   }
 

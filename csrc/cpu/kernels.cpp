@@ -26,7 +26,7 @@ constexpr cpu::Kernels make_kernels() {
   kernels.squares = squares<Lanes>;
   for_each_rule(AllRules{}, [&](auto rule, int index) {
     using Rule = decltype(rule);
-    static_assert(Rule::kStates <= cpu::kMaxStates);
+    static_assert(Rule::kStates <= kMaxStates);
     kernels.step[index] = step<Lanes, Rule>;
     if constexpr (Rule::kDirectionNorm) kernels.direction_squares[index] = direction_squares<Lanes, Rule>;
   });

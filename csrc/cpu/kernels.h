@@ -4,10 +4,10 @@
 #include <cstdint>
 
 #include "jobs.h"
+#include "step_job.h"
 
 namespace bnbops::cpu {
 
-constexpr int kMaxStates = 3;
 constexpr int kMaxRules = 16;
 constexpr int64_t kChunk = 4096;    // elements of a piece of work that has no blocks
 constexpr int64_t kXPadding = 256;  // in_features are padded to a multiple of this
@@ -24,19 +24,9 @@ struct Linear4bitJob {
   DType dtype;
 };
 
-// One parameter of an optimizer step: `rows` rows of `inner` elements, each row cut into blocks of 256 and a rest.
-struct StepJob {
-  void* param;
-  const void* grad;
-  void* state[kMaxStates];    // uint8 codes, or fp32 where absmax is null
-  float* absmax[kMaxStates];  // [rows, blocks_per_row]
-  const void* hyper;          // the rule's Hyper
-  int64_t inner, blocks_per_row;
-  DType param_dtype, grad_dtype;
-};
-
-using StepKernel = void (*)(const StepJob&, int64_t first, int64_t last);
-using SquaresKernel = void (*)(const StepJob&, int64_t first, int64_t last, double* sums);
+// `hyper` is the rule's Hyper.
+using StepKernel = void (*)(const StepJob&, const void* hyper, int64_t first, int64_t last);
+using SquaresKernel = void (*)(const StepJob&, const void* hyper, int64_t first, int64_t last, double* sums);
 
 // Each works on a range of blocks (dequantize: of chunks), so that callers can split a job among threads.
 struct Kernels {

@@ -41,10 +41,10 @@ void squares(const void* values, DType dtype, int64_t numel, int64_t first, int6
 
 // One sum for each block of a rule's directions, at the states that a step would give. Nothing is written.
 template <class Lanes, class Rule>
-void direction_squares(const StepJob& job, int64_t first, int64_t last, double* sums) {
+void direction_squares(const StepJob& job, const void* opaque, int64_t first, int64_t last, double* sums) {
   using Number = typename Lanes::Number;
   alignas(64) float p[kStateBlock] = {}, g[kStateBlock] = {}, s[kSlots<Rule>][kStateBlock] = {};
-  const auto hyper = hyper_of<Rule>(job);
+  const auto hyper = *static_cast<const typename Rule::Hyper*>(opaque);
   for (int64_t block = first; block < last; ++block) {
     const Span span = span_of(job, block);
     Lanes::copy(p, read<Lanes>(job.param, job.param_dtype, span.begin, span.n, p), span.n * sizeof(float));

@@ -6,30 +6,11 @@
 
 BNBOPS_NAMESPACE_BEGIN
 
-using cpu::StepJob;
-
 // The lanes of a rule's number.
 [[maybe_unused]] BNBOPS_HD float vector_of(float x) { return x; }
 template <class Number>
 BNBOPS_HD auto vector_of(const Number& x) {
   return x.v;
-}
-
-template <class Rule>
-constexpr int kSlots = Rule::kStates > 0 ? Rule::kStates : 1;  // arrays have a size
-
-template <class Rule>
-const typename Rule::Hyper& hyper_of(const StepJob& job) {
-  return *static_cast<const typename Rule::Hyper*>(job.hyper);
-}
-
-struct Span {  // elements of a parameter that make a block of its states
-  int64_t begin, n;
-};
-
-inline Span span_of(const StepJob& job, int64_t block) {
-  const int64_t row = block / job.blocks_per_row, column = (block % job.blocks_per_row) * kStateBlock;
-  return {row * job.inner + column, std::min<int64_t>(kStateBlock, job.inner - column)};
 }
 
 // Some consecutive elements: of gradient, parameter and states (codes, or fp32).
@@ -58,7 +39,6 @@ BNBOPS_HD Elements<Rule> elements_at(const StepJob& job, int64_t i) {
 // change nothing, neither an element nor a largest magnitude.
 template <class Lanes, class Rule, bool kQuantized, int kSize, class Body>
 BNBOPS_HD void for_elements(const StepJob& job, const Span& span, const Body& body) {
-  constexpr uint8_t kZeroCode[2] = {0, 127};  // unsigned, signed
   for_chunks<kSize>(
       span.n, [&](int64_t i) { body(elements_at<Rule, kQuantized>(job, span.begin + i), i); },
       [&](int64_t i, int64_t rest) {
@@ -69,7 +49,7 @@ BNBOPS_HD void for_elements(const StepJob& job, const Span& span, const Body& bo
         Lanes::copy(grad, at.grad, rest * size_of(job.grad_dtype));
         Lanes::copy(param, at.param, rest * size_of(job.param_dtype));
         for (int k = 0; k < Rule::kStates; ++k) {
-          memset(state[k], kQuantized ? kZeroCode[Rule::kStateSpecs[k].is_signed] : 0, sizeof(state[k]));
+          memset(state[k], kQuantized ? zero_code(Rule::kStateSpecs[k].is_signed) : 0, sizeof(state[k]));
           Lanes::copy(state[k], at.state[k], rest * kStateSize<Rule, kQuantized>);
           padded.state[k] = state[k];
         }
@@ -91,9 +71,8 @@ BNBOPS_HD void update_vector(const StepJob& job, const Elements<Rule>& at, int64
 }
 
 template <class Lanes, class Rule>
-void step_float32(const StepJob& job, int64_t first, int64_t last) {
+void step_float32(const StepJob& job, const typename Rule::Hyper hyper, int64_t first, int64_t last) {
   using Number = typename Lanes::Number;
-  const auto hyper = hyper_of<Rule>(job);
   for (int64_t block = first; block < last; ++block) {
     for_elements<Lanes, Rule, false, Lanes::kWidth>(job, span_of(job, block), [&](const Elements<Rule>& at, int64_t) {
       StatesOf<Number, Rule> s;
@@ -162,10 +141,9 @@ struct QuantizedBlock {
 };
 
 template <class Lanes, class Rule>
-void step_quantized(const StepJob& job, int64_t first, int64_t last) {
+void step_quantized(const StepJob& job, const typename Rule::Hyper hyper, int64_t first, int64_t last) {
   QuantizedBlock<Lanes, Rule> work;
   for (int s = 0; s < 2; ++s) work.codebooks[s] = &state_codebook<Lanes>(s);
-  const auto hyper = hyper_of<Rule>(job);
   for (int64_t block = first; block < last; ++block) {
     const Span span = span_of(job, block);
     for (int k = 0; k < Rule::kStates; ++k) {
@@ -184,11 +162,12 @@ void step_quantized(const StepJob& job, int64_t first, int64_t last) {
 }
 
 template <class Lanes, class Rule>
-void step(const StepJob& job, int64_t first, int64_t last) {
+void step(const StepJob& job, const void* opaque, int64_t first, int64_t last) {
+  const auto& hyper = *static_cast<const typename Rule::Hyper*>(opaque);
   if constexpr (Rule::kStates > 0) {
-    if (job.absmax[0] != nullptr) return step_quantized<Lanes, Rule>(job, first, last);
+    if (job.absmax[0] != nullptr) return step_quantized<Lanes, Rule>(job, hyper, first, last);
   }
-  step_float32<Lanes, Rule>(job, first, last);
+  step_float32<Lanes, Rule>(job, hyper, first, last);
 }
 
 BNBOPS_NAMESPACE_END
