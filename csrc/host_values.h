@@ -34,8 +34,8 @@ inline void check_step_values(const std::string& op, const std::vector<Tensor>& 
 inline void check_factors(const std::string& op, const std::optional<Tensor>& factors, const char* argument) {
   for (int64_t i = 0; factors && i < factors->numel(); ++i) {
     const float factor = data_of<float>(*factors)[i];
-    BNBOPS_CHECK(std::isfinite(factor) && factor >= 0, op, argument, "[", i,
-                 "] must be finite and not negative, got ", factor);
+    BNBOPS_CHECK(std::isfinite(factor) && factor >= 0, op, argument, "[", i, "] must be finite and not negative, got ",
+                 factor);
   }
 }
 

@@ -5,10 +5,9 @@
 #include <vector>
 
 #include "check.h"
+#include "norm_math.h"
 
 namespace bnbops {
-
-constexpr int64_t kNormHistory = 100;  // gradient norms that percentile clipping looks back on
 
 void check_squared_norms(const std::vector<Tensor>& tensors);
 

@@ -12,9 +12,9 @@
 
 #include <utility>
 
-#include "step_job.h"
 #include "optimizer.h"
 #include "rules.h"
+#include "step_job.h"
 #include "tensors.h"
 
 namespace bnbops {

@@ -38,11 +38,11 @@ struct Kernels {
   void (*scales_4bit)(const Weight4bit&, int64_t first_block, int64_t n, float* scales);
   void (*order_for_codes)(const void* x, DType dtype, int64_t n, int64_t padded, float* to);
   void (*linear_4bit)(const Linear4bitJob&, int64_t first_feature, int64_t last_feature);
-  // Sums of squares, one for each chunk; every sum has the same bits everywhere.
+  // Sums of squares, one for each piece (norm_math.h).
   void (*squares)(const void* values, DType dtype, int64_t numel, int64_t first, int64_t last, double* sums);
   // By position in AllRules:
   StepKernel step[kMaxRules];
-  SquaresKernel direction_squares[kMaxRules];  // of the rule's directions, one sum for each block; or null
+  SquaresKernel direction_squares[kMaxRules];  // of the rule's directions, likewise; or null
 };
 
 extern const Kernels kBaselineKernels;

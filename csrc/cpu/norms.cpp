@@ -4,8 +4,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <string>
 
 #include "cpu/binding.h"
@@ -15,14 +13,14 @@
 namespace bnbops::cpu {
 namespace {
 
-constexpr int64_t kGrain = 8;  // chunks worth a thread
+constexpr int64_t kGrain = 8;  // pieces worth a thread
 
 Tensor squared_norms(std::vector<Tensor> tensors) {
   check_squared_norms(tensors);
   Schedule schedule;
   for (Tensor& tensor : tensors) {
     tensor = in_logical_order(tensor);
-    schedule.add(divide_up(tensor.numel(), kChunk));
+    schedule.add(divide_up(tensor.numel(), kNormPiece));
   }
   std::vector<double> sums(schedule.pieces());
   const Kernels& kernels = *isa().kernels;
@@ -36,20 +34,18 @@ Tensor squared_norms(std::vector<Tensor> tensors) {
   return result;
 }
 
-// Puts the newest squared norm into a parameter's history, the first one into all of it, and returns the factor that
-// brings the norm down to the percentile-th smallest of the history.
-float clip_factor(float* history, double squared_norm, int64_t step, int64_t percentile) {
-  const float newest = static_cast<float>(std::min<double>(squared_norm, std::numeric_limits<float>::max()));
-  if (step == 1) {
+// Puts a squared norm into a parameter's history, the first one into all of it, and returns the factor that brings the
+// norm down to the percentile-th smallest of the history.
+float clip_to_history(float* history, float newest, float steps, int64_t percentile) {
+  if (steps < 1) {
     std::fill(history, history + kNormHistory, newest);
   } else {
-    history[step % kNormHistory] = newest;
+    history[history_place(steps)] = newest;
   }
   float sorted[kNormHistory];
   std::copy(history, history + kNormHistory, sorted);
   std::nth_element(sorted, sorted + percentile, sorted + kNormHistory);
-  const float limit = sorted[percentile];
-  return newest > limit ? static_cast<float>(std::sqrt(static_cast<double>(limit) / newest)) : 1.0F;
+  return clip_factor(newest, sorted[percentile]);
 }
 
 // The values that only a host-side tensor can have checked.
@@ -76,9 +72,8 @@ Tensor percentile_clip(std::vector<Tensor> gnorm_vec, const Tensor& norms, const
   const double scale = grad_scale ? scalar(*grad_scale) : 1.0;
   const auto* squared = static_cast<const double*>(norms.const_data_ptr());
   for (size_t i = 0; i < gnorm_vec.size(); ++i) {
-    const auto step = static_cast<int64_t>(scalar(steps[i])) + 1;
-    factors[i] = clip_factor(static_cast<float*>(gnorm_vec[i].mutable_data_ptr()), squared[i] / (scale * scale), step,
-                             percentile);
+    factors[i] = clip_to_history(mutable_data<float>(gnorm_vec[i]), kept_norm(squared[i], scale),
+                                 data_of<float>(steps[i])[0], percentile);
   }
   return result;
 }

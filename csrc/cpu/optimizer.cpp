@@ -7,6 +7,7 @@ namespace bnbops::cpu {
 namespace {
 
 constexpr int64_t kGrain = 64;  // blocks worth a thread
+constexpr int64_t kNormGrain = kGrain / kPieceBlocks;
 
 double factor_of(const std::optional<Tensor>& factors, size_t i) { return factors ? data_of<float>(*factors)[i] : 1.0; }
 
@@ -14,12 +15,12 @@ double factor_of(const std::optional<Tensor>& factors, size_t i) { return factor
 template <class Rule>
 struct Work {
   std::vector<StepJob> jobs;
-  Schedule schedule;                         // of blocks
+  Schedule schedule;                         // of pieces, made of so many blocks
   std::vector<typename Rule::Hyper> hypers;  // one for each distinct set of scalars in a run of parameters
   std::vector<size_t> hyper_of;              // by job
   std::vector<Tensor> grads;                 // copies of strided gradients
 
-  explicit Work(const StepArguments& a) {
+  Work(const StepArguments& a, int64_t piece_blocks) {
     const double sign = a.maximize ? -1.0 : 1.0;
     StepScalars x{scalar(*a.lr), -1, sign / (a.grad_scale ? scalar(*a.grad_scale) : 1.0), 1.0};
     const double grad_factor = x.grad_factor;
@@ -34,7 +35,7 @@ struct Work {
       grads.push_back(in_logical_order(a.grads[i]));
       jobs.push_back(step_job(a, i, grads.back()));
       hyper_of.push_back(hypers.size() - 1);
-      schedule.add(jobs.back().blocks);
+      schedule.add(divide_up(jobs.back().blocks, piece_blocks));
     }
   }
 
@@ -53,20 +54,19 @@ struct OptimizerOnCpu {
   template <class Rule, int kIndex>
   static void step(const StepArguments& a) {
     if (a.found_inf && scalar(*a.found_inf) != 0) return;
-    const Work<Rule> work(a);
+    const Work<Rule> work(a, 1);
     for (const Tensor& count : a.steps) *static_cast<float*>(count.mutable_data_ptr()) += 1;
     const StepKernel kernel = isa().kernels->step[kIndex];
-    work.schedule.run(kGrain, [&](size_t job, int64_t first, int64_t last) {
-      kernel(work.jobs[job], work.hyper(job), first, last);
-    });
+    work.schedule.run(
+        kGrain, [&](size_t job, int64_t first, int64_t last) { kernel(work.jobs[job], work.hyper(job), first, last); });
   }
 
   template <class Rule, int kIndex>
   static Tensor direction_norms(const StepArguments& a) {
-    const Work<Rule> work(a);
+    const Work<Rule> work(a, kPieceBlocks);
     std::vector<double> sums(work.schedule.pieces());
     const SquaresKernel kernel = isa().kernels->direction_squares[kIndex];
-    work.schedule.run(kGrain, [&](size_t job, int64_t first, int64_t last) {
+    work.schedule.run(kNormGrain, [&](size_t job, int64_t first, int64_t last) {
       kernel(work.jobs[job], work.hyper(job), first, last, sums.data() + work.schedule.first_piece(job));
     });
     Tensor result = torch::stable::empty({static_cast<int64_t>(a.params.size())}, ScalarType::Double);

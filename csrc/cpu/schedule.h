@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "norm_math.h"
+
 namespace bnbops::cpu {
 
 class Schedule {
@@ -35,12 +37,11 @@ class Schedule {
     });
   }
 
-  // The sum of each job's pieces, added in order.
+  // The sum of each job's pieces.
   void sum_by_job(const std::vector<double>& of_pieces, double* sums) const {
     for (size_t job = 0; job < first_.size(); ++job) {
       const int64_t end = job + 1 < first_.size() ? first_[job + 1] : pieces_;
-      sums[job] = 0;
-      for (int64_t piece = first_[job]; piece < end; ++piece) sums[job] += of_pieces[piece];
+      sums[job] = sum_in_order(of_pieces.data() + first_[job], end - first_[job]);
     }
   }
 
