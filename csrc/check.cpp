@@ -62,6 +62,10 @@ void check_same_device(const Named& named, const Tensor& other) {
   BNBOPS_CHECK(named.tensor.device() == other.device(), named, " is on another device than the first tensor");
 }
 
+void check_readable(const Named& named, const Tensor& like) {
+  if (!named.tensor.is_cpu()) check_same_device(named, like);
+}
+
 void check_contiguous(const Named& named) {
   BNBOPS_CHECK(named.tensor.is_contiguous(), named, " must be contiguous; call .contiguous() first");
 }

@@ -44,6 +44,7 @@ bool is_float(ScalarType dtype);  // float32, bfloat16 or float16
 void check_dtype(const Named& named, ScalarType expected);
 void check_float(const Named& named);
 void check_same_device(const Named& named, const Tensor& other);
+void check_readable(const Named& named, const Tensor& like);  // on the device of `like`, or the CPU
 void check_contiguous(const Named& named);
 void check_not_expanded(const Named& named);
 void check_one_element(const Named& named);

@@ -45,6 +45,7 @@ void check_percentile_clip(const std::vector<Tensor>& gnorm_vec, const Tensor& s
     const Named named{**tensor, op, name};
     check_dtype(named, ScalarType::Float);
     check_one_element(named);
+    check_readable(named, squared_norms);
     overlaps.reads(named);
   }
   overlaps.check();

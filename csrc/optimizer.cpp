@@ -69,17 +69,13 @@ void check_param(const StepNames& names, const StepArguments& a, size_t i) {
   check_same_device(step, param);
 }
 
-void check_scalar(const Named& named) {
-  check_dtype(named, ScalarType::Float);
-  check_one_element(named);
-}
-
 // One fp32 number for each parameter.
-void check_factors(const Named& named, size_t params) {
+void check_factors(const Named& named, const std::vector<Tensor>& params) {
   check_dtype(named, ScalarType::Float);
   check_contiguous(named);
-  BNBOPS_CHECK(named.tensor.dim() == 1 && named.tensor.numel() == static_cast<int64_t>(params), named,
-               " must have shape [", params, "], one number for each parameter, got ", shape_of(named.tensor));
+  BNBOPS_CHECK(named.tensor.dim() == 1 && named.tensor.numel() == static_cast<int64_t>(params.size()), named,
+               " must have shape [", params.size(), "], one number for each parameter, got ", shape_of(named.tensor));
+  if (!params.empty()) check_same_device(named, params[0]);
 }
 
 void check_options(const Named& named, size_t count) {
@@ -98,11 +94,16 @@ void check_scalars(const StepNames& names, const StepArguments& a) {
   BNBOPS_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, lr, " must be float32 or float64, got ",
                dtype_name(dtype));
   check_one_element(lr);
+  if (!a.params.empty()) check_readable(lr, a.params[0]);
   for (const auto& [tensor, name] : {std::pair{&a.grad_scale, "grad_scale"}, std::pair{&a.found_inf, "found_inf"}}) {
-    if (*tensor) check_scalar({**tensor, op, name});
+    if (!*tensor) continue;
+    const Named named{**tensor, op, name};
+    check_dtype(named, ScalarType::Float);
+    check_one_element(named);
+    if (!a.params.empty()) check_readable(named, a.params[0]);
   }
   for (const auto& [tensor, name] : {std::pair{&a.clip, "clip"}, std::pair{&a.trust, "trust"}}) {
-    if (*tensor) check_factors({**tensor, op, name}, a.params.size());
+    if (*tensor) check_factors({**tensor, op, name}, a.params);
   }
   if (a.held_options) check_options({*a.held_options, op, "options"}, a.options.size());
 }

@@ -58,4 +58,6 @@ def percentile_clip_(
         if tensor is not None:
             check_dtype(f"{op}: {name}", tensor, torch.float32)
             check_one_element(f"{op}: {name}", tensor)
+            if tensor.device.type != "cpu":
+                check_device(f"{op}: {name}", tensor, squared_norms)
     return squared_norms.new_empty(count, dtype=torch.float32)

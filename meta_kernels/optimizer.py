@@ -120,7 +120,7 @@ def _check_scalars(op: str, params: list[Tensor], lr: Tensor, scalars: dict[str,
                 f"{list(tensor.shape)}",
             )
     for name, tensor in {"lr": lr, **scalars}.items():
-        if tensor is not None and params and tensor.device.type != "cpu":
+        if tensor is not None and params and (name in ("clip", "trust") or tensor.device.type != "cpu"):
             check_device(f"{op}: {name}", tensor, params[0])
 
 
