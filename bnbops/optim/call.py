@@ -84,7 +84,7 @@ class Call:
 
     def check(self) -> None:
         """Has the operator check its arguments, and change nothing: as if a gradient scaler had found an overflow."""
-        self.op(*self.lists, **{**self.scalars, "found_inf": torch.ones((), device=self.params[0].device)})
+        self.op(*self.lists, **{**self.scalars, "found_inf": torch.ones(())})  # on the CPU: no device has work to do
         for i, vec in enumerate(self.gnorm_vecs):
             if vec.shape != (NORMS_KEPT,) or vec.dtype != torch.float32:
                 raise RuntimeError(f"gnorm_vec[{i}] must be float32 [{NORMS_KEPT}], got {vec.dtype} {list(vec.shape)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -41,9 +42,11 @@ def whole_squared_norms(squared_norms: Tensor, params: Sequence[Tensor]) -> Tens
         from torch.distributed._functional_collectives import all_reduce
 
         # Every rank takes part with the same parameters, those of which it has an empty shard included.
-        total = all_reduce(squared_norms, "sum", (mesh, dim))
-        mask = torch.tensor(among, device=squared_norms.device)
-        squared_norms = total if all(among) else torch.where(mask, total, squared_norms)
+        total, end, parts = all_reduce(squared_norms, "sum", (mesh, dim)), 0, []
+        for is_among, run in groupby(among):  # not by a mask, which would have to be copied to the device
+            begin, end = end, end + len(list(run))
+            parts.append((total if is_among else squared_norms)[..., begin:end])
+        squared_norms = torch.cat(parts, dim=-1)
     return squared_norms
 
 
