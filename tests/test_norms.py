@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from backends import on_every_backend
 from reference import norms
 from reference.group import Group, op_options, random_group
 from reference.rounding import UNIT, rounded
@@ -41,6 +42,7 @@ def values(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 # ---- squared_norms ---------------------------------------------------------------------------------------------
 
 
+@on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_squared_norms_are_sums_of_squares(dtype):
     tensors = [values(*shape, dtype=dtype) for shape in SHAPES]
@@ -49,6 +51,7 @@ def test_squared_norms_are_sums_of_squares(dtype):
     assert all(torch.equal(x, y) for x, y in zip(before, tensors, strict=True))
 
 
+@on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_squared_norms_of_every_small_size(dtype):
     """Each inside a larger buffer of large values: reading one element too many would show."""
@@ -61,17 +64,20 @@ def test_squared_norms_of_every_small_size(dtype):
     check_squared_norms(tensors)
 
 
+@on_every_backend
 def test_squared_norms_of_mixed_dtypes_and_strides():
     x = values(30, 40)
     tensors = [x, x.bfloat16(), x.half(), x.t(), x[:, ::3], x[3].expand(7, 40), x.flip(0), x.view(2, 15, 40)[:, 3]]
     check_squared_norms(tensors)
 
 
+@on_every_backend
 @pytest.mark.parametrize("count", [1, 2, 500])
 def test_squared_norms_of_any_number_of_tensors(count):
     check_squared_norms([values(i % 40, 1 + i % 7) for i in range(count)])
 
 
+@on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_non_finite_elements_do_not_count(dtype):
     x = values(3, 1000, dtype=dtype)
@@ -80,6 +86,7 @@ def test_non_finite_elements_do_not_count(dtype):
     check_squared_norms([x, torch.full((100,), math.nan, dtype=dtype), values(50, dtype=dtype)])
 
 
+@on_every_backend
 def test_squares_beyond_fp32_are_summed():
     x = torch.tensor([MAX, -MAX, 1e-30, 1e-45, -1e-45, 0.0, -0.0])
     check_squared_norms([x, x[2:], x[3:], x[5:], torch.full((5000,), MAX)])
@@ -97,6 +104,7 @@ def test_one_tensor_has_the_same_bits_alone():
         assert torch.equal(torch.ops.bnbops.squared_norms([strided]), norm[None])
 
 
+@on_every_backend
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.uint8, torch.complex64], ids=str)
 def test_squared_norms_refuses_other_dtypes(dtype):
     message = r"bnbops::squared_norms: tensors\[1\] must be float32, bfloat16 or float16"
@@ -134,6 +142,7 @@ def check_lamb_norms(group: Group, options: dict[str, Any] | None = None, **scal
     assert_sums(actual, expected, errors, [p.numel() for p in group.params])
 
 
+@on_every_backend
 @pytest.mark.parametrize("grads", ["same", "fp32"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("codec", CODECS)
@@ -156,6 +165,7 @@ LAMB_VARIANTS = {
 }
 
 
+@on_every_backend
 @pytest.mark.parametrize("variant", LAMB_VARIANTS)
 @pytest.mark.parametrize("codec", CODECS)
 def test_lamb_norms_with_options(codec, variant):
@@ -179,6 +189,7 @@ def test_lamb_norms_leave_out_what_the_step_leaves_out(codec, value):
     check_lamb_norms(group)
 
 
+@on_every_backend
 @pytest.mark.parametrize("codec", CODECS)
 def test_lamb_norms_of_nothing(codec):
     assert lamb_squared_norms(Group("lamb"), usual("lamb")).shape == (0,)
@@ -203,6 +214,7 @@ def test_lamb_norms_have_the_same_bits_alone(codec):
         assert torch.equal(lamb_squared_norms(alone, usual("lamb")), norm[None])
 
 
+@on_every_backend
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from backends import on_every_backend
 from reference import norms
 from reference.group import Group, random_group
 from rule_cases import assert_same
@@ -16,6 +17,7 @@ def clip_(history: list[Tensor], squares: Tensor, steps: list[Tensor], percentil
     return torch.ops.bnbops.percentile_clip_(history, squares, steps, percentile=percentile, **scaling)
 
 
+@on_every_backend
 @pytest.mark.parametrize("scale", [None, 1.0, 3.0, 65536.0])
 @pytest.mark.parametrize("percentile", [0, 1, 5, 50, 99])
 def test_percentile_clipping_over_many_steps(percentile, scale):
@@ -48,6 +50,7 @@ def test_clipped_gradients_are_as_long_as_the_percentile():
     assert (norm.sqrt() * clip).item() == pytest.approx(math.sqrt(41.0))
 
 
+@on_every_backend
 def test_clip_is_1_at_the_first_step_and_for_zero():
     for squares in (torch.tensor([5.0, 0.0]).double(), torch.zeros(2).double()):
         history = [torch.rand(100), torch.rand(100)]
@@ -57,11 +60,13 @@ def test_clip_is_1_at_the_first_step_and_for_zero():
     assert clip_(history, torch.zeros(1).double(), [torch.tensor(8.0)], 5) == 1.0 and history[0][9] == 0.0
 
 
+@on_every_backend
 def test_clip_is_0_where_the_percentile_is():
     history = [torch.zeros(100)]
     assert clip_(history, torch.ones(1).double(), [torch.tensor(8.0)], 5) == 0.0
 
 
+@on_every_backend
 def test_norms_beyond_fp32_stay_usable():
     """A squared norm larger than any float clips well and leaves a finite history."""
     history = [torch.full((100,), 4.0)]
@@ -69,6 +74,7 @@ def test_norms_beyond_fp32_stay_usable():
     assert 0 < clip.item() < 1e-18 and history[0].isfinite().all()
 
 
+@on_every_backend
 def test_found_inf_keeps_the_history():
     history = [torch.rand(100), torch.rand(100)]
     before = [h.clone() for h in history]
@@ -78,6 +84,7 @@ def test_found_inf_keeps_the_history():
     assert all(torch.equal(x, y) for x, y in zip(before, history, strict=True))
 
 
+@on_every_backend
 def test_no_parameters():
     assert clip_([], torch.zeros(0).double(), [], 5).shape == (0,)
 
@@ -131,6 +138,7 @@ def test_percentile_clipping_refuses(case):
     torch.ops.bnbops.percentile_clip_(**good)
 
 
+@on_every_backend
 def test_clip_and_step_work_together():
     """The factor of one operator is what the other takes."""
     group = random_group("sgd", [(5, 300), (64,)], bits=32)

@@ -6,6 +6,7 @@ test_rules_edges.py has special values, memory, threads and refusals.
 import pytest
 import torch
 
+from backends import on_every_backend
 from reference.group import fresh_group, random_group
 from reference.rules import RULES
 from rule_cases import CASES, CODECS, DTYPES, assert_same, every_case, option_tensor, step_and_check, usual
@@ -81,6 +82,7 @@ def test_options(rule, codec, changed):
     step_and_check(random_group(rule, [(5, 300)] * len(STEPS), **codec, steps=STEPS), options)
 
 
+@on_every_backend
 @every_case
 def test_options_in_a_tensor_take_the_place_of_the_others(rule, codec):
     """In the schema's order; compiled graphs get them this way, to change them without compiling again."""
@@ -94,6 +96,7 @@ def test_options_in_a_tensor_take_the_place_of_the_others(rule, codec):
 OTHER_NUMBERS = dict.fromkeys(["beta1", "beta2", "beta3", "alpha", "momentum", "eps", "weight_decay", "lr_decay"], 0.3)
 
 
+@on_every_backend
 @every_case
 def test_maximize(rule, codec):
     group = random_group(rule, [(5, 300), (70,)], **codec, steps=(0, 40))
@@ -143,6 +146,7 @@ def test_factors_of_one_change_no_bit(rule, codec):
     assert_same(plain, group)
 
 
+@on_every_backend
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("rule", [rule for rule in RULES if RULES[rule].trust])
@@ -180,6 +184,7 @@ def test_every_width_up_to_two_blocks(rule, codec, guard):
     step_and_check(random_group(rule, [(2, width) for width in widths], **codec).map(guard))
 
 
+@on_every_backend
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 60])
 @every_case
 def test_any_number_of_tensors(rule, codec, count):
@@ -187,6 +192,7 @@ def test_any_number_of_tensors(rule, codec, count):
     step_and_check(random_group(rule, shapes, **codec, steps=range(11)))
 
 
+@on_every_backend
 @every_case
 def test_empty_tensors_only_count_steps(rule, codec):
     shapes = [(0,), (0, 5), (2, 3), (5, 0), (0, 300), (3, 0, 2)]
@@ -194,6 +200,7 @@ def test_empty_tensors_only_count_steps(rule, codec):
     step_and_check(random_group(rule, shapes[:1], **codec))
 
 
+@on_every_backend
 @pytest.mark.parametrize("codec", ["fp32", "8-bit flat"])
 @pytest.mark.parametrize("rule", RULES)
 def test_scalar_parameter(rule, codec):
@@ -201,6 +208,7 @@ def test_scalar_parameter(rule, codec):
     step_and_check(random_group(rule, [()], **codec))
 
 
+@on_every_backend
 @every_case
 def test_a_run_from_the_start(rule, codec):
     """Ten steps in a row, each held to the paper from the state the step before left."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from backends import on_every_backend
 from reference.group import fresh_group, random_group
 from reference.rules import RULES
 from rule_cases import CODECS, DTYPES, assert_same, every_case, option_tensor, step_and_check, usual
@@ -23,6 +24,7 @@ def no_nan(group) -> bool:
 # ---- special values --------------------------------------------------------------------------------------------
 
 
+@on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_case
 def test_non_finite_gradient_elements_are_left_out(rule, codec, dtype):
@@ -93,6 +95,7 @@ def test_huge_gradients_do_no_harm(rule, codec, eps):
         assert torch.equal(x[2], y[2])
 
 
+@on_every_backend
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in ("sgd", "lion")])
 def test_elements_that_overflow_are_left_out(rule):
     """The square of a gradient, or a buffer: nothing of the element changes, rather than becoming infinite."""
@@ -117,6 +120,7 @@ def test_tiny_gradients_turn_nothing_into_nan(rule, codec):
         assert all(p.isfinite().all() for p in group.params) and no_nan(group)
 
 
+@on_every_backend
 @pytest.mark.parametrize("rule", ["momentum", "lars"])
 def test_the_first_step_ignores_what_is_in_the_buffer(rule):
     """torch.optim.SGD has no buffer before it."""
@@ -138,6 +142,7 @@ VIEWS = {
 }
 
 
+@on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_case
 def test_strided_gradients_work(rule, codec, dtype):
@@ -150,6 +155,7 @@ def test_strided_gradients_work(rule, codec, dtype):
     assert_same(group, strided)
 
 
+@on_every_backend
 @every_case
 def test_expanded_gradient_works(rule, codec):
     """loss.sum().backward() leaves a gradient of stride 0."""
@@ -234,6 +240,7 @@ def test_every_number_has_its_range():
     assert numbers == set(OUT_OF_RANGE)
 
 
+@on_every_backend
 @pytest.mark.parametrize(("rule", "changed", "message"), BAD_OPTIONS)
 def test_options_out_of_range_are_refused(rule, changed, message):
     check_refused(rule, usual(rule) | changed, message)
@@ -248,6 +255,7 @@ BAD_TENSORS = {
 }
 
 
+@on_every_backend
 @pytest.mark.parametrize("case", BAD_TENSORS)
 @pytest.mark.parametrize("rule", RULES)
 def test_bad_tensors_of_options_are_refused(rule, case):
@@ -272,6 +280,7 @@ BAD_FACTORS = {
 FACTORS = [(rule, name) for rule in RULES for name in ["clip", "trust"][: 1 + RULES[rule].trust]]
 
 
+@on_every_backend
 @pytest.mark.parametrize("case", BAD_FACTORS)
 @pytest.mark.parametrize(("rule", "name"), FACTORS)
 def test_bad_clip_and_trust_are_refused(rule, name, case):
@@ -285,6 +294,7 @@ def test_clip_and_trust_out_of_range_are_refused(rule, name, value):
     check_refused(rule, usual(rule), f"{name}[1] must be finite and not negative", **{name: torch.tensor([1.0, value])})
 
 
+@on_every_backend
 @pytest.mark.parametrize(("rule", "name"), FACTORS)
 def test_clip_and_trust_that_share_memory_with_a_step_are_refused(rule, name):
     group = random_group(rule, [(5, 300), (64,)], bits=32)

@@ -57,8 +57,8 @@ inline int multiprocessors() { return 2; }
 
 // Thread blocks for so many units of work, each doing some after another: no more than the device can run at a time,
 // so that tables in shared memory are filled rarely.
-inline dim3 grid_of(int64_t units) {
-  const int64_t most = int64_t{multiprocessors()} * kResident;
+inline dim3 grid_of(int64_t units, int resident = kResident) {
+  const int64_t most = int64_t{multiprocessors()} * resident;
   return dim3(static_cast<unsigned>(units < most ? units : most));
 }
 
