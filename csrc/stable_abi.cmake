@@ -1,7 +1,8 @@
 # TORCH_DIR, where torch is installed, and bnbops_torch, what a library of operators needs of it.
 find_package(Python REQUIRED COMPONENTS Interpreter)
 execute_process(
-  COMMAND ${Python_EXECUTABLE} -c "import os, torch; print(os.path.dirname(torch.__file__))"
+  COMMAND ${Python_EXECUTABLE} -c
+    "import os; from importlib.util import find_spec; print(os.path.dirname(find_spec('torch').origin))"
   OUTPUT_VARIABLE TORCH_DIR OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
 
 # libtorch's stable ABI: one binary for every torch from 2.13 on.

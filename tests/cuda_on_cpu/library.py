@@ -11,9 +11,10 @@ from filelock import FileLock
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 NAMESPACE = "bnbops_cuda_on_cpu"
+KERNELS = f"lib{NAMESPACE}.so"
 
 
-def build(sanitizer: str | None = None, product: str = f"lib{NAMESPACE}.so") -> Path:
+def build(sanitizer: str | None = None, product: str = KERNELS) -> Path:
     """The shared library, or another product, built if it is not up to date. `sanitizer`: "address" (with undefined
     behaviour) or "thread". Concurrent callers wait for one another."""
     folder = ROOT / "build" / (f"{NAMESPACE}-{sanitizer}" if sanitizer else NAMESPACE)

@@ -1,6 +1,6 @@
 """Runs tests against kernels that a sanitizer watches:
 
-    PYTHONPATH=tests python -m cuda_on_cpu.sanitize address|thread -- PYTEST ARGUMENTS
+    PYTHONPATH=tests python -m cuda_on_cpu.sanitize address|thread -- ARGUMENTS OF PYTEST
 
 address: accesses out of bounds (also of tensors), misaligned ones, overflows and other undefined behavior.
 thread: data races within a block. About 100 times slower than without, so it wants small tensors.
@@ -55,9 +55,10 @@ def run_pytest(sanitizer: str, arguments: list[str]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="cuda_on_cpu.sanitize", description=__doc__.partition("\n")[0])
     parser.add_argument("sanitizer", choices=OPTIONS)
+    parser.add_argument("--product", default=library.KERNELS, help="what to build first (default: %(default)s)")
     parser.add_argument("pytest", nargs="+", metavar="ARGUMENT", help="what pytest gets, after --")
     chosen = parser.parse_args()
-    library.build(chosen.sanitizer)  # here, where the compiler runs without the sanitizer
+    library.build(chosen.sanitizer, chosen.product)  # here, where the compiler runs without the sanitizer
     return run_pytest(chosen.sanitizer, chosen.pytest)
 
 

@@ -28,7 +28,7 @@ def test_right(shift):
         shift(torch.ones(0), 0, False)
 
 
-def test_out_of_bounds(shift):
+def test_beyond_the_end(shift):
     check(shift, 1, False)
 
 
