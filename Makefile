@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 SOURCES := pyproject.toml bnbops/codebooks.py $(shell find csrc -type f)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-cuda-sanitize lint bench clean
 
 demo: $(VENV)/installed
 	$(PY) examples/train_gpt.py --out demo-out
@@ -13,6 +13,11 @@ demo: $(VENV)/installed
 # Two workers keep two cores busy.
 test: $(VENV)/installed
 	$(PY) -m pytest -n 2 --dist worksteal
+
+# The CUDA kernels in the simulator, watched for accesses out of bounds and for data races.
+test-cuda-sanitize: $(VENV)/installed
+	PYTHONPATH=tests $(PY) -m cuda_on_cpu.sanitize address -- --backends cuda_on_cpu -k cuda_on_cpu
+	PYTHONPATH=tests $(PY) -m cuda_on_cpu.sanitize thread -- --backends cuda_on_cpu -k cuda_on_cpu
 
 lint: $(VENV)/installed
 	$(PY) -m ruff check .

@@ -66,6 +66,19 @@ __global__ void vote(Voted* y, const unsigned* x, unsigned mask) {
   v.signed_high = __reduce_max_sync(mine, static_cast<int>(value));
 }
 
+// Round by round, one more thread of those that are left says yes, until all do; then one leaves.
+__global__ void vote_in_block(int* wrong) {
+  const int n = blockDim.x, i = threadIdx.x;
+  for (int left = n; left > n - 3; left--) {
+    if (i >= left) return;
+    for (int yes = 0; yes <= left; yes++) {
+      const bool mine = i < yes;
+      const int count = __syncthreads_count(mine), any = __syncthreads_or(mine), all = __syncthreads_and(mine);
+      if (count != yes || any != (yes > 0) || all != (yes == left)) atomicAdd(wrong, 1);
+    }
+  }
+}
+
 __global__ void where(uint3* y) {
   const int threads = blockDim.x * blockDim.y * blockDim.z;
   const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
@@ -239,6 +252,39 @@ TEST(votes_and_reductions) {
       }
     }
   }
+}
+
+TEST(votes_of_a_block) {
+  int wrong = 0;
+  LAUNCH(vote_in_block, 2, 70, 0, nullptr, &wrong);
+  EXPECT_EQUAL(wrong, 0);
+}
+
+// What is halfway between two neighbors goes to the even one, what is not to the nearer one.
+template <class To, class From>
+static void check_rounding(To to, From from, int first, int last) {
+  for (int bits = first; bits < last; bits++) {
+    const float low = from(bits), high = from(bits + 1), half = low + (high - low) / 2;
+    EXPECT_EQUAL(to(low), static_cast<uint16_t>(bits));
+    EXPECT_EQUAL(to(half), static_cast<uint16_t>(bits + bits % 2));
+    EXPECT_EQUAL(to(std::nextafterf(half, low)), static_cast<uint16_t>(bits));
+    EXPECT_EQUAL(to(std::nextafterf(half, high)), static_cast<uint16_t>(bits + 1));
+  }
+}
+
+TEST(conversions_of_16_bit_floats) {
+  for (int sign : {0, 0x8000}) {
+    check_rounding(cusim::to_float16, cusim::from_float16, sign, sign + 0x7BFF);  // up to the largest number
+    check_rounding(cusim::to_bfloat16, cusim::from_bfloat16, sign, sign + 0x7F7F);
+  }
+  EXPECT_EQUAL(cusim::from_float16(0x3555), 0x1.554p-2F);
+  EXPECT_EQUAL(cusim::from_float16(0x0001), 0x1p-24F);
+  EXPECT_EQUAL(cusim::to_float16(65519.0F), uint16_t{0x7BFF});
+  EXPECT_EQUAL(cusim::to_float16(65520.0F), uint16_t{0x7C00});
+  EXPECT_EQUAL(cusim::from_bfloat16(0x3EAB), 0x1.56p-2F);
+  EXPECT_EQUAL(cusim::to_bfloat16(3.4e38F), uint16_t{0x7F80});
+  EXPECT_EQUAL(cusim::to_float16(-kNan), uint16_t{0x7FFF});
+  EXPECT_EQUAL(cusim::to_bfloat16(-kNan), uint16_t{0x7FFF});
 }
 
 TEST(indices) {
