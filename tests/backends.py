@@ -24,6 +24,8 @@ BACKENDS = ("cpu", "cuda_on_cpu", "cuda")
 SANITIZER = "CUDA_ON_CPU_SANITIZER"  # environment variable: the build of the simulator to test with
 
 on_every_backend = pytest.mark.usefixtures("backend")
+# In such a file, a test of what only the CPU kernels have: threads, and errors about values.
+on_cpu = pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 
 
 @cache

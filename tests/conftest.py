@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "backend" in metafunc.fixturenames:
+    if "backend" in metafunc.fixturenames and backends.on_cpu.mark not in metafunc.definition.own_markers:
         metafunc.parametrize("backend", metafunc.config.getoption("backends").split(","), indirect=True)
 
 

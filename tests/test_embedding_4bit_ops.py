@@ -6,8 +6,11 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import backends
 import bnbops.functional as F
 from reference import quantize_4bit as ref
+
+pytestmark = backends.on_every_backend
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 embedding = torch.ops.bnbops.embedding_4bit
@@ -44,6 +47,7 @@ def test_nested_scales():
     assert torch.equal(rows, values[indices])
 
 
+@backends.on_cpu
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_change_no_bit(threads):
     packed, absmax = table(300, 513)
@@ -53,6 +57,7 @@ def test_threads_change_no_bit(threads):
     assert torch.equal(one, embedding(indices, packed, absmax, [300, 513], 64, "nf4", torch.bfloat16))
 
 
+@backends.on_cpu
 @pytest.mark.parametrize("index", [9, -1, 1 << 40, -(1 << 62)])
 def test_indices_out_of_range_are_refused(index):
     packed, absmax = table(9, 64)
@@ -65,6 +70,11 @@ def test_a_table_without_rows():
     rows = embedding(torch.empty(2, 0, dtype=torch.long), empty, absmax, [0, 64], 64, "nf4", torch.float32)
     assert rows.shape == (2, 0, 64)
     assert embedding(torch.zeros(3, dtype=torch.long), empty, absmax, [9, 0], 64, "nf4", torch.float32).shape == (3, 0)
+
+
+@backends.on_cpu
+def test_a_table_without_rows_has_no_row_0():
+    empty, absmax = torch.empty(0, 1, dtype=torch.uint8), torch.empty(0)
     with pytest.raises(RuntimeError, match="index 0 at position 0 is out of range; the table has 0 rows"):
         embedding(torch.zeros(1, dtype=torch.long), empty, absmax, [0, 64], 64, "nf4", torch.float32)
 

@@ -4,12 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
+import backends
 import bnbops.functional as F
 from bnbops.codebooks import cpp_header
 from bnbops.functional import QuantState
 from quantize_4bit_cases import TYPES, data, same_bits, types
 from reference import quantize as ref8
 from reference import quantize_4bit as ref
+
+pytestmark = backends.on_every_backend
 
 # ---- code tables -----------------------------------------------------------------------------------------------
 

@@ -5,9 +5,12 @@ import math
 import pytest
 import torch
 
+import backends
 import bnbops.functional as F
 from bnbops.functional import QuantState, create_dynamic_map, create_fp8_map, create_linear_map
 from reference import quantize as ref
+
+pytestmark = backends.on_every_backend
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MIN_NORMAL = torch.finfo(torch.float32).tiny
@@ -209,6 +212,7 @@ def test_strided_codes_dequantize_in_logical_order(dtype):
     assert torch.equal(values, ref.dequantize(codes.t().contiguous(), absmax, CODES["dynamic"], 64, dtype))
 
 
+@backends.on_cpu
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_change_no_bit(threads):
     x = data((1 << 20) - 5)

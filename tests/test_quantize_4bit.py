@@ -9,9 +9,12 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import backends
 import bnbops.functional as F
 from quantize_4bit_cases import DTYPES, check, data, dequantize, dtypes, quantize, same_bits, types
 from reference import quantize_4bit as ref
+
+pytestmark = backends.on_every_backend
 
 MAX = torch.finfo(torch.float32).max
 MIN_NORMAL = torch.finfo(torch.float32).tiny
@@ -244,6 +247,7 @@ def test_large_out_in_used_memory(dtype, begin, blocksize):
     assert (memory[:begin] == -1).all() and (memory[begin + n :] == -1).all()
 
 
+@backends.on_cpu
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_change_no_bit(threads):
     x = data((1 << 20) - 5)
