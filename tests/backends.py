@@ -75,8 +75,18 @@ def replaced(kernels: dict[str, Callable[..., Any]]) -> Iterator[None]:
     """`torch.ops.bnbops.*` run these instead of their CPU kernels."""
     with torch.library._scoped_library("bnbops", "IMPL") as lib:
         for name, kernel in kernels.items():
-            lib.impl(name, kernel, "CPU", allow_override=True)
+            lib.impl(name, _below_autograd(kernel), "CPU", allow_override=True)
         yield
+
+
+def _below_autograd(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """As a kernel runs: the operator that it stands in for has dealt with gradients."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return kernel(*args, **kwargs)
+
+    return call
 
 
 @contextmanager

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import backends
 from int8_cases import activations, codes, ops, scales
 from test_bad_input import check_refused
 
+pytestmark = backends.on_every_backend
 INF, NAN = math.inf, math.nan
 META = "meta"
 GOOD = {

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import backends
 from bnbops.functional_int8 import (
     int8_double_quant,
     int8_linear_matmul,
@@ -15,6 +16,7 @@ from bnbops.functional_int8 import (
 from int8_cases import DTYPES, activations, codes, equal, ops, scales
 from reference import int8 as ref
 
+pytestmark = backends.on_every_backend
 INF, NAN, MAX = math.inf, math.nan, torch.finfo(torch.float32).max
 
 

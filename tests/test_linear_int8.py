@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import backends
 from int8_cases import DTYPES, activations, assert_within, codes, equal, ops, scales
 from reference import int8 as ref
 
+pytestmark = backends.on_every_backend
 INF, NAN, MAX = math.inf, math.nan, torch.finfo(torch.float32).max
 
 
