@@ -3,9 +3,13 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
+# For test-cuda-link: a torch with CUDA, and GPU architectures such as 90 or "80;90" (all, if empty).
+CUDA_TORCH ?= torch==2.14.1
+CUDA_ARCHITECTURES ?=
+CUDA_VENV := .venv-cuda
 SOURCES := pyproject.toml bnbops/codebooks.py $(shell find csrc -type f)
 
-.PHONY: demo test test-cuda-sanitize lint bench clean
+.PHONY: demo test test-cuda-sanitize test-cuda-link test-gpu lint bench clean
 
 demo: $(VENV)/installed
 	$(PY) examples/train_gpt.py --out demo-out
@@ -18,6 +22,19 @@ test: $(VENV)/installed
 test-cuda-sanitize: $(VENV)/installed
 	PYTHONPATH=tests $(PY) -m cuda_on_cpu.sanitize address -- --backends cuda_on_cpu -k cuda_on_cpu
 	PYTHONPATH=tests $(PY) -m cuda_on_cpu.sanitize thread -- --backends cuda_on_cpu -k cuda_on_cpu
+
+# No GPU needed: the CUDA library as it ships loads under a torch with CUDA, has every kernel, and refuses bad calls.
+# It is built against $(TORCH), as any wheel is.
+test-cuda-link: $(VENV)/torch $(CUDA_VENV)/torch
+	rm -rf build/cuda-wheel
+	CUDAARCHS="$(CUDA_ARCHITECTURES)" SKBUILD_CMAKE_DEFINE=BNBOPS_CUDA=ON SKBUILD_BUILD_DIR=build/cuda \
+	  $(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/cuda-wheel .
+	$(CUDA_VENV)/bin/python -m pip install --quiet --no-deps --force-reinstall build/cuda-wheel/*.whl
+	$(CUDA_VENV)/bin/pytest tests/cuda_link
+
+# The tests that run on any kernels, on those of a GPU. Without one each of them is skipped, and says so.
+test-gpu: $(VENV)/installed
+	$(PY) -m pytest --backends cuda
 
 lint: $(VENV)/installed
 	$(PY) -m ruff check .
@@ -35,10 +52,17 @@ $(VENV)/torch:
 	$(PY) -m pip install --quiet "scikit-build-core>=0.11" "cmake>=3.25" ninja
 	touch $@
 
-# Editable: Python changes are live, C++ changes rebuild here.
+$(CUDA_VENV)/torch:
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install --quiet "$(CUDA_TORCH)" numpy safetensors pytest
+	touch $@
+
+# Editable: Python changes are live, C++ changes rebuild here. CUDA kernels are built for the GPU of this machine, if any.
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
+	if $(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
+	then export CUDAARCHS=native; else export SKBUILD_CMAKE_DEFINE=BNBOPS_CUDA=OFF; fi; \
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[test,lint]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo-out
+	rm -rf $(VENV) $(CUDA_VENV) build dist demo-out

@@ -4,7 +4,7 @@ Also what autograd sees of the operators.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -119,26 +119,39 @@ def spoil(arguments: dict[str, Any], rng: random.Random) -> str:
     return f"{argument} {how}"
 
 
-@pytest.mark.filterwarnings("ignore:Casting complex values to real")  # by the spoiling itself
-@pytest.mark.parametrize("name", WITH_TENSORS)
-def test_bad_input(name):
-    """Hundreds of calls with one to three things wrong: refused by both with the same words, or by neither.
+# What only data can tell is no business of a fake, and a CUDA kernel does not wait for it either, but for addresses.
+SHARED = "share memory"
+IN_DATA = ("must be sorted", "must be positive and finite", "must be finite", "must not be negative")
 
-    Two wrong things at once show that both check in the same order. What only data can tell (order of a codebook,
-    shared memory) is no business of a fake: `data` are the real kernels' words for it.
+
+def bad_calls(name: str) -> Iterator[tuple[list[str], dict[str, Any], Outcome]]:
+    """Hundreds of calls with one to three things wrong: what is, the arguments, and what the operator says.
+
+    Two wrong things at once show in which order kernels check.
     """
-    data = ("must be sorted", "share memory", "must be positive and finite", "must be finite", "must not be negative")
     rng = random.Random(0)
     good = [sample.map(Tensor.detach) for sample in samples(name)]
-    refusals = set()
     for _ in range(400):
         arguments = rng.choice(good).clone().arguments(operator(name))
         wrong = [spoil(arguments, rng) for _ in range(rng.choice((1, 2, 3)))]
-        fake, real = fake_outcome(operator(name), arguments), outcome(operator(name), arguments)
-        if real[0] == "refusal" and any(words in real[1] for words in data):
+        yield wrong, arguments, outcome(operator(name), arguments)
+
+
+def refused_for(real: Outcome, *words: str) -> bool:
+    return real[0] == "refusal" and any(word in real[1] for word in words)
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex values to real")  # by the spoiling itself
+@pytest.mark.parametrize("name", WITH_TENSORS)
+def test_bad_input(name):
+    """Refused by both with the same words, or by neither."""
+    refusals = set()
+    for wrong, arguments, real in bad_calls(name):
+        fake = fake_outcome(operator(name), arguments)
+        if refused_for(real, *IN_DATA, SHARED):
             assert fake[0] == "result", wrong
             continue
-        if real[0] == "refusal" and "no tensor arguments" in real[1]:  # the dispatcher has no kernel to ask
+        if refused_for(real, "no tensor arguments"):  # the dispatcher has no kernel to ask
             assert fake[0] == "refusal", wrong
             continue
         assert fake == real, wrong
