@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,8 +22,13 @@ _BLOCK = 256  # of optimizer states
 
 
 def samples(name: str, device: torch.device | str = "cpu") -> list[Sample]:
-    """Samples of the operator called "op" or "op.overload", in memory of their own."""
-    return [sample.map(lambda x: copied(x, torch.device(device))) for sample in _BUILDERS[name]()]
+    """Samples of the operator called "op" or "op.overload", in memory of their own, but for `options` on the device."""
+    found = []
+    for sample in _BUILDERS[name]():
+        on_device = sample.map(lambda x: copied(x, torch.device(device)))
+        held = {key: x.clone() for key, x in sample.kwargs.items() if key == "options"}
+        found.append(replace(on_device, kwargs=on_device.kwargs | held))
+    return found
 
 
 def operator(name: str) -> torch._ops.OpOverload:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 from cuda_on_cpu import library
 
 BACKENDS = ("cpu", "cuda_on_cpu", "cuda")
+NO_GPU = "no GPU: there is no CUDA device, or this torch is without CUDA"
 SANITIZER = "CUDA_ON_CPU_SANITIZER"  # environment variable: the build of the simulator to test with
 
 on_every_backend = pytest.mark.usefixtures("backend")
@@ -36,7 +37,9 @@ def simulated() -> dict[str, torch._ops.OpOverload]:
 
 def on_gpu() -> dict[str, Callable[..., Any]]:
     """The operators that have CUDA kernels, for tensors on the CPU."""
-    return {name: _through_gpu(op) for name, op in _with_kernel(torch.ops.bnbops, "CUDA").items()}
+    if not torch.cuda.is_available():
+        pytest.skip(NO_GPU)
+    return {name: through(op, "cuda") for name, op in _with_kernel(torch.ops.bnbops, "CUDA").items()}
 
 
 def _with_kernel(namespace: torch._ops._OpNamespace, key: str) -> dict[str, torch._ops.OpOverload]:
@@ -52,19 +55,28 @@ def _with_kernel(namespace: torch._ops._OpNamespace, key: str) -> dict[str, torc
     return found
 
 
-def _through_gpu(op: torch._ops.OpOverload) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        copies: list[tuple[Tensor, Tensor]] = []
+def through(op: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """An operator of another device for tensors on the CPU. Whole storages travel, there and back: what shares memory,
+    lies askew or has gaps does so on the device, and a write beside a tensor is seen here."""
 
-        def to_gpu(x: Tensor) -> Tensor:
-            copies.append((x, x.cuda()))
-            return copies[-1][1]
+    def call(*args: Any, options: Tensor | None = None, **kwargs: Any) -> Any:
+        storages: dict[int, tuple[Tensor, Tensor]] = {}
 
-        args, kwargs = tree_map_only(Tensor, to_gpu, (args, kwargs))
-        result = op(*args, **kwargs)
-        if op._schema.is_mutable:
-            for original, copy in copies:
-                original.copy_(copy)
+        def there(x: Tensor) -> Tensor:
+            if x.device.type != "cpu":
+                return x
+            storage = x.untyped_storage()
+            if storage._cdata not in storages:
+                here = torch.empty(0, dtype=torch.uint8).set_(storage)
+                storages[storage._cdata] = here, here.to(device, copy=True)
+            moved = storages[storage._cdata][1].untyped_storage()
+            return torch.empty(0, dtype=x.dtype, device=device).set_(moved, x.storage_offset(), x.shape, x.stride())
+
+        held = {} if options is None else {"options": options}  # which every device reads on the CPU
+        args, kwargs = tree_map_only(Tensor, there, (args, kwargs))
+        result = op(*args, **kwargs, **held)
+        for here, moved in storages.values():
+            here.copy_(moved)
         return tree_map_only(Tensor, Tensor.cpu, result)
 
     return call

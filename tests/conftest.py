@@ -18,8 +18,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--backends",
         default="cpu,cuda_on_cpu",
-        help=f"kernels for the tests that run on any, of {', '.join(backends.BACKENDS)} (default: %(default)s)",
+        help=f"kernels for the tests that run on any, of {', '.join(backends.BACKENDS)} (default: %(default)s); "
+        "without cpu among them, only those tests run",
     )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "cpu" in config.getoption("backends").split(","):
+        return
+    chosen = [item for item in items if {"backend", "gpu"} & set(getattr(item, "fixturenames", ()))]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -32,6 +41,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test once with each backend's kernels; `backends.on_every_backend` asks for it."""
     with backends.use(request.param):
         yield request.param
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    """For tests of what only a GPU has."""
+    if not torch.cuda.is_available():
+        pytest.skip(backends.NO_GPU)
+    return torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)

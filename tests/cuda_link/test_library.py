@@ -1,5 +1,5 @@
-"""The CUDA library as it is installed: it loads under a torch with CUDA and without a GPU, and has a kernel for everything
-that the CPU's has."""
+"""The CUDA library as it is installed: it loads under a torch with CUDA, without a GPU, and has a kernel for every
+operator."""
 
 from __future__ import annotations
 

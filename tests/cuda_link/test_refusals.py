@@ -1,5 +1,6 @@
-"""Bad calls are refused with the CPU's words: by the CUDA kernels as they ship, which check before they ask anything of a
-device and here get CPU tensors past the dispatcher, and by the fakes of CUDA tensors."""
+"""Bad calls are refused with the CPU's words by the CUDA kernels as they ship, and by the fakes of CUDA tensors.
+
+The kernels check before they ask anything of a device; here they get CPU tensors, past the dispatcher."""
 
 from __future__ import annotations
 

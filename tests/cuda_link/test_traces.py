@@ -1,8 +1,8 @@
-"""What a GPU would run, on fake CUDA tensors: train steps and quantized models keep everything on the device, and nothing
-in them needs the device's values on the host (fake tensors have none to give).
+"""What a GPU would run, on fake CUDA tensors: train steps and quantized models keep everything on the device.
 
-Torch's autograd engine wants a real device. So optimizers step eagerly, with gradients that are given, and whatever has a
-backward is recorded as a graph on the CPU and replayed.
+Nothing in them needs the device's values on the host: fake tensors have none to give. Torch's autograd engine wants a
+real device, so optimizers step eagerly with gradients that are given, and what has a backward is recorded as a graph on
+the CPU and replayed.
 """
 
 from __future__ import annotations

@@ -1,0 +1,192 @@
+"""What only a GPU can show: the CPU kernels' bits, CUDA graphs, streams, several devices, NVIDIA's own checkers.
+
+Without a GPU everything here is skipped; `make test-gpu` runs it together with the tests that run on any kernels.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
+from torch.utils._pytree import tree_leaves
+
+import backends
+import bnbops as bnb
+from bnbops import self_check
+from bnbops._library import device_operators
+from bnbops.functional import create_dynamic_map
+from bnbops.op_samples import operator, samples
+
+pytestmark = pytest.mark.usefixtures("gpu")
+
+# Sums in another order than the CPU's, and AdEMAMix's schedules, whose logarithms the device computes.
+OTHER_BITS = ("linear_4bit", "grouped_linear_4bit", "linear_int8", "ademamix_step_")
+
+
+def tensors(values: object) -> list[Tensor]:
+    return [x.detach() for x in tree_leaves(values) if isinstance(x, Tensor)]
+
+
+@pytest.mark.parametrize("name", device_operators())
+def test_self_check(name):
+    assert [problem for sample in samples(name, "cuda") if (problem := self_check.check(name, sample))] == []
+
+
+@pytest.mark.parametrize("name", [name for name in device_operators() if not name.startswith(OTHER_BITS)])
+def test_same_bits_as_the_cpu(name):
+    for sample in samples(name):
+        here, there = sample.map(Tensor.detach).clone(), sample.map(Tensor.detach).clone()
+        expected = [here.run(operator(name)), here.args, here.kwargs]
+        actual = [there.run(backends.through(operator(name), "cuda")), there.args, there.kwargs]
+        for a, b in zip(tensors(actual), tensors(expected), strict=True):
+            assert torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8)), (
+                sample.name
+            )
+
+
+# ---- CUDA graphs -----------------------------------------------------------------------------------------------
+
+
+class Training:
+    """A train step over a 4-bit layer and layers that are trained, with a learning rate on the device."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        layers = [nn.Linear(64, 256), bnb.nn.LinearNF4(256, 128), nn.GELU(), nn.Linear(128, 8)]
+        self.model = nn.Sequential(*layers).to("cuda")
+        self.lr = torch.tensor(1e-2, device="cuda")
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = bnb.optim.AdamW8bit(trained, lr=self.lr, min_8bit_size=1024)
+        self.x, self.y = torch.randn(32, 64, device="cuda"), torch.randint(8, (32,), device="cuda")
+
+    def step(self) -> Tensor:
+        loss = cross_entropy(self.model(self.x), self.y)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def steps(self) -> set[float]:
+        return {state["step"].item() for state in self.optimizer.state.values()}
+
+    def capture(self) -> torch.cuda.CUDAGraph:
+        """A graph of the step, after three eager ones on a stream of their own, as torch's documentation asks."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step()
+        return graph
+
+
+def test_a_captured_train_step_trains():
+    eager, captured = Training(), Training()
+    graph = captured.capture()
+    for _ in range(5):
+        graph.replay()
+    losses = [eager.step().item() for _ in range(8)]
+    assert losses[-1] < losses[0]
+    assert captured.steps() == eager.steps() == {8.0}
+    for a, b in zip(captured.model.parameters(), eager.model.parameters(), strict=True):
+        assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_captured_step_reads_the_learning_rate_when_it_runs():
+    training = Training()
+    graph = training.capture()
+    before = copy.deepcopy(training.model.state_dict())
+    training.lr.fill_(0.0)
+    graph.replay()
+    assert all(torch.equal(a, before[name]) for name, a in training.model.state_dict().items())
+    training.lr.fill_(1e-2)
+    graph.replay()
+    assert not torch.equal(training.model[0].weight, before["0.weight"])
+
+
+def test_a_captured_step_skips_overflows():
+    param = nn.Parameter(torch.ones(64, 64, device="cuda"))
+    optimizer = bnb.optim.AdamW8bit([param], lr=1e-2)
+    optimizer.init_state()
+    param.grad, optimizer.grad_scale = torch.ones_like(param), torch.ones(1, device="cuda")
+    optimizer.found_inf = torch.zeros(1, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    optimizer.found_inf.fill_(1.0)
+    graph.replay()
+    assert torch.equal(param, torch.ones_like(param)) and optimizer.state[param]["step"].item() == 0
+    optimizer.found_inf.fill_(0.0)
+    graph.replay()
+    assert (param < 1).all() and optimizer.state[param]["step"].item() == 1
+
+
+# ---- streams and devices ---------------------------------------------------------------------------------------
+
+
+def test_kernels_run_on_the_current_stream():
+    """Behind what that stream still has to do."""
+    x, code = torch.ones(1 << 20, device="cuda"), create_dynamic_map().cuda()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # cycles
+        x.fill_(2.0)
+        _, absmax = torch.ops.bnbops.quantize_blockwise(x, code, 256)
+    stream.synchronize()
+    assert torch.equal(absmax, torch.full_like(absmax, 2.0))
+
+
+def test_steps_do_not_wait_for_the_device():
+    """A step returns while the stream is still at work on something else."""
+    training = Training()
+    training.step()
+    params = training.optimizer.param_groups[0]["params"]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)
+    training.optimizer.step()
+    assert not torch.cuda.current_stream().query()
+    torch.cuda.synchronize()
+
+
+def test_another_device_may_be_current():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU alone")
+    x, code = torch.randn(1000), create_dynamic_map()
+    expected = torch.ops.bnbops.quantize_blockwise(x, code, 64)
+    with torch.cuda.device(0):
+        actual = torch.ops.bnbops.quantize_blockwise(x.to("cuda:1"), code.to("cuda:1"), 64)
+        assert torch.cuda.current_device() == 0
+    for a, b in zip(actual, expected, strict=True):
+        assert a.device == torch.device("cuda:1") and torch.equal(a.cpu(), b)
+
+
+# ---- checkers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+def test_compute_sanitizer_finds_nothing(tool, tmp_path: Path):
+    """In the self-check of every operator, without torch's caching of memory, which would hide what lies beside."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer (of the CUDA toolkit) is not installed")
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=bnbops"]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(
+        [*command, sys.executable, "-m", "bnbops"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
