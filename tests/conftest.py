@@ -26,8 +26,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "cpu" in config.getoption("backends").split(","):
         return
-    chosen = [item for item in items if {"backend", "gpu"} & set(getattr(item, "fixturenames", ()))]
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    chosen, others = [], []
+    for item in items:
+        (chosen if {"backend", "gpu"} & set(getattr(item, "fixturenames", ())) else others).append(item)
+    config.hook.pytest_deselected(items=others)
     items[:] = chosen
 
 

@@ -23,10 +23,10 @@ def train(compiled: bool, data: list[tuple[Tensor, Tensor]], backend: str) -> tu
     return [step(*batch) for batch in data], snapshot(model, optimizer), step
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_one_graph_and_the_bits_of_eager(backend: str) -> None:
-    losses, tensors, _ = train(False, batches(5), backend)
-    compiled_losses, compiled_tensors, step = train(True, batches(5), backend)
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_one_graph_and_the_bits_of_eager(compiler: str) -> None:
+    losses, tensors, _ = train(False, batches(5), compiler)
+    compiled_losses, compiled_tensors, step = train(True, batches(5), compiler)
     assert compiled_losses == losses
     assert_same(compiled_tensors, tensors)
     assert (step.graph_count, step.recompiles) == (1, 0)
