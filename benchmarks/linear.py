@@ -96,7 +96,7 @@ def verify(contender: Contender, run: Callable[[], Results], expected: Results) 
 
 def peak(weight: Tensor, dtype: torch.dtype) -> Candidate:
     """The yardstick of arithmetic: torch's product of a dense weight with many rows."""
-    x, weight = inputs_of(PEAK_ROWS, weight.shape[1], dtype), weight.to(dtype)
+    x, weight = inputs_of(PEAK_ROWS, weight.shape[1], dtype, weight.device), weight.to(dtype)
     run = functools.partial(product, lambda x: F.linear(x, weight), x)
     return Candidate(PEAK, run, PEAK_ROWS * weight.numel(), size(x, weight, *run()))
 
@@ -146,8 +146,8 @@ def report(title: str, candidates: list[Candidate]) -> dict[str, Any]:
     return {"title": title, "rows": rows}
 
 
-def inputs_of(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(dtype)
+def inputs_of(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(device, dtype)
 
 
 def with_outliers(x: Tensor) -> Tensor:
@@ -158,24 +158,25 @@ def with_outliers(x: Tensor) -> Tensor:
 def product_sections(args: Any, rounds: int, memory: Memory, peers: dict[str, ModuleType]) -> list[dict[str, Any]]:
     dtype = DTYPES[args.dtype]
     n, k = args.features
-    weight = (0.02 * torch.randn(n, k, generator=torch.Generator().manual_seed(0))).to(dtype)
+    weight = (0.02 * torch.randn(n, k, generator=torch.Generator().manual_seed(0))).to(memory.device, dtype)
+    inputs = functools.partial(inputs_of, dtype=dtype, device=memory.device)
     size_and_dtype = f"{n}x{k} {args.dtype}" + (", nested scales" if args.nested else "")
     sections = []
     if "forward" in args.parts:
         contenders = list(contenders_4bit(weight, args.nested, peers, training=False))
         for rows in args.rows:
             title = f"NF4 {size_and_dtype}, forward, rows: {rows}"
-            sections.append(run_section(title, contenders, inputs_of(rows, k, dtype), None, rounds, memory))
+            sections.append(run_section(title, contenders, inputs(rows, k), None, rounds, memory))
     if "backward" in args.parts:
         contenders = list(contenders_4bit(weight, args.nested, peers, training=True))
-        x, grad = inputs_of(args.rows[-1], k, dtype).requires_grad_(), inputs_of(args.rows[-1], n, dtype)
+        x, grad = inputs(args.rows[-1], k).requires_grad_(), inputs(args.rows[-1], n)
         title = f"NF4 {size_and_dtype}, forward and backward to the input, rows: {args.rows[-1]}"
         sections.append(run_section(title, contenders, x, grad, rounds, memory))
     if "int8" in args.parts:
         contenders = list(contenders_8bit(weight, peers))
         for rows in args.rows:
             title = f"int8 {n}x{k} {args.dtype}, threshold {THRESHOLD:g}, forward, rows: {rows}"
-            x = with_outliers(inputs_of(rows, k, dtype))
+            x = with_outliers(inputs(rows, k))
             sections.append(run_section(title, contenders, x, None, rounds, memory))
     return sections
 

@@ -68,7 +68,7 @@ def linear_4bit(library: ModuleType, weight: Tensor, nested: bool) -> nn.Module:
     layer.weight = library.Params4bit(
         weight.clone(), requires_grad=False, compress_statistics=nested, quant_type="nf4", module=layer
     )
-    return layer.to("cpu")
+    return layer.to(weight.device)
 
 
 def contender_4bit(name: str, library: ModuleType, weight: Tensor, nested: bool, tolerance: float) -> Contender:
@@ -84,7 +84,7 @@ def contenders_4bit(weight: Tensor, nested: bool, peers: dict[str, ModuleType], 
     yield contender_4bit("bnbops Linear4bit", bnbops.nn, weight, nested, tolerance)
     yield dense(weight)
     if bitsandbytes := peers.get("bitsandbytes"):
-        if not training:
+        if not training and weight.device.type == "cpu":
             yield from repacked(bitsandbytes, weight, nested)
         # In training mode the layer keeps its bytes as they are on disk, and dequantizes them for each product.
         yield contender_4bit("bitsandbytes Linear4bit, plain", bitsandbytes.nn, weight, nested, tolerance)
@@ -128,8 +128,8 @@ def contenders_8bit(weight: Tensor, peers: dict[str, ModuleType]) -> Iterator[Co
 def linear_8bit(library: ModuleType, weight: Tensor) -> tuple[nn.Module, Tensor, Tensor]:
     """A Linear8bitLt of bnbops.nn or bitsandbytes.nn, quantized; its codes and scales."""
     layer = library.Linear8bitLt(*reversed(weight.shape), False, has_fp16_weights=False, threshold=THRESHOLD)
-    layer.weight = library.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
-    layer = layer.to("cpu")
+    layer.weight = library.Int8Params(weight.to("cpu", copy=True), requires_grad=False, has_fp16_weights=False)
+    layer = layer.to(weight.device)
     saved = layer.state_dict()
     return layer, saved["weight"], saved["SCB"]
 
@@ -153,7 +153,9 @@ def torchao_contenders(makers: list[tuple[str, Maker]], weight: Tensor) -> Itera
         try:
             layer, held = make(weight)
             with torch.no_grad():
-                values = layer(torch.eye(weight.shape[1], dtype=weight.dtype)).t().float().contiguous()
+                values = (
+                    layer(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)).t().float().contiguous()
+                )
         except Exception as error:
             print(f"{name} left out: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
             continue
@@ -185,7 +187,7 @@ def torchao_int4(weight: Tensor) -> tuple[Callable[[Tensor], Tensor], list[Tenso
 def torchao_int8(weight: Tensor) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    layer = nn.Linear(*reversed(weight.shape), bias=False, dtype=weight.dtype)
+    layer = nn.Linear(*reversed(weight.shape), bias=False, dtype=weight.dtype, device=weight.device)
     layer.weight.data = weight.clone()
     quantize_(layer, Int8WeightOnlyConfig(set_inductor_config=False))
     return layer, [layer.weight.qdata, layer.weight.scale]

@@ -67,6 +67,10 @@ class Problem:
     params: list[Tensor]
     grads: list[list[Tensor]]
 
+    def to(self, device: torch.device) -> Problem:
+        grads = [[grad.to(device) for grad in step] for step in self.grads]
+        return Problem(self.title, [param.to(device) for param in self.params], grads)
+
 
 def contenders() -> list[Contender]:
     return [
@@ -109,7 +113,8 @@ def reference(problem: Problem) -> list[Tensor]:
     """The parameters after the verified steps, in plain fp32 arithmetic (Loshchilov & Hutter 2019, algorithm 2)."""
     expected = []
     for i, param in enumerate(problem.params):
-        p, m, v = param.float(), torch.zeros(param.shape), torch.zeros(param.shape)
+        p = param.float()
+        m, v = torch.zeros_like(p), torch.zeros_like(p)
         for t, grads in enumerate(problem.grads, start=1):
             g = grads[i].float()
             m = BETA1 * m + (1 - BETA1) * g
@@ -123,7 +128,7 @@ def reference(problem: Problem) -> list[Tensor]:
 
 def distance(params: list[Tensor], expected: list[Tensor], start: list[Tensor]) -> float:
     """|param - expected| / |expected - start| (Euclidean norms) of the worst row, or tensor where rows are short."""
-    worst = torch.zeros(())
+    worst = torch.zeros((), device=expected[0].device)
     for actual, wanted, before in zip(params, expected, start, strict=True):
         rows = len(before) if before[0].numel() >= 1024 else 1
         error = (actual.detach().float() - wanted).view(rows, -1).norm(dim=1)
@@ -204,6 +209,7 @@ def candidate(contender: Contender, optimizer: torch.optim.Optimizer) -> Candida
 
 def run_section(problem: Problem, contenders: list[Contender], rounds: int, memory: Memory) -> dict[str, Any]:
     print(f"\n# {problem.title}", flush=True)
+    problem = problem.to(memory.device)
     expected = reference(problem)
     candidates = [memory.candidate()]
     for contender in contenders:

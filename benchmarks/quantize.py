@@ -56,15 +56,16 @@ class Case:
     absmax: Tensor
 
 
-def cases(elements: int) -> Iterator[Case]:
+def cases(elements: int, device: torch.device) -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(elements, generator=generator)
     values *= 10 ** (-4 * torch.rand(elements, generator=generator))  # so that every part of a map is used
+    values = values.to(device)
     for dtype_name, dtype in DTYPES.items():
         A = values.to(dtype)
         for map_name, create in MAPS.items():
             for blocksize in BLOCKSIZES:
-                code = create()
+                code = create().to(device)
                 codes, state = bnbops.functional.quantize_blockwise(A, code, blocksize=blocksize)
                 yield Case(f"{dtype_name} {map_name} {blocksize}", A, code, blocksize, codes, state.absmax)
 
@@ -145,23 +146,33 @@ def reuse_memory() -> None:
         raise OSError("--reuse-memory needs glibc's malloc")
 
 
+def whole_blocks(elements: int) -> int:
+    return max(1, elements // max(BLOCKSIZES)) * max(BLOCKSIZES)
+
+
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     options = parser(__doc__, ["bitsandbytes"])
     options.add_argument("--elements", type=count, default=count("16Mi"), help="rounded to whole blocks")
     options.add_argument("--reuse-memory", action="store_true", help="no page faults in results (see README.md)")
     args = options.parse_args(argv)
-    elements = max(1, (min(args.elements, 2**14) if args.quick else args.elements) // max(BLOCKSIZES)) * max(BLOCKSIZES)
+    elements = whole_blocks(min(args.elements, 2**14) if args.quick else args.elements)
     rounds = args.rounds or (3 if args.quick else 11)
     if args.reuse_memory:
         reuse_memory()
     memory = Memory(count("1Mi" if args.quick else "64Mi"))
 
-    libraries = {"bnbops": bnbops.functional}
-    for name in args.peers:
-        if module := import_peer(name):
-            libraries[name] = module.functional
+    peers = {name: module for name in args.peers if (module := import_peer(name))}
+    sections = run(elements, rounds, memory, peers)
+    if args.json:
+        save(args.json, sections)
+    return sections
+
+
+def run(elements: int, rounds: int, memory: Memory, peers: dict[str, ModuleType]) -> list[dict[str, Any]]:
+    """A section for quantize_blockwise, and one for dequantize_blockwise."""
+    libraries = {"bnbops": bnbops.functional} | {name: module.functional for name, module in peers.items()}
     to_codes, to_values = [memory.candidate()], [memory.candidate()]
-    for case in cases(elements):
+    for case in cases(elements, memory.device):
         for library, functional in libraries.items():
             verify(library, functional, case)
             quantizers, dequantizers = candidates(library, functional, case)
@@ -173,8 +184,6 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     for title, turns in (("quantize_blockwise", to_codes), ("dequantize_blockwise", to_values)):
         take_turns(turns, rounds, memory)
         sections.append(report(f"{title}, {elements} elements", "the speed of bitsandbytes", turns))
-    if args.json:
-        save(args.json, sections)
     return sections
 
 

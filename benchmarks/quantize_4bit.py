@@ -59,6 +59,7 @@ def verify(library: str, functional: ModuleType, name: str, A: Tensor) -> tuple[
 def run(elements: int, rounds: int, memory: Memory, bitsandbytes: ModuleType | None) -> list[dict[str, Any]]:
     """A section for quantize_4bit, and one for dequantize_4bit."""
     values = torch.randn(max(1, elements // WIDTH), WIDTH, generator=torch.Generator().manual_seed(0))
+    values = values.to(memory.device)
     elements = values.numel()
     libraries = {"bnbops": bnbops.functional} | ({"bitsandbytes": bitsandbytes.functional} if bitsandbytes else {})
     to_codes, to_values = [memory.candidate()], [memory.candidate()]

@@ -17,6 +17,7 @@ from bnbops.optim import AdamW8bit
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))  # where Python looks when it runs the scripts
+gpu = importlib.import_module("gpu")
 linear = importlib.import_module("linear")
 measure = importlib.import_module("measure")
 optim_step = importlib.import_module("optim_step")
@@ -319,3 +320,47 @@ def test_linear_refuses_odd_sizes(capsys):
     with pytest.raises(SystemExit):
         linear.main([*ALONE, "--features", "100", "256"])
     assert "multiples of 64" in capsys.readouterr().err
+
+
+def test_gpu_says_that_there_is_none(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--json", str(tmp_path / "figures.json")]) == []
+    said = capsys.readouterr().out
+    assert said.startswith("no GPU: ") and said.count("\n") == 1
+    assert not (tmp_path / "figures.json").exists()
+
+
+def test_gpu_on_the_cpu(capsys):
+    """The same sections with the CPU in the GPU's place."""
+    peers = [name for peer in PEERS for name in peer]
+    sections = gpu.run(gpu.arguments([*ALONE, *peers, "--rows", "1"]), "cpu")
+    titles = [section["title"].split(",")[0] for section in sections]
+    steps, others = (
+        ["AdamW step"] * 4,
+        ["quantize_blockwise", "dequantize_blockwise", "quantize_4bit", "dequantize_4bit"],
+    )
+    assert titles == [*steps, *others, "NF4 256x256 bf16", "NF4 256x256 bf16", "int8 256x256 bf16"]
+    assert len(tables(capsys.readouterr().out)) == len(titles)
+
+
+def test_a_gpus_clock_starts_behind_what_is_queued(monkeypatch):
+    """So that a call's launches have been made when the device comes to them."""
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            order.append("record")
+
+        def synchronize(self):
+            order.append("synchronize")
+
+        def elapsed_time(self, end):
+            return 2.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep"))
+    assert measure.seconds_on_gpu(lambda: order.append("run")) == 0.0025
+    assert order == ["sleep", "record", "run", "record", "synchronize"]
