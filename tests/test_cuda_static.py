@@ -1,0 +1,107 @@
+"""The machine code of the CUDA kernels, for four architectures: resources, wide accesses, rounding, length of loops.
+
+What no GPU is needed for: nvcc compiles the kernels as the build does, nvdisasm shows what came out.
+"""
+
+import re
+from collections import Counter
+
+import pytest
+
+from cuda_static import compiled, expected, gpu_model, sass
+
+pytestmark = pytest.mark.skipif(
+    bool(compiled.MISSING), reason=f"needs nvcc (the CUDA toolkit) and nvdisasm; missing: {compiled.MISSING}"
+)
+
+# Of a multiprocessor: shared memory and resident threads (CUDA programming guide, technical specifications).
+SHARED_BYTES = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "sm_120": 100 << 10}
+THREADS = {"sm_80": 2048, "sm_90": 2048, "sm_100": 2048, "sm_120": 1536}
+REGISTERS = 1 << 16
+RESERVED_BYTES = 1024  # of shared memory, for each thread block
+
+
+@pytest.fixture(params=compiled.ARCHITECTURES)
+def kernels(request) -> list[sass.Kernel]:
+    """All kernels for one architecture."""
+    return [kernel for (_, arch), kernel in gpu_model.kernels().items() if arch == request.param]
+
+
+def test_every_kernel_file_is_looked_at():
+    text = (compiled.ROOT / "csrc" / "sources.cmake").read_text()
+    files = re.search(r"set\(BNBOPS_CUDA_KERNELS ([^)]*)\)", text)[1].split()
+    assert {file.rpartition("/")[2] for file in files} == {k.source for k in gpu_model.kernels().values()}
+
+
+def test_the_compiler_is_silent():
+    for output in compiled.compile_all():
+        assert "warning" not in output.log.lower(), output.log
+
+
+def test_no_local_memory(kernels):
+    """Neither a stack nor spilled registers; what the compiler says, and what the instructions show."""
+    for kernel in kernels:
+        assert kernel.stack_bytes == kernel.spilled_bytes == 0, kernel.name
+        assert kernel.count("LDL") + kernel.count("STL") == 0, kernel.name
+
+
+def test_promised_thread_blocks_are_resident(kernels):
+    """As many as __launch_bounds__ says, for which registers, shared memory and threads must suffice."""
+    for kernel in kernels:
+        assert kernel.threads and kernel.resident, f"{kernel.name} has no __launch_bounds__(threads, resident)"
+        registers = -(-kernel.registers // 8) * 8 * kernel.threads  # they are given out by eights
+        assert kernel.resident * registers <= REGISTERS, kernel.name
+        assert kernel.resident * (kernel.shared_bytes + RESERVED_BYTES) <= SHARED_BYTES[kernel.arch], kernel.name
+        assert kernel.resident * kernel.threads <= THREADS[kernel.arch], kernel.name
+
+
+def test_wide_accesses(kernels):
+    for kernel in kernels:
+        for access in expected.ACCESSES[kernel.template]:
+            assert kernel.count(access) > 0, f"{kernel.name}: no {access}"
+
+
+@pytest.mark.parametrize("way", expected.WAYS, ids=lambda way: way.work)
+def test_instructions_for_an_element(way, kernels):
+    (kernel,) = [kernel for kernel in kernels if kernel.name == way.kernel]
+    count = way.instructions(kernel)
+    assert count <= way.most, f"{count:.1f} instructions"
+    assert count > way.most / 2, f"{count:.1f} instructions: the bound should be lower"
+
+
+def test_only_explicit_fused_operations(kernels):
+    """A product and a sum of the source stay apart, as on the CPU."""
+    fused = re.compile(
+        r"fused_multiply_add|fmaf?\(|/|sqrt|square_root|inverse|divide"
+    )  # or within an exact quotient, root
+    for kernel in kernels:
+        for instruction in kernel.instructions:
+            if instruction.opcode.startswith("FFMA") and not instruction.subroutine:
+                file, line = instruction.lines[0]
+                assert fused.search(expected.source(file)[line - 1]), f"{kernel.name}: {file}, line {line}"
+
+
+def test_exact_arithmetic(kernels):
+    """Every operation is rounded to nearest and keeps denormals; ".rn" also forbids contraction."""
+    operation = re.compile(r"\s((?:add|sub|mul|mad|fma|div|rcp|sqrt|rsqrt|ex2|lg2|sin|cos|tanh)\.[\w.]*f(?:32|64)\b)")
+    for kernel in kernels:
+        inexact = Counter(op for op in operation.findall(kernel.ptx) if not re.fullmatch(r"\w+\.rn\.f(32|64)", op))
+        assert not inexact, f"{kernel.name}: {dict(inexact)}"
+
+
+def test_source_lines_do_not_change_the_code():
+    """What is looked at is what is built: -lineinfo adds nothing but lines."""
+    source, command = next(iter(compiled.commands().items()))
+    plain, lines = (compiled.compile_for("sm_90", source, command, options) for options in ((), ("-lineinfo",)))
+    assert not re.search("//## File", plain.sass)
+    opcodes = [
+        {kernel.name: [(i.guard, i.opcode, i.operands) for i in kernel.instructions] for kernel in sass.kernels(output)}
+        for output in (plain, lines)
+    ]
+    assert opcodes[0] == opcodes[1]
+
+
+def test_page_has_the_tables():
+    """`python tests/cuda_static/gpu_model.py --write` renews them."""
+    _, _, rest = gpu_model.PAGE.read_text().partition(gpu_model.BEGIN)
+    assert rest.partition(gpu_model.END)[0] == gpu_model.tables()
