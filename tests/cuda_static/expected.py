@@ -7,10 +7,32 @@ from pathlib import Path
 
 from .sass import Instruction, Kernel, Marker, opcode
 
-# By kernel template. Codes of a byte each move by 64 bits where values of 16 bits move by 128: eight a thread.
-ACCESSES = {
+# What each kernel template must have: memory accesses of so many bits, and the tensor cores' instructions. A thread has
+# eight elements: 128 bits of 16-bit values or half of fp32 ones, 64 bits of codes of a byte, 32 bits of 4-bit codes
+# (an access without a number), which a warp's lanes read side by side.
+NEEDED = {
     "quantize_kernel": ("LDG.128", "STG.64"),
     "dequantize_kernel": ("LDG.64", "STG.128"),
+    "quantize_4bit_kernel": ("LDG.128", "STG"),
+    "look_up_kernel": ("LDG", "STG.128"),
+    "gemv_kernel": ("LDG", "LDG.128"),
+    "tensor_core_kernel": ("LDG.64", "LDG.128", "HMMA"),
+    "grouped_product_kernel": ("LDG.128", "STS.128"),  # of results, a thread has every 16th
+    "quantize_rows_kernel": ("LDG.128", "STG.64"),
+    "scan_rows_kernel": ("LDG.128",),
+    "encode_rows_kernel": ("LDG.128", "LDG.64", "STG.64"),
+    "dequantize_rows_kernel": ("LDG.64", "STG.128"),
+    "scan_columns_kernel": ("LDG.128",),
+    "encode_columns_kernel": ("LDG.128", "STG.64"),
+    "list_outliers_kernel": ("LDG.64",),
+    "multiply_kernel": ("LDG.128", "IMMA", "STG.128"),
+    "dequantize_sums_kernel": ("LDG.128", "STG.128"),
+    "prepare_kernel": (),  # one thread for a parameter
+    "step_kernel": ("LDG.128", "STG.128"),
+    "direction_squares_kernel": ("LDG.128",),
+    "squares_kernel": ("LDG.128",),
+    "sum_pieces_kernel": (),  # a number for every 16 blocks of a parameter
+    "percentile_clip_kernel": (),  # 100 numbers for a parameter
 }
 
 
@@ -49,14 +71,14 @@ def marker(text: str) -> Marker:
     return lambda instruction: any(pattern.search(source(file)[line - 1]) for file, line in instruction.lines)
 
 
-FP32, BF16 = 4, 2
+DTYPES = {"fp32": 4, "bf16": 2}
 CODE, BLOCK_256, BLOCK_64 = 1, 4 / 256, 4 / 64  # of absmax, for an element of a block
-LOAD = {FP32: 2, BF16: 1}  # accesses of 16 bytes for eight elements
+LOAD = {4: 2, 2: 1}  # accesses of 16 bytes for eight elements
 
 
 def _blockwise() -> list[Way]:
     ways = []
-    for dtype, size in (("fp32", FP32), ("bf16", BF16)):
+    for dtype, size in DTYPES.items():
         moved = size + CODE + BLOCK_256
         peers = f"bitsandbytes {moved:.2f}"
         need = {
@@ -74,4 +96,65 @@ def _blockwise() -> list[Way]:
     return ways
 
 
-WAYS = [*_blockwise()]
+def _weight_4bit() -> list[Way]:
+    ways = []
+    for dtype, size in DTYPES.items():
+        moved = size + CODE / 2 + BLOCK_64
+        peers = f"bitsandbytes {moved:.2f}"
+        need = {"LDG.128": LOAD[size], "~from_bfloat16": 16 * (dtype == "bf16"), "STG": 1}
+        ways.append(Way(f"quantize_4bit, {dtype}", "quantize_4bit_kernel<8>", need, 8, moved, 60, peers))
+        packs = {"F2FP.BF16": 8 * (dtype == "bf16")}
+        need = {**packs, "STG.128": 2 * LOAD[size], "~decode_askew": 0, "~nested": 0}
+        ways.append(Way(f"dequantize_4bit, {dtype}", "look_up_kernel", need, 16, moved, 25, peers))
+    return ways
+
+
+def _linear_4bit() -> list[Way]:
+    moved = CODE / 2 + BLOCK_64
+    peers = f"bitsandbytes {moved:.2f}"
+    need = {"LDG.128": 2, "LDS": 32, "FFMA": 32, "~from_bfloat16": 0, "~nested": 0}
+    ways = [Way("linear_4bit, fp32, 1 row", "gemv_kernel", need, 32, moved, 30, peers, innermost=True)]
+    for rows, tiles in ((8, 1), (16, 2), (64, 8)):
+        heights = 1 if tiles == 1 else 2
+        need = {"HMMA": 8 * tiles * heights, "LDG.64": 4 * heights, "~nested": 0}
+        name = f"tensor_core_kernel<(DType)1, {tiles}>"
+        ways.append(Way(f"linear_4bit, bf16, {rows} rows", name, need, 64 * heights, moved, 15, peers, innermost=True))
+    return ways
+
+
+def _int8() -> list[Way]:
+    ways = []
+    for dtype, size in DTYPES.items():
+        need = {"LDG.128": LOAD[size], "~from_bfloat16": 16 * (dtype == "bf16"), "STG.64": 1}
+        ways.append(Way(f"int8_vectorwise_quant, {dtype}", "quantize_rows_kernel<32>", need, 8, size + CODE, 30))
+    need = {"LDG.128": 6, "IMMA": 8}
+    ways.append(Way("int8_linear_matmul, 16 rows", "multiply_kernel", need, 64, CODE, 5, innermost=True))
+    return ways
+
+
+def _step(work: str, rule: str, states: int, quantized: bool, dtype: str, most: float, peers: str) -> Way:
+    size = DTYPES[dtype]
+    moved = 3 * size + 2 * states * (CODE + BLOCK_256 if quantized else 4)
+    need = {
+        "LDG.128": 2 * LOAD[size] + (0 if quantized else 2 * states),
+        "STG.128": LOAD[size] + (0 if quantized else 2 * states),
+        "~from_bfloat16": 16 * (dtype == "bf16"),
+        "F2FP.BF16": 4 * (dtype == "bf16"),
+    }
+    if quantized:
+        need |= {"LDG.64": states, "STG.64": states}
+    kernel = f"step_kernel<{rule}, {str(quantized).lower()}>"
+    return Way(f"{work}, {dtype}", kernel, need, 8, moved, most, peers.format(moved=moved))
+
+
+def _optimizers() -> list[Way]:
+    return [
+        _step("AdamW8bit", "Adam", 2, True, "fp32", 150, "bitsandbytes {moved:.2f}; torch 28"),
+        _step("AdamW8bit", "Adam", 2, True, "bf16", 150, "bitsandbytes {moved:.2f}; torch 14"),
+        _step("AdamW32bit", "Adam", 2, False, "fp32", 50, "bitsandbytes 28; torch 28"),
+        _step("AdamW32bit", "Adam", 2, False, "bf16", 50, "bitsandbytes 22; torch 14"),
+        _step("Lion8bit", "Lion", 1, True, "bf16", 100, "bitsandbytes {moved:.2f}"),
+    ]
+
+
+WAYS = [*_optimizers(), *_blockwise(), *_weight_4bit(), *_linear_4bit(), *_int8()]

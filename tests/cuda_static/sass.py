@@ -207,7 +207,8 @@ def plain_name(demangled: str) -> str:
         if char == "(" and depth == 0 and not demangled.startswith("(anonymous", i):
             demangled = demangled[:i]
             break
-    return re.sub(r"^void |\w+::|\(anonymous namespace\)::", "", demangled)
+    name = re.sub(r"^void |\w+::|\(anonymous namespace\)::", "", demangled)
+    return name.replace("(bool)1", "true").replace("(bool)0", "false")
 
 
 def demangle(symbols: list[str]) -> list[str]:
