@@ -5,6 +5,7 @@ What no GPU is needed for: nvcc compiles the kernels as the build does, nvdisasm
 
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.skipif(
 SHARED_BYTES = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "sm_120": 100 << 10}
 THREADS = {"sm_80": 2048, "sm_90": 2048, "sm_100": 2048, "sm_120": 1536}
 REGISTERS = 1 << 16
+PLANTED = Path(compiled.__file__).parent / "planted.cu"
 RESERVED_BYTES = 1024  # of shared memory, for each thread block
 
 
@@ -25,6 +27,53 @@ RESERVED_BYTES = 1024  # of shared memory, for each thread block
 def kernels(request) -> list[sass.Kernel]:
     """All kernels for one architecture."""
     return [kernel for (_, arch), kernel in gpu_model.kernels().items() if arch == request.param]
+
+
+def has_no_local_memory(kernel: sass.Kernel) -> None:
+    """Neither a stack nor spilled registers; what the compiler says, and what the instructions show."""
+    assert kernel.stack_bytes == kernel.spilled_bytes == 0, kernel.name
+    assert kernel.count("LDL") + kernel.count("STL") == 0, kernel.name
+
+
+def has_its_thread_blocks_resident(kernel: sass.Kernel) -> None:
+    """As many as __launch_bounds__ says, for which registers, shared memory and threads must suffice."""
+    assert kernel.threads and kernel.resident, f"{kernel.name} has no __launch_bounds__(threads, resident)"
+    registers = -(-kernel.registers // 8) * 8 * kernel.threads  # they are given out by eights
+    assert kernel.resident * registers <= REGISTERS, kernel.name
+    assert kernel.resident * (kernel.shared_bytes + RESERVED_BYTES) <= SHARED_BYTES[kernel.arch], kernel.name
+    assert kernel.resident * kernel.threads <= THREADS[kernel.arch], kernel.name
+
+
+def has_what_it_needs(kernel: sass.Kernel) -> None:
+    """Wide accesses, tensor cores."""
+    assert kernel.template in expected.NEEDED, f"{kernel.name}: say in expected.py what it needs"
+    for prefix in expected.NEEDED[kernel.template]:
+        assert kernel.count(prefix) > 0, f"{kernel.name}: no {prefix}"
+
+
+def has_only_explicit_fused_operations(kernel: sass.Kernel) -> None:
+    """A product and a sum of the source stay apart, as on the CPU."""
+    fused = re.compile(r"fused_multiply_add|fmaf?\(|/|sqrt|square_root|inverse|divide")  # or in an exact quotient, root
+    for instruction in kernel.instructions:
+        if instruction.opcode.startswith("FFMA") and not instruction.subroutine:
+            file, line = instruction.lines[0]
+            assert fused.search(expected.source(file)[line - 1]), f"{kernel.name}: {file}, line {line}"
+
+
+def has_exact_arithmetic(kernel: sass.Kernel) -> None:
+    """Every operation is rounded to nearest and keeps denormals; ".rn" also forbids contraction."""
+    operation = re.compile(r"\s((?:add|sub|mul|mad|fma|div|rcp|sqrt|rsqrt|ex2|lg2|sin|cos|tanh)\.[\w.]*f(?:32|64)\b)")
+    inexact = Counter(op for op in operation.findall(kernel.ptx) if not re.fullmatch(r"\w+\.rn\.f(32|64)", op))
+    assert not inexact, f"{kernel.name}: {dict(inexact)}"
+
+
+RULES = (
+    has_no_local_memory,
+    has_its_thread_blocks_resident,
+    has_what_it_needs,
+    has_only_explicit_fused_operations,
+    has_exact_arithmetic,
+)
 
 
 def test_every_kernel_file_is_looked_at():
@@ -38,28 +87,10 @@ def test_the_compiler_is_silent():
         assert "warning" not in output.log.lower(), output.log
 
 
-def test_no_local_memory(kernels):
-    """Neither a stack nor spilled registers; what the compiler says, and what the instructions show."""
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_every_kernel(rule, kernels):
     for kernel in kernels:
-        assert kernel.stack_bytes == kernel.spilled_bytes == 0, kernel.name
-        assert kernel.count("LDL") + kernel.count("STL") == 0, kernel.name
-
-
-def test_promised_thread_blocks_are_resident(kernels):
-    """As many as __launch_bounds__ says, for which registers, shared memory and threads must suffice."""
-    for kernel in kernels:
-        assert kernel.threads and kernel.resident, f"{kernel.name} has no __launch_bounds__(threads, resident)"
-        registers = -(-kernel.registers // 8) * 8 * kernel.threads  # they are given out by eights
-        assert kernel.resident * registers <= REGISTERS, kernel.name
-        assert kernel.resident * (kernel.shared_bytes + RESERVED_BYTES) <= SHARED_BYTES[kernel.arch], kernel.name
-        assert kernel.resident * kernel.threads <= THREADS[kernel.arch], kernel.name
-
-
-def test_wide_accesses_and_tensor_cores(kernels):
-    for kernel in kernels:
-        assert kernel.template in expected.NEEDED, f"{kernel.name}: say in expected.py what it needs"
-        for prefix in expected.NEEDED[kernel.template]:
-            assert kernel.count(prefix) > 0, f"{kernel.name}: no {prefix}"
+        rule(kernel)
 
 
 @pytest.mark.parametrize("way", expected.WAYS, ids=lambda way: way.work)
@@ -70,24 +101,23 @@ def test_instructions_for_an_element(way, kernels):
     assert count > way.most / 2, f"{count:.1f} instructions: the bound should be lower"
 
 
-def test_only_explicit_fused_operations(kernels):
-    """A product and a sum of the source stay apart, as on the CPU."""
-    fused = re.compile(
-        r"fused_multiply_add|fmaf?\(|/|sqrt|square_root|inverse|divide"
-    )  # or within an exact quotient, root
-    for kernel in kernels:
-        for instruction in kernel.instructions:
-            if instruction.opcode.startswith("FFMA") and not instruction.subroutine:
-                file, line = instruction.lines[0]
-                assert fused.search(expected.source(file)[line - 1]), f"{kernel.name}: {file}, line {line}"
-
-
-def test_exact_arithmetic(kernels):
-    """Every operation is rounded to nearest and keeps denormals; ".rn" also forbids contraction."""
-    operation = re.compile(r"\s((?:add|sub|mul|mad|fma|div|rcp|sqrt|rsqrt|ex2|lg2|sin|cos|tanh)\.[\w.]*f(?:32|64)\b)")
-    for kernel in kernels:
-        inexact = Counter(op for op in operation.findall(kernel.ptx) if not re.fullmatch(r"\w+\.rn\.f(32|64)", op))
-        assert not inexact, f"{kernel.name}: {dict(inexact)}"
+def test_broken_rules_are_noticed():
+    command = next(iter(compiled.commands().values()))
+    planted = {k.name: k for k in sass.kernels(compiled.compile_for("sm_80", PLANTED, command))}
+    broken = {
+        "spilling_kernel": has_no_local_memory,
+        "array_kernel": has_no_local_memory,
+        "crowded_kernel": has_its_thread_blocks_resident,
+        "unbounded_kernel": has_its_thread_blocks_resident,
+        "quantize_kernel": has_what_it_needs,
+        "unheard_of_kernel": has_what_it_needs,
+        "contracted_kernel": has_only_explicit_fused_operations,
+        "approximate_kernel": has_exact_arithmetic,
+    }
+    assert planted.keys() == broken.keys()
+    for name, rule in broken.items():
+        with pytest.raises(AssertionError, match=name):
+            rule(planted[name])
 
 
 def test_source_lines_do_not_change_the_code():

@@ -84,12 +84,11 @@ def _blockwise() -> list[Way]:
         need = {
             "LDG.128": LOAD[size],
             "~from_bfloat16": 16 * (dtype == "bf16"),  # once for absmax, once for the codes
-            "~dynamic_code<true>": 8,
-            "~dynamic_code<false>": 0,
+            r"~round_with_sign\(Float": 16,  # of the signed map
             "~nearest_entry": 0,
             "STG.64": 1,
         }
-        ways.append(Way(f"quantize_blockwise, {dtype}", "quantize_kernel<32, 1>", need, 8, moved, 65, peers))
+        ways.append(Way(f"quantize_blockwise, {dtype}", "quantize_kernel<32>", need, 8, moved, 65, peers))
         packs = {"F2FP.BF16": 4 * (dtype == "bf16")}
         need = {"LDG.64": 1, **packs, "STG.128": LOAD[size]}
         ways.append(Way(f"dequantize_blockwise, {dtype}", "dequantize_kernel<32>", need, 8, moved, 16, peers))

@@ -68,7 +68,7 @@ class Kernel:
     source: str
     arch: str
     symbol: str
-    name: str  # "quantize_kernel<8, 1>"
+    name: str  # "quantize_kernel<8>"
     labeled: list[tuple[str | None, Instruction]]  # with the label before it
     registers: int
     shared_bytes: int
