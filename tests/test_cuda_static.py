@@ -37,6 +37,8 @@ def has_no_local_memory(kernel: sass.Kernel) -> None:
 
 def has_its_thread_blocks_resident(kernel: sass.Kernel) -> None:
     """As many as __launch_bounds__ says, for which registers, shared memory and threads must suffice."""
+    if kernel.template in expected.SMALL:
+        return
     assert kernel.threads and kernel.resident, f"{kernel.name} has no __launch_bounds__(threads, resident)"
     registers = -(-kernel.registers // 8) * 8 * kernel.threads  # they are given out by eights
     assert kernel.resident * registers <= REGISTERS, kernel.name

@@ -28,12 +28,17 @@ NEEDED = {
     "multiply_kernel": ("LDG.128", "IMMA", "STG.128"),
     "dequantize_sums_kernel": ("LDG.128", "STG.128"),
     "prepare_kernel": (),  # one thread for a parameter
-    "step_kernel": ("LDG.128", "STG.128"),
-    "direction_squares_kernel": ("LDG.128",),
-    "squares_kernel": ("LDG.128",),
+    "step_kernel": ("LDG?.128", "STG?.128"),  # "LD": of a pointer that was read from memory
+    "direction_squares_kernel": ("LDG?.128",),
+    "squares_kernel": ("LDG?.128",),
     "sum_pieces_kernel": (),  # a number for every 16 blocks of a parameter
     "percentile_clip_kernel": (),  # 100 numbers for a parameter
+    "place_kernel": (),  # one thread for a parameter
 }
+
+
+# A thread or a thread block for a parameter: how many are resident does not matter.
+SMALL = {"prepare_kernel", "place_kernel", "percentile_clip_kernel"}
 
 
 @dataclass(frozen=True)
@@ -111,13 +116,15 @@ def _weight_4bit() -> list[Way]:
 def _linear_4bit() -> list[Way]:
     moved = CODE / 2 + BLOCK_64
     peers = f"bitsandbytes {moved:.2f}"
+    more = f"{peers} or {moved + 4:.2f}"  # by its own kernel or by a dequantized weight
     need = {"LDG.128": 2, "LDS": 32, "FFMA": 32, "~from_bfloat16": 0, "~nested": 0}
     ways = [Way("linear_4bit, fp32, 1 row", "gemv_kernel", need, 32, moved, 30, peers, innermost=True)]
     for rows, tiles in ((8, 1), (16, 2), (64, 8)):
         heights = 1 if tiles == 1 else 2
         need = {"HMMA": 8 * tiles * heights, "LDG.64": 4 * heights, "~nested": 0}
         name = f"tensor_core_kernel<(DType)1, {tiles}>"
-        ways.append(Way(f"linear_4bit, bf16, {rows} rows", name, need, 64 * heights, moved, 15, peers, innermost=True))
+        work, others = f"linear_4bit, bf16, {rows} rows", peers if rows <= 8 else more
+        ways.append(Way(work, name, need, 64 * heights, moved, 15, others, innermost=True))
     return ways
 
 
@@ -135,13 +142,13 @@ def _step(work: str, rule: str, states: int, quantized: bool, dtype: str, most: 
     size = DTYPES[dtype]
     moved = 3 * size + 2 * states * (CODE + BLOCK_256 if quantized else 4)
     need = {
-        "LDG.128": 2 * LOAD[size] + (0 if quantized else 2 * states),
-        "STG.128": LOAD[size] + (0 if quantized else 2 * states),
+        "LDG?.128": 2 * LOAD[size] + (0 if quantized else 2 * states),
+        "STG?.128": LOAD[size] + (0 if quantized else 2 * states),
         "~from_bfloat16": 16 * (dtype == "bf16"),
         "F2FP.BF16": 4 * (dtype == "bf16"),
     }
     if quantized:
-        need |= {"LDG.64": states, "STG.64": states}
+        need |= {"LDG?.64": states, "STG?.64": states}
     kernel = f"step_kernel<{rule}, {str(quantized).lower()}>"
     return Way(f"{work}, {dtype}", kernel, need, 8, moved, most, peers.format(moved=moved))
 

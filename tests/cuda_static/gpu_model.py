@@ -67,7 +67,7 @@ def predictions() -> str:
             row.append(f"{1e12 * max(memory, issue):.2f} {'memory' if memory >= issue else 'issue'}")
         rows.append(row)
     instructions = f"instructions ({', '.join(arch.removeprefix('sm_') for arch in compiled.ARCHITECTURES)})"
-    return table(["work", "bytes", "others' bytes", instructions, *(gpu.name for gpu in GPUS)], rows)
+    return table(["work", "bytes", "others' bytes", instructions, *(f"{gpu.name}, ms" for gpu in GPUS)], rows)
 
 
 def resources() -> str:
@@ -84,7 +84,7 @@ def resources() -> str:
                 source,
                 name,
                 str(len(each[first.arch])),
-                f"{first.threads} x {first.resident}",
+                f"{first.threads} x {first.resident}" if first.resident else "",
                 " / ".join(str(max(k.registers for k in ks)) for ks in each.values()),
                 str(max(k.shared_bytes for k in instances)),
                 str(max(k.stack_bytes + k.spilled_bytes for k in instances)),

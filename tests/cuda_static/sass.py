@@ -57,9 +57,10 @@ Marker = Callable[[Instruction], bool]
 
 
 def opcode(prefix: str) -> Marker:
-    """Instructions whose opcode starts so, "LDG.E.128", whatever modifiers stand between its parts."""
+    """Instructions whose opcode starts so, "LDG.128", whatever modifiers stand between its parts; the first part is a
+    regular expression."""
     first, *rest = prefix.split(".")
-    pattern = re.compile(re.escape(first) + "".join(rf"(\.\w+)*\.{re.escape(part)}\b" for part in rest) + r"(\.|$)")
+    pattern = re.compile(first + "".join(rf"(\.\w+)*\.{re.escape(part)}\b" for part in rest) + r"(\.|$)")
     return lambda instruction: bool(pattern.match(instruction.opcode))
 
 
