@@ -1,9 +1,8 @@
 // CPU binding of products with 4-bit weights. Few rows go through a kernel that decodes the weight as it multiplies;
 // many are worth decoding it once, for torch's own matrix product.
-#include <torch/csrc/stable/library.h>
+#include "linear_4bit_binding.h"
 
 #include <algorithm>
-#include <array>
 
 #include "cpu/decode_4bit.h"
 #include "cpu/memory.h"
@@ -12,8 +11,6 @@
 
 namespace bnbops::cpu {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kGrain = 65536;  // weights worth a thread
 // Up to so many rows of activations, decoding the weight once for every eight of them is the fastest way.
@@ -30,13 +27,6 @@ Tensor dense(const Matrix4bit& matrix, const Tensor& like) {
   prefer_huge_pages(out);
   dequantize_range(matrix.weight, matrix.first, out.numel(), out.mutable_data_ptr(), dtype_of(out));
   return out;
-}
-
-Tensor dense_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 bool has_whole_blocks(const Matrix4bit& matrix) { return matrix.in_features % matrix.weight.blocksize == 0; }
@@ -104,7 +94,6 @@ void tile_product(const TileProduct& kernels, const Tensor& activations, const M
 // x [rows, in_features] to out [rows, out_features], contiguous.
 void linear_into(const Tensor& x, const Matrix4bit& matrix, const OptionalTensor& bias, Tensor& out) {
   const int64_t rows = x.size(0);
-  if (rows == 0) return;
   const bool tiles = takes_tiles(x, matrix);
   const bool few = has_whole_blocks(matrix) && rows <= (tiles ? kFewRows : kFewRowsWithoutTiles);
   if (!few && !tiles) {
@@ -120,56 +109,12 @@ void linear_into(const Tensor& x, const Matrix4bit& matrix, const OptionalTensor
 
 // gradient [rows, out_features] to out [rows, in_features], contiguous.
 void input_grad_into(const Tensor& gradient, const Matrix4bit& matrix, Tensor& out) {
-  if (gradient.size(0) == 0) return;
   if (takes_tiles(gradient, matrix)) {
     tile_product(isa().tiles->input_grad, in_logical_order(gradient), matrix, nullptr, matrix.out_features,
                  matrix.in_features, out);
   } else {
     matrix_product(gradient, dense(matrix, gradient), out);
   }
-}
-
-Tensor as_matrix(const Tensor& x) {
-  const int64_t features = x.size(x.dim() - 1);
-  int64_t rows = 1;
-  for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
-  return torch::stable::reshape(x, {rows, features});
-}
-
-Tensor linear_4bit(const Tensor& x, const Tensor& weight, const Tensor& absmax, OptionalTensor bias,
-                   std::vector<int64_t> shape, int64_t blocksize, std::string quant_type, OptionalTensor nested_absmax,
-                   OptionalTensor nested_code, OptionalTensor nested_offset, int64_t nested_blocksize) {
-  const Weight4bitArguments arguments{"linear_4bit", "weight",      weight,          absmax,
-                                      shape,         blocksize,     quant_type,      nested_absmax,
-                                      nested_code,   nested_offset, nested_blocksize};
-  check_linear_4bit(x, arguments, bias);
-  const Matrix4bit matrix{kernel_view(arguments), 0, shape[0], shape[1]};
-  const Tensor rows = as_matrix(x), out = torch::stable::new_empty(x, with_last(x, shape[0]));
-  Tensor out_rows = torch::stable::view(out, {rows.size(0), shape[0]});
-  linear_into(rows, matrix, bias, out_rows);
-  return out;
-}
-
-Tensor linear_4bit_input_grad(const Tensor& grad, const Tensor& weight, const Tensor& absmax,
-                              std::vector<int64_t> shape, int64_t blocksize, std::string quant_type,
-                              OptionalTensor nested_absmax, OptionalTensor nested_code, OptionalTensor nested_offset,
-                              int64_t nested_blocksize) {
-  const Weight4bitArguments arguments{"linear_4bit_input_grad",
-                                      "weight",
-                                      weight,
-                                      absmax,
-                                      shape,
-                                      blocksize,
-                                      quant_type,
-                                      nested_absmax,
-                                      nested_code,
-                                      nested_offset,
-                                      nested_blocksize};
-  check_linear_4bit_input_grad(grad, arguments);
-  const Tensor rows = as_matrix(grad), out = torch::stable::new_empty(grad, with_last(grad, shape[1]));
-  Tensor out_rows = torch::stable::view(out, {rows.size(0), shape[1]});
-  input_grad_into(rows, {kernel_view(arguments), 0, shape[0], shape[1]}, out_rows);
-  return out;
 }
 
 // Where each expert's rows end, after a check that they are in order and exist.
@@ -210,48 +155,39 @@ Tensor grouped(const Tensor& x, const Weight4bitArguments& arguments, const Tens
   return out;
 }
 
-Tensor grouped_linear_4bit(const Tensor& x, const Tensor& weight, const Tensor& absmax, OptionalTensor bias,
-                           const Tensor& offsets, std::vector<int64_t> shape, int64_t blocksize, std::string quant_type,
-                           OptionalTensor nested_absmax, OptionalTensor nested_code, OptionalTensor nested_offset,
-                           int64_t nested_blocksize) {
-  const Weight4bitArguments arguments{
-      "grouped_linear_4bit", "weight",    weight,        absmax,          shape, blocksize, quant_type,
-      nested_absmax,         nested_code, nested_offset, nested_blocksize};
-  check_grouped_linear_4bit(x, arguments, bias, offsets);
-  return grouped(x, arguments, offsets, shape[1],
-                 [&](const Tensor& rows, const Matrix4bit& matrix, int64_t expert, Tensor& out) {
-                   const OptionalTensor own = bias ? OptionalTensor(torch::stable::select(*bias, 0, expert)) : bias;
-                   linear_into(rows, matrix, own, out);
-                 });
-}
+struct Linear4bitOnCpu {
+  static Matrix4bit matrix(const Weight4bitArguments& arguments) {
+    return {kernel_view(arguments), 0, arguments.shape[0], arguments.shape[1]};
+  }
 
-Tensor grouped_linear_4bit_input_grad(const Tensor& grad, const Tensor& weight, const Tensor& absmax,
-                                      const Tensor& offsets, std::vector<int64_t> shape, int64_t blocksize,
-                                      std::string quant_type, OptionalTensor nested_absmax, OptionalTensor nested_code,
-                                      OptionalTensor nested_offset, int64_t nested_blocksize) {
-  const Weight4bitArguments arguments{"grouped_linear_4bit_input_grad",
-                                      "weight",
-                                      weight,
-                                      absmax,
-                                      shape,
-                                      blocksize,
-                                      quant_type,
-                                      nested_absmax,
-                                      nested_code,
-                                      nested_offset,
-                                      nested_blocksize};
-  check_grouped_linear_4bit_input_grad(grad, arguments, offsets);
-  return grouped(
-      grad, arguments, offsets, shape[2],
-      [&](const Tensor& rows, const Matrix4bit& matrix, int64_t, Tensor& out) { input_grad_into(rows, matrix, out); });
-}
+  static Tensor linear(const Tensor& x, const Weight4bitArguments& arguments, const OptionalTensor& bias) {
+    return by_rows(x, arguments.shape[0],
+                   [&](const Tensor& rows, Tensor& out) { linear_into(rows, matrix(arguments), bias, out); });
+  }
+
+  static Tensor input_grad(const Tensor& grad, const Weight4bitArguments& arguments) {
+    return by_rows(grad, arguments.shape[1],
+                   [&](const Tensor& rows, Tensor& out) { input_grad_into(rows, matrix(arguments), out); });
+  }
+
+  static Tensor grouped_linear(const Tensor& x, const Weight4bitArguments& arguments, const OptionalTensor& bias,
+                               const Tensor& offsets) {
+    return grouped(x, arguments, offsets, arguments.shape[1],
+                   [&](const Tensor& rows, const Matrix4bit& matrix, int64_t expert, Tensor& out) {
+                     const OptionalTensor own = bias ? OptionalTensor(torch::stable::select(*bias, 0, expert)) : bias;
+                     linear_into(rows, matrix, own, out);
+                   });
+  }
+
+  static Tensor grouped_input_grad(const Tensor& grad, const Weight4bitArguments& arguments, const Tensor& offsets) {
+    return grouped(grad, arguments, offsets, arguments.shape[2],
+                   [&](const Tensor& rows, const Matrix4bit& matrix, int64_t, Tensor& out) {
+                     input_grad_into(rows, matrix, out);
+                   });
+  }
+};
 
 }  // namespace
 }  // namespace bnbops::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(bnbops, CPU, m) {
-  m.impl("linear_4bit", TORCH_BOX(&bnbops::cpu::linear_4bit));
-  m.impl("linear_4bit_input_grad", TORCH_BOX(&bnbops::cpu::linear_4bit_input_grad));
-  m.impl("grouped_linear_4bit", TORCH_BOX(&bnbops::cpu::grouped_linear_4bit));
-  m.impl("grouped_linear_4bit_input_grad", TORCH_BOX(&bnbops::cpu::grouped_linear_4bit_input_grad));
-}
+STABLE_TORCH_LIBRARY_IMPL(bnbops, CPU, m) { bnbops::Linear4bitOperators<bnbops::cpu::Linear4bitOnCpu>::implement(m); }
