@@ -6,6 +6,8 @@
 // that are not finite. Source of NF4: Dettmers et al., "QLoRA" (arXiv:2305.14314), appendix E.
 #pragma once
 
+#include <initializer_list>
+
 #include "codecs.h"
 #include "jobs.h"
 
@@ -103,10 +105,24 @@ BNBOPS_HD float nested_scale(float entry, float nested_absmax, float offset) {
   return product + offset;
 }
 
+// A block's scale as memory has it: loading is apart from computing, so that loads can be far ahead.
+struct StoredScale {
+  float absmax;  // of the block, or of the codes of scales
+  uint8_t code;  // if the scales are nested
+};
+
+BNBOPS_HD StoredScale load_scale(const Weight4bit& weight, int64_t block) {
+  if (weight.absmax != nullptr) return {weight.absmax[block], 0};
+  return {weight.nested_absmax[block / weight.nested_blocksize], weight.nested_codes[block]};
+}
+
+BNBOPS_HD float scale_of(const Weight4bit& weight, const StoredScale& stored) {
+  if (weight.absmax != nullptr) return stored.absmax;
+  return nested_scale(weight.nested_codebook[stored.code], stored.absmax, *weight.nested_offset);
+}
+
 BNBOPS_HD float scale_of_block(const Weight4bit& weight, int64_t block) {
-  if (weight.absmax != nullptr) return weight.absmax[block];
-  return nested_scale(weight.nested_codebook[weight.nested_codes[block]],
-                      weight.nested_absmax[block / weight.nested_blocksize], *weight.nested_offset);
+  return scale_of(weight, load_scale(weight, block));
 }
 
 BNBOPS_NAMESPACE_END

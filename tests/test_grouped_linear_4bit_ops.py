@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 
+import backends
 from reference import quantize_4bit as ref
 from weight_4bit_cases import DTYPES, Weight, assert_equal, normal, offsets_of
 
 ENDS = [[2, 4, 7], [0, 0, 9], [5, 5, 5], [0, 0, 0], [1, 41, 90]]
 
 
+@backends.on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("ends", ENDS, ids=str)
 @pytest.mark.parametrize("shape", [(3, 20, 64), (3, 9, 35)], ids=str)
@@ -38,6 +40,7 @@ def test_experts_are_linear_layers(ends, shape, dtype):
     assert_equal(weight.grouped(x, offsets, bias), biased)
 
 
+@backends.on_every_backend
 @pytest.mark.parametrize("ends", ENDS, ids=str)
 def test_gradients_of_experts(ends):
     weight, offsets, tokens = Weight(3, 20, 64), offsets_of(ends), ends[-1] + 2
@@ -52,6 +55,7 @@ def test_gradients_of_experts(ends):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@backends.on_every_backend
 @pytest.mark.filterwarnings("ignore:Input #. requires gradient and is not a double precision")
 def test_gradcheck_of_experts():
     weight, offsets = Weight(2, 4, 32, blocksize=32), offsets_of([2, 3])
@@ -67,6 +71,7 @@ def test_gradcheck_of_experts():
 
 @pytest.mark.parametrize("ends", [[2, 1, 7], [2, 4, 8], [-1, 4, 7], [8, 8, 8]], ids=str)
 def test_impossible_offsets_are_refused(ends):
+    """... by the CPU, which can read them. Other devices stay in bounds."""
     weight = Weight(3, 20, 64)
     with pytest.raises(RuntimeError, match=r"grouped_linear_4bit: offsets must not decrease and not exceed the 7 rows"):
         weight.grouped(normal(7, 64), offsets_of(ends))

@@ -1,7 +1,4 @@
-"""Products with 4-bit weights: values and gradients.
-
-`python test_linear_4bit_ops.py` checks the values alone; a test runs it once per instruction set.
-"""
+"""Products with 4-bit weights: values and gradients."""
 
 import itertools
 import math
@@ -13,11 +10,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
+import backends
 import bnbops
 from bnbops.functional import QuantState
 from reference import quantize_4bit as ref
-from test_isa import ISAS, run
 from weight_4bit_cases import DTYPES, Weight, assert_equal, normal, offsets_of, ops
+
+pytestmark = backends.on_every_backend
 
 ROWS = (0, 1, 2, 5, 8, 9, 16, 17, 32, 33, 70)
 SHAPES = [(64, 128), (33, 64), (1, 256), (48, 192), (50, 96), (7, 65), (3, 1), (16, 31)]  # [out, in]
@@ -42,23 +41,6 @@ def check_values(rows_of_x: tuple[int, ...]) -> None:
 
 def test_values():
     check_values(ROWS)
-
-
-@pytest.mark.parametrize("isa", ISAS[: ISAS.index(bnbops.isa())])
-def test_values_on_older_instruction_sets(isa):
-    process = run(isa, __file__)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.strip() == isa
-
-
-@pytest.mark.parametrize("threads", [2, 3])
-def test_values_on_several_threads(threads):
-    torch.set_num_threads(threads)
-    weight = Weight(515, 384)
-    for rows, dtype in itertools.product((1, 3, 20, 100), DTYPES):
-        x, grad = normal(rows, 384, seed=1, dtype=dtype), normal(rows, 515, seed=2, dtype=dtype)
-        ref.assert_product(weight.linear(x), x, weight.values)
-        ref.assert_product(weight.input_grad(grad), grad, weight.values.t())
 
 
 @dtypes
@@ -329,9 +311,3 @@ def test_nonsense_is_refused(case):
     with pytest.raises(RuntimeError, match=f"bnbops::{op}: .*{match}"):
         getattr(ops, op)(**good(op) | changed)
     getattr(ops, op)(**good(op))  # what was changed was all that was wrong
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    check_values((1, 9, 40))
-    print(bnbops.isa())
