@@ -56,6 +56,15 @@ def test_blocks(blocksize, dtype, code, cuda):
         check(cuda, data(min(n, 9001), dtype), CODES[code], blocksize)
 
 
+@pytest.mark.parametrize("blocksize", [64, 256, 1024, 4096, 10_000])
+def test_the_largest_element_counts_wherever_it_is(blocksize, cuda):
+    positions = torch.tensor([*range(0, blocksize, blocksize // 64), blocksize - 1])
+    x = torch.ones(len(positions), blocksize)
+    x[torch.arange(len(positions)), positions] = -2.0
+    _, absmax = cuda["quantize_blockwise"](x, CODES["signed"], blocksize)
+    assert torch.equal(absmax, torch.full_like(absmax, 2.0))
+
+
 @codes
 @dtypes
 def test_every_length(dtype, code, cuda, guard):

@@ -84,13 +84,6 @@ BNBOPS_DEVICE void quantize_blocks(const QuantizeJob& job, const Write& write) {
   });
 }
 
-// A job whose blocks are no larger than all that there is: then no sum of sizes overflows.
-template <class Job>
-Job with_bounded_blocks(Job job) {
-  if (job.blocksize > job.numel) job.blocksize = job.numel;
-  return job;
-}
-
 // Calls launch(group, grid) with the number of threads that suits a block, as a constant, and the grid for it.
 template <class Job, class Launch>
 void with_groups(const Job& job, const Launch& launch) {

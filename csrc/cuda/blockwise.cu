@@ -65,8 +65,7 @@ __global__ void __launch_bounds__(kThreads, kResident) dequantize_kernel(Dequant
 
 }  // namespace
 
-cudaError_t quantize(const QuantizeJob& unbounded, cudaStream_t stream) {
-  const QuantizeJob job = with_bounded_blocks(unbounded);
+cudaError_t quantize(const QuantizeJob& job, cudaStream_t stream) {
   if (job.numel == 0) return cudaSuccess;
   with_groups(job, [&](auto group, dim3 grid) {
     LAUNCH((quantize_kernel<decltype(group)::value>), grid, dim3(kThreads), 0, stream, job);
@@ -74,8 +73,7 @@ cudaError_t quantize(const QuantizeJob& unbounded, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-cudaError_t dequantize(const DequantizeJob& unbounded, cudaStream_t stream) {
-  const DequantizeJob job = with_bounded_blocks(unbounded);
+cudaError_t dequantize(const DequantizeJob& job, cudaStream_t stream) {
   if (job.numel == 0) return cudaSuccess;
   with_groups(job, [&](auto group, dim3 grid) {
     LAUNCH((dequantize_kernel<decltype(group)::value>), grid, dim3(kThreads), 0, stream, job);
