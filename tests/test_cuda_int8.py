@@ -5,7 +5,7 @@ Shapes sweep what the kernels distinguish: eight elements at a time, a warp or a
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -99,30 +99,36 @@ def test_products(cuda, guard):
             assert equal(cuda["int8_linear_matmul"](A, B), out)
 
 
-def operators_called(call: Callable[[], object]) -> set[str]:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        call()
-    return {event.name for event in profile.events()}
+@pytest.fixture
+def products() -> Iterator[list[tuple[int, ...]]]:
+    """The products that torch is asked for, by their sizes."""
+    asked: list[tuple[int, ...]] = []
+
+    def multiply(A: Tensor, B: Tensor, *, out: Tensor) -> Tensor:
+        asked.append((*A.shape, B.shape[1]))
+        return out.copy_(A.double() @ B.double())
+
+    with torch.library._scoped_library("aten", "IMPL") as lib:
+        lib.impl("_int_mm.out", multiply, "CPU", allow_override=True)
+        yield asked
 
 
-def test_torch_multiplies_what_it_can(cuda):
+def test_torch_multiplies_what_it_can(cuda, products):
     """From 17 rows on, in multiples of 8, from aligned memory."""
     memory = torch.zeros(24 * 32 + 1, dtype=torch.int8)
-    for rows, columns, depth, begin, expected in [
+    for rows, columns, depth, begin, by_torch in [
         (17, 24, 32, 0, True),
         (16, 24, 32, 0, False),
         (17, 20, 32, 0, False),
         (17, 24, 20, 0, False),
         (17, 24, 32, 1, False),
     ]:
-        A, B = (
-            codes(rows, depth),
-            memory[begin : begin + columns * depth].view(columns, depth).copy_(codes(columns, depth)),
-        )
-        called = operators_called(lambda A=A, B=B: cuda["int8_linear_matmul"](A, B))
-        assert ("aten::_int_mm" in called) == expected, (rows, columns, depth, begin)
-        called = operators_called(lambda A=A, B=B: cuda["int8_scaled_mm"](A, B, scales(len(A)), scales(len(B))))
-        assert ("aten::_int_mm" in called) == expected, (rows, columns, depth, begin)
+        A, B = codes(rows, depth), memory[begin : begin + columns * depth].view(columns, depth)
+        B.copy_(codes(columns, depth))
+        products.clear()
+        assert equal(cuda["int8_linear_matmul"](A, B), ref.product(A, B))
+        cuda["int8_scaled_mm"](A, B, scales(rows), scales(columns))
+        assert products == [(rows, depth, columns)] * 2 * by_torch, (rows, columns, depth, begin)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
