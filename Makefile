@@ -20,8 +20,8 @@ test: $(VENV)/installed
 
 # The CUDA kernels in the simulator, watched for accesses out of bounds and for data races.
 test-cuda-sanitize: $(VENV)/installed
-	PYTHONPATH=tests $(PY) -m cuda_on_cpu.sanitize address -- --backends cuda_on_cpu -k cuda_on_cpu
-	PYTHONPATH=tests $(PY) -m cuda_on_cpu.sanitize thread -- --backends cuda_on_cpu -k cuda_on_cpu
+	PYTHONPATH=tests $(PY) -m cuda_on_cpu.sanitize address -- --backends cuda_on_cpu
+	PYTHONPATH=tests $(PY) -m cuda_on_cpu.sanitize thread -- --backends cuda_on_cpu
 
 # No GPU needed: the CUDA library as it ships loads under a torch with CUDA, has every kernel, and refuses bad calls.
 # It is built against $(TORCH), as any wheel is.
