@@ -89,6 +89,11 @@ def test_many_tensors_in_one_call(rule, codec):
     check_step(random_group(rule, shapes, **codec, steps=range(11)))
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_no_tensors(rule):
+    check_step(Group(rule))
+
+
 @pytest.mark.parametrize("rule", ["adam", "lion"])
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_tensor_for_all_thread_blocks(rule, codec):
@@ -149,10 +154,10 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, x) for name, values in UNUSABLE.items() for x in values])
-@every_case
-def test_what_only_the_device_could_refuse_changes_nothing(rule, codec, name, value):
+@pytest.mark.parametrize("rule", RULES)
+def test_what_only_the_device_could_refuse_changes_nothing(rule, name, value):
     """The second parameter stays as it is, step count included; the first one too if the number is both's."""
-    group = random_group(rule, [(3, 100), (70,)], **codec)
+    group = random_group(rule, [(3, 100), (70,)], bits=8 if RULES[rule].states else 32)
     if name == "steps":
         group.steps[1] = value
     before, arguments = group.clone(), op_options(usual(rule)) | ({} if name == "steps" else {name: value})

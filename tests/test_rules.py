@@ -184,7 +184,6 @@ def test_every_width_up_to_two_blocks(rule, codec, guard):
     step_and_check(random_group(rule, [(2, width) for width in widths], **codec).map(guard))
 
 
-@on_every_backend
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 60])
 @every_case
 def test_any_number_of_tensors(rule, codec, count):
