@@ -175,6 +175,15 @@ def test_linear_where_every_column_has_outliers(dtype, cuda):
         assert same(cuda["linear_int8"](*arguments), ops.linear_int8(*arguments)), (M, N, K)
 
 
+def test_a_threshold_that_nothing_reaches_changes_no_bit(cuda):
+    """Not even the sign of a zero, to which negative results too small for a float are rounded."""
+    for rows in (3, 17):
+        x, weight, scale = activations(rows, 64), codes(24, 64), torch.full((24,), 1e-45)
+        result = cuda["linear_int8"](x, weight, scale, None, 1e4)
+        assert (result.signbit() & (result == 0)).any()
+        assert same(result, ops.linear_int8(x, weight, scale, None, 1e4))
+
+
 def test_linear_lists_outliers_anywhere(cuda):
     """In the first and the last of many columns; the list is made in rounds of 8192."""
     x, weight, scale = activations(2, 20000), codes(3, 20000), scales(3)
