@@ -65,15 +65,21 @@ class Way:
 
 
 @cache
-def source(file: str) -> list[str]:
+def _lines(file: str) -> list[str]:
     return Path(file).read_text().splitlines()
+
+
+def source(file: str, line: int) -> str:
+    """A line; nvcc also names some that do not exist, by mistaking the file of an inlined function."""
+    lines = _lines(file)
+    return lines[line - 1] if line <= len(lines) else ""
 
 
 def marker(text: str) -> Marker:
     if not text.startswith("~"):
         return opcode(text)
     pattern = re.compile(text[1:])
-    return lambda instruction: any(pattern.search(source(file)[line - 1]) for file, line in instruction.lines)
+    return lambda instruction: any(pattern.search(source(*line)) for line in instruction.lines)
 
 
 DTYPES = {"fp32": 4, "bf16": 2}
