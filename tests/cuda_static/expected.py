@@ -123,14 +123,14 @@ def _linear_4bit() -> list[Way]:
     moved = CODE / 2 + BLOCK_64
     peers = f"bitsandbytes {moved:.2f}"
     more = f"{peers} or {moved + 4:.2f}"  # by its own kernel or by a dequantized weight
-    need = {"LDG.128": 2, "LDS": 32, "FFMA": 32, "~from_bfloat16": 0, "~nested": 0}
+    need = {"LDG.128": 2, r"~decode_packed\(load_packed": 64, "FFMA": 32, "LDG.U8": 0, "~nested": 0}
     ways = [Way("linear_4bit, fp32, 1 row", "gemv_kernel", need, 32, moved, 30, peers, innermost=True)]
-    for rows, tiles in ((8, 1), (16, 2), (64, 8)):
-        heights = 1 if tiles == 1 else 2
-        need = {"HMMA": 8 * tiles * heights, "LDG.64": 4 * heights, "~nested": 0}
+    # Rows, tiles of 8 rows, tiles of 16 features, segments of 32 weights of a thread for each of those.
+    for rows, tiles, heights, segments in ((8, 1, 1, 2), (16, 2, 2, 2), (64, 8, 2, 1)):
+        need = {"HMMA": 4 * segments * tiles * heights, "LDG.64": 2 * segments * heights, "~nested": 0}
         name = f"tensor_core_kernel<(DType)1, {tiles}>"
         work, others = f"linear_4bit, bf16, {rows} rows", peers if rows <= 8 else more
-        ways.append(Way(work, name, need, 64 * heights, moved, 15, others, innermost=True))
+        ways.append(Way(work, name, need, 32 * segments * heights, moved, 15, others, innermost=True))
     return ways
 
 
