@@ -112,10 +112,10 @@ def _weight_4bit() -> list[Way]:
         moved = size + CODE / 2 + BLOCK_64
         peers = f"bitsandbytes {moved:.2f}"
         need = {"LDG.128": LOAD[size], "~from_bfloat16": 16 * (dtype == "bf16"), "STG": 1}
-        ways.append(Way(f"quantize_4bit, {dtype}", "quantize_4bit_kernel<8>", need, 8, moved, 60, peers))
+        ways.append(Way(f"quantize_4bit, {dtype}", "quantize_4bit_kernel<8>", need, 8, moved, 25, peers))
         packs = {"F2FP.BF16": 8 * (dtype == "bf16")}
         need = {**packs, "STG.128": 2 * LOAD[size], "~decode_askew": 0, "~nested": 0}
-        ways.append(Way(f"dequantize_4bit, {dtype}", "look_up_kernel", need, 16, moved, 25, peers))
+        ways.append(Way(f"dequantize_4bit, {dtype}", "look_up_kernel", need, 16, moved, 21, peers))
     return ways
 
 
@@ -124,13 +124,13 @@ def _linear_4bit() -> list[Way]:
     peers = f"bitsandbytes {moved:.2f}"
     more = f"{peers} or {moved + 4:.2f}"  # by its own kernel or by a dequantized weight
     need = {"LDG.128": 2, r"~decode_packed\(load_packed": 64, "FFMA": 32, "LDG.U8": 0, "~nested": 0}
-    ways = [Way("linear_4bit, fp32, 1 row", "gemv_kernel", need, 32, moved, 30, peers, innermost=True)]
+    ways = [Way("linear_4bit, fp32, 1 row", "gemv_kernel", need, 32, moved, 14, peers, innermost=True)]
     # Rows, tiles of 8 rows, tiles of 16 features, segments of 32 weights of a thread for each of those.
-    for rows, tiles, heights, segments in ((8, 1, 1, 2), (16, 2, 2, 2), (64, 8, 2, 1)):
+    for rows, tiles, heights, segments, most in ((8, 1, 1, 2, 9), (16, 2, 2, 2, 7), (64, 8, 2, 1, 12)):
         need = {"HMMA": 4 * segments * tiles * heights, "LDG.64": 2 * segments * heights, "~nested": 0}
         name = f"tensor_core_kernel<(DType)1, {tiles}>"
         work, others = f"linear_4bit, bf16, {rows} rows", peers if rows <= 8 else more
-        ways.append(Way(work, name, need, 32 * segments * heights, moved, 15, others, innermost=True))
+        ways.append(Way(work, name, need, 32 * segments * heights, moved, most, others, innermost=True))
     return ways
 
 
@@ -138,9 +138,9 @@ def _int8() -> list[Way]:
     ways = []
     for dtype, size in DTYPES.items():
         need = {"LDG.128": LOAD[size], "~from_bfloat16": 16 * (dtype == "bf16"), "STG.64": 1}
-        ways.append(Way(f"int8_vectorwise_quant, {dtype}", "quantize_rows_kernel<32>", need, 8, size + CODE, 30))
+        ways.append(Way(f"int8_vectorwise_quant, {dtype}", "quantize_rows_kernel<32>", need, 8, size + CODE, 34))
     need = {"LDG.128": 6, "IMMA": 8}
-    ways.append(Way("int8_linear_matmul, 16 rows", "multiply_kernel", need, 64, CODE, 5, innermost=True))
+    ways.append(Way("int8_linear_matmul, 16 rows", "multiply_kernel", need, 64, CODE, 2.6, innermost=True))
     return ways
 
 
@@ -161,11 +161,11 @@ def _step(work: str, rule: str, states: int, quantized: bool, dtype: str, most: 
 
 def _optimizers() -> list[Way]:
     return [
-        _step("AdamW8bit", "Adam", 2, True, "fp32", 150, "bitsandbytes {moved:.2f}; torch 28"),
-        _step("AdamW8bit", "Adam", 2, True, "bf16", 150, "bitsandbytes {moved:.2f}; torch 14"),
-        _step("AdamW32bit", "Adam", 2, False, "fp32", 50, "bitsandbytes 28; torch 28"),
-        _step("AdamW32bit", "Adam", 2, False, "bf16", 50, "bitsandbytes 22; torch 14"),
-        _step("Lion8bit", "Lion", 1, True, "bf16", 100, "bitsandbytes {moved:.2f}"),
+        _step("AdamW8bit", "Adam", 2, True, "fp32", 140, "bitsandbytes {moved:.2f}; torch 28"),
+        _step("AdamW8bit", "Adam", 2, True, "bf16", 140, "bitsandbytes {moved:.2f}; torch 14"),
+        _step("AdamW32bit", "Adam", 2, False, "fp32", 60, "bitsandbytes 28; torch 28"),
+        _step("AdamW32bit", "Adam", 2, False, "bf16", 60, "bitsandbytes 22; torch 14"),
+        _step("Lion8bit", "Lion", 1, True, "bf16", 85, "bitsandbytes {moved:.2f}"),
     ]
 
 
