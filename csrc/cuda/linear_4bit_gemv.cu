@@ -1,10 +1,11 @@
 // Products of a few rows with a 4-bit weight, on the ordinary cores: for fp32, and for what tensor cores cannot take.
 //
-// The weight's bytes bound it: a weight is 4 bits and a 64th of an fp32 scale, 0.5625 bytes, of which a multiprocessor
-// gets 13 bytes a cycle at most on an A100 and 14.5 on an H100, 26 weights. It can issue 128 instructions for a lane
-// and look up 32 entries of the codebook in a cycle; a weight and a row take one look-up, two instructions to find the
-// entry, one to multiply and add, and few besides: 30 weights a cycle. (A B200, with 29 bytes a cycle, is bound by the
-// look-ups. More rows add an instruction each: eight halve the speed. 16-bit activations have tensor cores for that.)
+// The weight's bytes should bound it: a weight is 4 bits and a 64th of an fp32 scale, 0.5625 bytes, of which a
+// multiprocessor gets 13 bytes a cycle at most on an A100 and 14.5 on an H100, 26 weights. It can issue 128
+// instructions for a lane and look up 32 entries of the codebook in a cycle. A weight and a row take one look-up, two
+// instructions to find the entry and one to multiply and add, but the machine code for sm_90 has 12: addresses and
+// choices for askew shapes are the rest. That is 11 weights a cycle: instructions still bound it, and it has not been
+// measured on a GPU.
 //
 // A thread block has some output features. Its threads go along the rows of the weight together, eight codes each, so
 // that a warp reads 128 bytes of each feature, and every x that is read serves all features.
