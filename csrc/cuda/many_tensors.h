@@ -12,10 +12,10 @@ constexpr int kWarps = kThreads / kWarp;
 BNBOPS_DEVICE int lane_of_warp() { return static_cast<int>(threadIdx.x) % kWarp; }
 BNBOPS_DEVICE int warp_of_block() { return static_cast<int>(threadIdx.x) / kWarp; }
 
-// Items on their way to the device as a kernel's argument. Every device takes 4096 bytes of arguments.
+// Items on their way to the device as a kernel's argument. Every device here takes 32,764 bytes of arguments.
 template <class Item>
 struct Batch {
-  static constexpr int kMost = 3584 / sizeof(Item);
+  static constexpr int kMost = (28 << 10) / sizeof(Item);
   int first, count;
   Item item[kMost];
 };

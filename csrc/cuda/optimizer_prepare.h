@@ -37,18 +37,18 @@ BNBOPS_DEVICE void prepare(const StepItem& item, int i, const StepCommon& common
 template <class Rule>
 __global__ void prepare_kernel(const __grid_constant__ Batch<StepItem> batch, const __grid_constant__ StepCommon common,
                                StepRecord<Rule>* records) {
-  const int i = static_cast<int>(threadIdx.x);
+  const int i = static_cast<int>(blockIdx.x * kWarp + threadIdx.x);
   if (i >= batch.count) return;
   prepare<Rule>(batch.item[i], batch.first + i, common, records[batch.first + i]);
 }
 
 template <class Rule>
 Many<StepRecord<Rule>> launch_prepare(const StepCall& call, cudaStream_t stream) {
-  static_assert(sizeof(Batch<StepItem>) + sizeof(StepCommon) + sizeof(void*) <= 4096 &&
-                Batch<StepItem>::kMost == kWarp);
+  static_assert(sizeof(Batch<StepItem>) + sizeof(StepCommon) + sizeof(void*) <= 32764);
   auto* records = static_cast<StepRecord<Rule>*>(call.records);
   in_batches(call.items, call.count, [&](const Batch<StepItem>& batch) {
-    LAUNCH((prepare_kernel<Rule>), dim3(1), dim3(kWarp), 0, stream, batch, call.common, records);
+    const dim3 grid(static_cast<unsigned>(divide_up(batch.count, kWarp)));
+    LAUNCH((prepare_kernel<Rule>), grid, dim3(kWarp), 0, stream, batch, call.common, records);
   });
   return {records, call.count, call.units};
 }
