@@ -26,11 +26,17 @@ BNBOPS_DEVICE Codebook prepare_tables(const float* codebook, QuantizeTables& tab
   return is_signed ? Codebook::kSigned : is_unsigned ? Codebook::kUnsigned : Codebook::kOther;
 }
 
-BNBOPS_DEVICE uint32_t encode(float x, float inverse, Codebook codebook, const QuantizeTables& tables) {
-  switch (codebook) {
-    case Codebook::kSigned: return dynamic_code<true>(encodable(x), inverse, tables.dynamic);
-    case Codebook::kUnsigned: return dynamic_code<false>(encodable(x, false), inverse, tables.dynamic);
-    default: return nearest_entry<ScalarLanes>(encodable(x) * inverse, tables.nearest);
+BNBOPS_DEVICE void encode(const float (&x)[kOctet], float inverse, Codebook codebook, const QuantizeTables& tables,
+                          uint32_t (&code)[kOctet]) {
+  if (codebook == Codebook::kSigned) {
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) code[i] = dynamic_code<true>(encodable(x[i]), inverse, tables.dynamic);
+  } else if (codebook == Codebook::kUnsigned) {
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) code[i] = dynamic_code<false>(encodable(x[i], false), inverse, tables.dynamic);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) code[i] = nearest_entry<ScalarLanes>(encodable(x[i]) * inverse, tables.nearest);
   }
 }
 
@@ -40,8 +46,7 @@ __global__ void __launch_bounds__(kThreads, kResident) quantize_kernel(QuantizeJ
   const Codebook codebook = prepare_tables(job.codebook, tables);
   quantize_blocks<kGroup>(job, [&](const float (&x)[kOctet], float inverse, int64_t at, int64_t count) {
     uint32_t code[kOctet];
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) code[i] = encode(x[i], inverse, codebook, tables);
+    encode(x, inverse, codebook, tables, code);
     store_codes(job.codes + at, count, code);
   });
 }
