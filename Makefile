@@ -18,10 +18,14 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(PY) -m pytest -n 2 --dist worksteal
 
-# The CUDA kernels in the simulator, watched for accesses out of bounds and for data races.
-test-cuda-sanitize: $(VENV)/installed
-	PYTHONPATH=tests $(PY) -m cuda_on_cpu.sanitize address -- --backends cuda_on_cpu
-	PYTHONPATH=tests $(PY) -m cuda_on_cpu.sanitize thread -- --backends cuda_on_cpu
+# The CUDA kernels in the simulator, watched for accesses out of bounds and for data races. EVERY=8 is a reduced sweep.
+KERNEL_TESTS := $(patsubst %,tests/test_cuda_%.py,blockwise int8 linear_4bit optimizer weight_4bit)
+EVERY ?= 1
+
+test-cuda-sanitize: test-cuda-sanitize-address test-cuda-sanitize-thread
+
+test-cuda-sanitize-%: $(VENV)/installed
+	PYTHONPATH=tests $(PY) -m cuda_on_cpu.sanitize $* -- -q --every $(EVERY) $(KERNEL_TESTS)
 
 # No GPU needed: the CUDA library as it ships loads under a torch with CUDA, has every kernel, and refuses bad calls.
 # It is built against $(TORCH), as any wheel is.

@@ -21,14 +21,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help=f"kernels for the tests that run on any, of {', '.join(backends.BACKENDS)} (default: %(default)s); "
         "without cpu among them, only those tests run",
     )
+    parser.addoption("--every", type=int, default=1, metavar="N", help="run only every N-th test: a reduced sweep")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "cpu" in config.getoption("backends").split(","):
-        return
-    chosen, others = [], []
-    for item in items:
-        (chosen if {"backend", "gpu"} & set(getattr(item, "fixturenames", ())) else others).append(item)
+    any_kernels = "cpu" not in config.getoption("backends").split(",")
+    every, chosen, others = config.getoption("every"), [], []
+    for i, item in enumerate(items):
+        fits = not any_kernels or {"backend", "gpu"} & set(getattr(item, "fixturenames", ()))
+        (chosen if fits and i % every == 0 else others).append(item)
     config.hook.pytest_deselected(items=others)
     items[:] = chosen
 
