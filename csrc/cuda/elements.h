@@ -113,4 +113,19 @@ BNBOPS_DEVICE void store_codes(uint8_t* codes, int64_t count, const uint32_t (&c
   }
 }
 
+// ---- single elements ---------------------------------------------------------------------------------------------
+
+BNBOPS_DEVICE void store_element(void* values, DType dtype, int64_t at, float x) {
+  if (dtype == DType::kFloat32) {
+    static_cast<float*>(values)[at] = x;
+  } else {
+    static_cast<uint16_t*>(values)[at] = static_cast<uint16_t>(pack_halves(dtype, x, 0.0F));
+  }
+}
+
+BNBOPS_DEVICE float load_element(const void* values, DType dtype, int64_t at) {
+  return dtype == DType::kFloat32 ? static_cast<const float*>(values)[at]
+                                  : from_half(dtype, static_cast<const uint16_t*>(values)[at]);
+}
+
 }  // namespace bnbops::cuda

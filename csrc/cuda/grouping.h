@@ -42,19 +42,6 @@ BNBOPS_DEVICE Part part_of_block(const Grouping& grouping, int64_t columns) {
   return part;
 }
 
-BNBOPS_DEVICE void store_element(void* values, DType dtype, int64_t at, float x) {
-  if (dtype == DType::kFloat32) {
-    static_cast<float*>(values)[at] = x;
-  } else {
-    static_cast<uint16_t*>(values)[at] = static_cast<uint16_t>(pack_halves(dtype, x, 0.0F));
-  }
-}
-
-BNBOPS_DEVICE float load_element(const void* values, DType dtype, int64_t at) {
-  return dtype == DType::kFloat32 ? static_cast<const float*>(values)[at]
-                                  : from_half(dtype, static_cast<const uint16_t*>(values)[at]);
-}
-
 // Results of the rows that have no expert.
 template <int kColumns>
 BNBOPS_DEVICE void write_zeros(const Part& part, void* out, DType dtype, int64_t columns) {

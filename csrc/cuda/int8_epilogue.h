@@ -8,11 +8,6 @@
 
 namespace bnbops::cuda {
 
-BNBOPS_DEVICE float element_at(const void* values, DType dtype, int64_t at) {
-  if (dtype == DType::kFloat32) return static_cast<const float*>(values)[at];
-  return from_half(dtype, static_cast<const uint16_t*>(values)[at]);
-}
-
 BNBOPS_DEVICE float rounded_to(DType dtype, float x) {
   return dtype == DType::kFloat32 ? x : from_half(dtype, pack_halves(dtype, x, 0.0F) & 0xFFFFU);
 }
@@ -76,7 +71,7 @@ struct Int8Tile {
       float x = 0.0F;
       if (row + r < epilogue.rows) {
         const int64_t at = (row + r) * outliers.inner + outliers.columns[first + which];
-        x = encodable(element_at(outliers.x, epilogue.dtype, at));
+        x = encodable(load_element(outliers.x, epilogue.dtype, at));
       }
       shared.x[which][r] = x;
     }

@@ -5,7 +5,7 @@
 // of its rows. Tensor cores want two runs of four from every lane; which ones does not matter, as long as both operands
 // agree, since a sum of products has no order. Sums are exact, so that the warps may add theirs in any order too.
 #include "cuda/int8_epilogue.h"
-#include "cuda/mma_int8.h"
+#include "cuda/mma.h"
 #include "layout.h"
 
 namespace bnbops::cuda {
