@@ -44,11 +44,11 @@ inline std::vector<int64_t> with_last(const Tensor& tensor, int64_t last) {
   return sizes;
 }
 
-// out = a @ b, all of them matrices of one dtype, by torch's own product.
-inline void matrix_product(const Tensor& a, const Tensor& b, const Tensor& out) {
+// out = a @ b, all of them matrices, by torch's own product of one dtype or another of its operators.
+inline void matrix_product(const Tensor& a, const Tensor& b, const Tensor& out, const char* op = "aten::mm") {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "out", stack.data(), TORCH_ABI_VERSION));
   (void)torch::stable::detail::to<Tensor>(stack[0]);  // `out` once more
 }
 

@@ -63,6 +63,12 @@ inline Tensor fresh(const Tensor& like, int64_t numel, ScalarType dtype) {
   return torch::stable::new_empty(like, {numel}, dtype);
 }
 
+// Whether vectors of 16 bytes can be read from its beginning on, as from that of every new tensor.
+inline bool is_aligned(const Tensor& tensor) {
+  constexpr uintptr_t kAlignment = 16;
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kAlignment == 0;
+}
+
 // What a launch said: `work` describes it, "quantize_blockwise of 4096 elements in blocks of 256".
 template <class... Work>
 void check_launch(cudaError_t error, const Work&... work) {

@@ -9,10 +9,6 @@ namespace {
 // Whether torch's own product takes these matrices: what _int_mm_out_cuda (ATen/native/cuda/Blas.cpp) asks for, and
 // memory that suits cuBLASLt's fast kernels. Up to 16 rows, reading the weight is all that takes time.
 bool suits_torch(const Tensor& codes, const Tensor& weight, int64_t rows) {
-  constexpr uintptr_t kAlignment = 16;
-  const auto is_aligned = [](const Tensor& tensor) {
-    return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kAlignment == 0;
-  };
   const int64_t columns = weight.size(0), inner = weight.size(1);
   return rows > 16 && columns > 0 && columns % 8 == 0 && inner > 0 && inner % 8 == 0 && is_aligned(codes) &&
          is_aligned(weight);
@@ -20,11 +16,7 @@ bool suits_torch(const Tensor& codes, const Tensor& weight, int64_t rows) {
 
 // sums = codes @ weight.T, all of them matrices.
 void torch_product(const Tensor& codes, const Tensor& weight, const Tensor& sums) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(codes),
-                                    torch::stable::detail::from(torch::stable::transpose(weight, 0, 1)),
-                                    torch::stable::detail::from(sums)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_int_mm", "out", stack.data(), TORCH_ABI_VERSION));
-  (void)torch::stable::detail::to<Tensor>(stack[0]);  // `sums` once more
+  matrix_product(codes, torch::stable::transpose(weight, 0, 1), sums, "aten::_int_mm");
 }
 
 Tensor as_matrix(const Tensor& tensor) { return torch::stable::view(tensor, {rows_of(tensor), columns_of(tensor)}); }

@@ -24,8 +24,7 @@ Tensor dense(const OnDevice& device, const Weight4bitArguments& arguments, const
 // In logical order, and aligned as new tensors are.
 Tensor aligned(const Tensor& tensor) {
   const Tensor ordered = in_logical_order(tensor);
-  const bool is_aligned = reinterpret_cast<uintptr_t>(ordered.const_data_ptr()) % kActivationAlignment == 0;
-  return is_aligned ? ordered : torch::stable::clone(ordered);
+  return is_aligned(ordered) ? ordered : torch::stable::clone(ordered);
 }
 
 // What is known before there are tensors: enough to choose a kernel.

@@ -27,12 +27,11 @@ struct Linear4bitJob {
 cudaError_t linear_4bit_gemv(const Linear4bitJob& job, cudaStream_t stream);
 constexpr int64_t kGemvRows = 8;
 
-// By tensor cores, for 16-bit activations; x is aligned to kActivationAlignment. It reads the weight once for every
+// By tensor cores, for 16-bit activations; x is aligned to 16 bytes. It reads the weight once for every
 // kTensorRows rows.
 bool takes_tensor_cores(const Linear4bitJob& job);
 cudaError_t linear_4bit_tensor_cores(const Linear4bitJob& job, cudaStream_t stream);
 constexpr int64_t kTensorRows = 64;
-constexpr uintptr_t kActivationAlignment = 16;
 
 // out[row] = x[row] @ weight[expert of the row]; zeros where there is none.
 struct GroupedProductJob {
