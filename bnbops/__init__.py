@@ -5,7 +5,7 @@ from bnbops._library import isa, library_path, load_cuda_operators, load_operato
 load_operators(__path__)
 has_cuda = load_cuda_operators(__path__)
 
-from bnbops import functional, meta_kernels, nn, optim  # noqa: E402
+from bnbops import distributed, functional, meta_kernels, nn, optim  # noqa: E402
 from bnbops.matmul_int8 import MatmulLtState, matmul  # noqa: E402
 from bnbops.multiply_4bit import matmul_4bit  # noqa: E402
 
@@ -14,6 +14,7 @@ __all__ = [
     "MatmulLtState",
     "__version__",
     "compiled_train_step",
+    "distributed",
     "functional",
     "has_cuda",
     "isa",
