@@ -120,11 +120,12 @@ def _find(optimizer: str | type[optim.Optimizer]) -> type[optim.Optimizer]:
 
 
 def _of_module(module: nn.Module, dtype: torch.dtype | None) -> list[nn.Parameter]:
-    params = []
+    params, overrides = [], _MANAGER.overrides()
     for original in module.parameters():
         kept = dtype is None or not original.is_floating_point()
         param = _parameter(original.shape, original.dtype if kept else dtype, original.requires_grad)
-        _MANAGER.override_config(param, key_value_dict=_MANAGER.overrides_for(original))
+        if original in overrides:
+            _MANAGER.override_config(param, key_value_dict=overrides[original])
         params.append(param)
     if not params:
         raise ValueError(f"{type(module).__name__} has no parameters")

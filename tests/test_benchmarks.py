@@ -22,6 +22,7 @@ linear = importlib.import_module("linear")
 measure = importlib.import_module("measure")
 optim_step = importlib.import_module("optim_step")
 quantize = importlib.import_module("quantize")
+scaling = importlib.import_module("scaling")
 
 ALONE = ["--quick", "--peers"]
 PEERS = [[]] + ([["bitsandbytes"]] if importlib.util.find_spec("bitsandbytes") else [])
@@ -320,6 +321,17 @@ def test_linear_refuses_odd_sizes(capsys):
     with pytest.raises(SystemExit):
         linear.main([*ALONE, "--features", "100", "256"])
     assert "multiples of 64" in capsys.readouterr().err
+
+
+def test_scaling(capsys, tmp_path):
+    sections = scaling.main(["--quick", "--models", "7B", "--rounds", "1", "--json", str(tmp_path / "figures.json")])
+    paper, overhead = tables(capsys.readouterr().out)
+    assert paper[0] == list(scaling.PAPER) and overhead[0] == list(scaling.OVERHEAD)
+    assert json.loads((tmp_path / "figures.json").read_text())["sections"] == sections
+    eighth = sections[0]["rows"][0]
+    parameters = 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 2 * 32000 * 4096 + 4096
+    assert eighth["ranks"] == 8 and eighth["weights"] == pytest.approx(2 * parameters / 8 / 1e9, rel=1e-6)
+    assert {row["tensors"] for row in sections[1]["rows"]} == {10} and len(sections[1]["rows"]) == 5
 
 
 def test_gpu_says_that_there_is_none(monkeypatch, capsys, tmp_path):
