@@ -48,6 +48,8 @@ def _quant() -> list[Sample]:
         Sample("no outliers", (x, 1e9)),
         Sample("three dimensions", (normal(2, 3, _K), 1.0)),
         Sample("one dimension", (normal(_K), 1.0)),
+        Sample("long rows", (normal(3, 1100),)),
+        Sample("long rows with a threshold", (normal(3, 1100), 1.0)),
         Sample("transposed", (x.t(), 1.0)),
         Sample("strided", (strided(x),)),
         Sample("expanded", (x[:1].expand(4, _K), 0.5)),

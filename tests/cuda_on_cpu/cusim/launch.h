@@ -4,6 +4,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <set>
 #include <tuple>
 #include <utility>
 
@@ -18,6 +19,7 @@ constexpr unsigned kThreadsAtMost = 1024;
 inline std::mutex one_launch;
 inline cudaError_t last_error = cudaSuccess;
 inline std::map<const void*, size_t> shared_limits;  // by kernel, where cudaFuncSetAttribute raised it
+inline std::set<const void*> launched;               // kernels that ran since they were last asked for
 
 inline cudaError_t check_launch(const void* kernel, dim3 grid, dim3 size, size_t shared_bytes) {
   const auto at_most = [](dim3 d, uint64_t x, uint64_t y, uint64_t z) {
@@ -80,12 +82,20 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 siz
     last_error = error;
     return;
   }
+  launched.insert(reinterpret_cast<const void*>(kernel));
   const std::tuple<Parameters...> parameters(std::forward<Arguments>(arguments)...);
   auto thread = [&] { std::apply(kernel, parameters); };
   run_grid(name, grid, size, shared_bytes, [](void* self) { (*static_cast<decltype(thread)*>(self))(); }, &thread);
 }
 
 }  // namespace cusim
+
+// For tests: a kernel of this library that ran, which is forgotten with this; null where there is none left.
+extern "C" __attribute__((used, visibility("default"))) inline const void* cusim_take_launched() {
+  const std::lock_guard<std::mutex> guard(cusim::one_launch);
+  if (cusim::launched.empty()) return nullptr;
+  return cusim::launched.extract(cusim::launched.begin()).value();
+}
 
 // The kernel runs to its end before this returns.
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
