@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from cuda_on_cpu import library
+from cuda_on_cpu.kernels import Kernels
 from cuda_static import compiled, expected, gpu_model, sass
 
 pytestmark = pytest.mark.skipif(
@@ -82,6 +84,12 @@ def test_every_kernel_file_is_looked_at():
     text = (compiled.ROOT / "csrc" / "sources.cmake").read_text()
     files = re.search(r"set\(BNBOPS_CUDA_KERNELS ([^)]*)\)", text)[1].split()
     assert {file.rpartition("/")[2] for file in files} == {k.source for k in gpu_model.kernels().values()}
+
+
+def test_the_simulator_runs_the_same_kernels(kernels):
+    """Each instance of a template; tests/test_cuda_kernels.py shows that each of them runs."""
+    simulated = Kernels(library.build()).names.values()
+    assert sorted(simulated) == sorted(kernel.name for kernel in kernels)
 
 
 def test_the_compiler_is_silent():
