@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
-from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import bnbops as bnb
+from compile_cases import batches, make_model, usual_step
 from optimizer_classes import CLASSES, build
 from test_fakes import fake_cuda
 
@@ -112,19 +112,11 @@ def test_clipped_and_scaled_steps():
 @pytest.mark.parametrize("name", ["AdamW8bit", "LAMB8bit", "AdEMAMix32bit"])
 def test_compiled_train_step(name):
     torch._dynamo.reset()
-    model = nn.Sequential(nn.Linear(64, 100), nn.GELU(), nn.Linear(100, 8))
+    model = make_model()
     optimizer = build(name, model.parameters())
     graphs, backend = recorder()
-
-    @bnb.compiled_train_step(optimizer=optimizer, backend=backend)
-    def step(x: Tensor, y: Tensor) -> Tensor:
-        loss = cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
-
-    step(torch.randn(16, 64), torch.randint(8, (16,)))
+    step = bnb.compiled_train_step(usual_step(model, optimizer), optimizer, backend=backend)
+    step(*batches(1)[0])
     (calls,) = replayed(graphs)
     assert f"bnbops.{optimizer._op}" in calls
 
