@@ -7,4 +7,4 @@ set(BNBOPS_CHECKS check.cpp blockwise.cpp norms.cpp optimizer.cpp weight_4bit.cp
 set(BNBOPS_CUDA_KERNELS cuda/blockwise.cu cuda/weight_4bit.cu cuda/int8_quantize.cu cuda/int8_product.cu
   cuda/linear_4bit_gemv.cu cuda/linear_4bit_mma.cu cuda/grouped_product.cu cuda/norms.cu cuda/optimizer.cu)
 set(BNBOPS_CUDA_BINDINGS cuda/blockwise.cpp cuda/weight_4bit.cpp cuda/int8.cpp cuda/linear_4bit.cpp
-  cuda/norms.cpp cuda/optimizer.cpp)
+  cuda/norms.cpp cuda/optimizer.cpp cuda/managed.cpp)

@@ -1,8 +1,8 @@
-// The CUDA runtime as host code needs it: streams and errors, no kernels.
+// The CUDA runtime as host code needs it: streams, errors and memory, no kernels.
 #pragma once
 
 #ifdef CUSIM
-#include "cusim/types.h"
+#include "cusim/runtime.h"
 #else
 #include <cuda_runtime_api.h>
 #endif

@@ -1,7 +1,6 @@
-// Kernel launches and the few calls of the CUDA runtime around them.
+// Kernel launches.
 #pragma once
 
-#include <cstring>
 #include <map>
 #include <mutex>
 #include <set>
@@ -9,15 +8,15 @@
 #include <utility>
 
 #include "cusim/memory.h"
+#include "cusim/runtime.h"
 #include "cusim/scheduler.h"
 
 namespace cusim {
 
-constexpr size_t kSharedByDefault = 48 * 1024, kSharedAtMost = 227 * 1024;  // of compute capability 9.0
+constexpr size_t kSharedByDefault = 48 * 1024;  // of any compute capability
 constexpr unsigned kThreadsAtMost = 1024;
 
 inline std::mutex one_launch;
-inline cudaError_t last_error = cudaSuccess;
 inline std::map<const void*, size_t> shared_limits;  // by kernel, where cudaFuncSetAttribute raised it
 inline std::set<const void*> launched;               // kernels that ran since they were last asked for
 
@@ -101,36 +100,11 @@ extern "C" __attribute__((used, visibility("default"))) inline const void* cusim
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   cusim::launch(#kernel, kernel, grid, block, shared_bytes, stream, ##__VA_ARGS__)
 
-inline cudaError_t cudaPeekAtLastError() { return cusim::last_error; }
-
-inline cudaError_t cudaGetLastError() { return std::exchange(cusim::last_error, cudaSuccess); }
-
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   if (value < 0 || static_cast<size_t>(value) > cusim::kSharedAtMost) return cudaErrorInvalidValue;
   const std::lock_guard<std::mutex> guard(cusim::one_launch);
   cusim::shared_limits[reinterpret_cast<const void*>(kernel)] = value;
-  return cudaSuccess;
-}
-
-inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-
-// A small device of compute capability 9.0: few multiprocessors make persistent kernels loop.
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  switch (attribute) {
-    case cudaDevAttrMultiProcessorCount: *value = 3; return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor: *value = 9; return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = cusim::kSharedAtMost; return cudaSuccess;
-  }
-  return cudaErrorInvalidValue;
-}
-
-inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
-  std::memset(memory, value, bytes);
   return cudaSuccess;
 }
