@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 _refusals = torch.library.Library("bnbops", "IMPL")
+_cuda: Path | str = "this torch has no CUDA"  # the loaded library, or why there is none
 
 
 def _find(name: str, search: list[str]) -> Path | None:
@@ -59,6 +60,8 @@ def load_cuda_operators(search: list[str]) -> bool:
         _refuse_cuda(why)
         warnings.warn(f"bnbops runs on the CPU only: {why}", RuntimeWarning, stacklevel=2)
         return False
+    global _cuda
+    _cuda = path
     return True
 
 
@@ -69,6 +72,8 @@ def _reason(error: OSError) -> BaseException:
 
 def _refuse_cuda(why: str) -> None:
     """Registers kernels that raise: torch's own error would only say that there are none."""
+    global _cuda
+    _cuda = why
 
     def kernel(name: str) -> Callable[..., None]:
         def refuse(*_args: object, **_kwargs: object) -> None:
@@ -92,6 +97,17 @@ def library_path() -> Path:
     path = _find("bnbops_cpu", sys.modules[__package__].__path__)
     assert path is not None, "it was found when bnbops was imported"
     return path
+
+
+def cuda_library() -> Path:
+    """The shared library of the CUDA kernels.
+
+    Raises:
+        NotImplementedError: it is not loaded; says why.
+    """
+    if isinstance(_cuda, str):
+        raise NotImplementedError(f"bnbops has no CUDA kernels here: {_cuda}")
+    return _cuda
 
 
 def isa() -> str:

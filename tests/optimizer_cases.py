@@ -12,7 +12,7 @@ def params(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: i
 def set_grads(parameters: list[nn.Parameter], seed: int) -> None:
     generator = torch.Generator().manual_seed(1000 + seed)
     for p in parameters:
-        p.grad = (torch.randn(p.shape, generator=generator) * 0.1).to(p.dtype)
+        p.grad = (torch.randn(p.shape, generator=generator) * 0.1).to(p)
 
 
 def train(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: range) -> None:

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 
@@ -46,3 +47,18 @@ def in_a_fork(call: Callable[[], object]) -> str:
         text = pipe.read()
     assert os.waitpid(child, 0)[1] == 0
     return text
+
+
+class RecordedMemory:
+    """Stands in for UnifiedMemory on fake CUDA tensors, which have no memory: it remembers what it gave out."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.given: list[Tensor] = []
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        self.given.append(torch.zeros(shape, dtype=dtype, device=self.device))
+        return self.given[-1]
+
+    def gave(self, tensor: Tensor) -> bool:
+        return any(tensor is x for x in self.given)

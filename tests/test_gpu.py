@@ -1,4 +1,4 @@
-"""What only a GPU can show: the CPU kernels' bits, CUDA graphs, streams, several devices, NVIDIA's own checkers.
+"""What only a GPU can show: the CPU kernels' bits, CUDA graphs, streams, several devices, paging, NVIDIA's checkers.
 
 Without a GPU everything here is skipped; `make test-gpu` runs it together with the tests that run on any kernels.
 """
@@ -6,7 +6,10 @@ Without a GPU everything here is skipped; `make test-gpu` runs it together with 
 from __future__ import annotations
 
 import copy
+import ctypes
+import gc
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -25,6 +28,9 @@ from bnbops import self_check
 from bnbops._library import device_operators
 from bnbops.functional import create_dynamic_map
 from bnbops.op_samples import operator, samples
+from bnbops.optim.unified import UnifiedMemory
+from optimizer_cases import assert_same, assert_same_state, params, train
+from optimizer_classes import CLASSES, build
 
 pytestmark = pytest.mark.usefixtures("gpu")
 
@@ -173,6 +179,123 @@ def test_another_device_may_be_current():
         assert torch.cuda.current_device() == 0
     for a, b in zip(actual, expected, strict=True):
         assert a.device == torch.device("cuda:1") and torch.equal(a.cpu(), b)
+
+
+# ---- paged optimizers ------------------------------------------------------------------------------------------
+
+SHAPES = [(1024, 512), (64, 80), (130,), (3, 40, 40)]
+PAGED = [name for name in CLASSES if name.startswith("Paged")]
+
+
+def is_managed(tensor: Tensor) -> bool:
+    """Whether the driver says so."""
+    managed, is_managed_attribute = ctypes.c_uint(), 8  # CU_POINTER_ATTRIBUTE_IS_MANAGED
+    pointer = ctypes.c_uint64(tensor.data_ptr())
+    cuda = ctypes.CDLL("libcuda.so.1")
+    assert cuda.cuPointerGetAttribute(ctypes.byref(managed), is_managed_attribute, pointer) == 0
+    return bool(managed.value)
+
+
+def unpaged(optimizer: torch.optim.Optimizer) -> set[str]:
+    """Names of states that are in ordinary memory."""
+    assert len(optimizer.state) == len(SHAPES)
+    return {key for state in optimizer.state.values() for key, x in state.items() if not is_managed(x)}
+
+
+def on_gpu(device: str = "cuda") -> list[nn.Parameter]:
+    return [nn.Parameter(x.to(device)) for x in params(*SHAPES)]
+
+
+@pytest.mark.parametrize("name", PAGED)
+def test_paged_optimizers_train_as_the_others(name):
+    p, q = on_gpu(), on_gpu()
+    paged, plain = build(name, p), build(name.removeprefix("Paged"), q)
+    train(p, paged, range(3))
+    train(q, plain, range(3))
+    assert_same(p, q)
+    assert_same_state(paged, plain)
+    assert unpaged(paged) == {"step"}
+    assert unpaged(plain) == {key for state in plain.state.values() for key in state}
+
+
+def reloaded(optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> tuple:
+    optimizer.load_state_dict(optimizer.state_dict())
+    return optimizer, params
+
+
+COPIES = {
+    "load_state_dict": reloaded,
+    "deepcopy": lambda *pair: copy.deepcopy(pair),
+    "pickle": lambda *pair: pickle.loads(pickle.dumps(pair)),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_of_paged_states_are_paged(how):
+    p, q = on_gpu(), on_gpu()
+    paged, plain = bnb.optim.PagedAdamW8bit(p), bnb.optim.AdamW8bit(q)
+    train(p, paged, range(2))
+    train(q, plain, range(2))
+    paged, p = COPIES[how](paged, p)
+    assert unpaged(paged) == {"step"}
+    train(p, paged, range(2, 4))
+    train(q, plain, range(2, 4))
+    assert_same(p, q)
+    assert_same_state(paged, plain)
+
+
+def test_paged_states_give_their_memory_back():
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    memory = UnifiedMemory(torch.device("cuda", 0))
+    x = memory.zeros((2**25,), torch.uint8)
+    assert torch.cuda.memory_reserved() >= before + 2**25 and is_managed(x)
+    del x, memory
+    assert torch.cuda.memory_reserved() == before
+    memory = UnifiedMemory(torch.device("cuda", 0))
+    x = memory.zeros((2**25,), torch.uint8)
+    del memory
+    assert not x.any()  # which outlives its pool
+    del x
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() == before
+
+
+def test_no_room_for_paged_states():
+    memory = UnifiedMemory(torch.device("cuda", 0))
+    with pytest.raises(torch.OutOfMemoryError, match="no room for a paged optimizer state of"):
+        memory.zeros((2**50,), torch.uint8)
+    x = torch.ones(1000, device="cuda")
+    torch.ops.bnbops.squared_norms([x])
+    assert not memory.zeros((1000,), torch.uint8).any()
+
+
+def test_a_captured_step_with_paged_states():
+    param = nn.Parameter(torch.ones(256, 256, device="cuda"))
+    param.grad = torch.ones_like(param)
+    optimizer = bnb.optim.PagedAdamW8bit([param], lr=1e-2)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match=r"call optimizer\.init_state\(\) before"), torch.cuda.graph(graph):
+        optimizer.init_state()
+    optimizer.init_state()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    graph.replay()
+    assert (param < 1).all() and optimizer.state[param]["step"].item() == 1
+
+
+def test_paged_states_on_another_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU alone")
+    p, q = on_gpu("cuda:1"), on_gpu("cuda:1")
+    paged, plain = bnb.optim.PagedAdamW8bit(p), bnb.optim.AdamW8bit(q)
+    train(p, paged, range(2))
+    train(q, plain, range(2))
+    assert_same(p, q)
+    assert_same_state(paged, plain)
+    assert {x.device for state in paged.state.values() for x in state.values()} == {torch.device("cuda:1")}
 
 
 # ---- checkers --------------------------------------------------------------------------------------------------

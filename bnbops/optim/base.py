@@ -17,6 +17,7 @@ from bnbops.optim.options import COMMON_CHECKS, Check, as_numbers, common_defaul
 from bnbops.optim.overrides import Overrides
 from bnbops.optim.paged import PagedMemory
 from bnbops.optim.state import Allocate, local, missing_tensors
+from bnbops.optim.unified import UnifiedMemory
 
 
 class Optimizer(CheckpointedOptimizer):
@@ -38,11 +39,12 @@ class Optimizer(CheckpointedOptimizer):
         args: an object whose attributes `optim_bits`, `min_8bit_size`, `percentile_clipping`, `block_wise`,
             `max_unorm` (LAMB and LARS) and `skip_zeros`, as far as it has them, take the place of the arguments.
         min_8bit_size: see `optim_bits`.
-        is_paged: keep states in files that the operating system pages out when memory runs short; CPU only.
+        is_paged: keep states where they can be paged out when memory runs short: in files for parameters on the CPU,
+            in unified memory for those on a CUDA device.
         percentile_clipping: scale gradients down to this percentile of their last 100 norms; 100 is off.
         block_wise: must be True.
         maximize: ascend instead of descend.
-        paged_directory: for these files; the system's temporary directory by default.
+        paged_directory: for the files; the system's temporary directory by default.
 
     Raises:
         ValueError: a value out of range, or one that is not supported.
@@ -80,7 +82,8 @@ class Optimizer(CheckpointedOptimizer):
         self._overrides = Overrides()
         self._held: list[Batch] | None = None  # while a compiled step runs
         self._paged_directory = paged_directory
-        self._paged_memory = PagedMemory(paged_directory) if is_paged else None
+        self._paged_memory: PagedMemory | None = None
+        self._unified_memory: dict[torch.device, UnifiedMemory] = {}
         defaults |= {"is_paged": is_paged, "maximize": maximize, "format_version": FORMAT_VERSION}
         super().__init__(params, defaults)
         GlobalOptimManager.get_instance().watch(self)
@@ -113,6 +116,7 @@ class Optimizer(CheckpointedOptimizer):
 
         Raises:
             ValueError: an option out of range, parameters on two devices, or ones that another group holds.
+            OSError: no file can be made for the paged states of parameters on the CPU.
         """
         options = {**self.defaults, **param_group}
         numbers = {"betas": as_numbers(options["betas"])} if "betas" in options else {}
@@ -120,9 +124,16 @@ class Optimizer(CheckpointedOptimizer):
         learning_rate("lr", options["lr"])
         param_group.update(numbers)
         super().add_param_group(param_group)
-        if len(devices := {str(local(param).device) for param in param_group["params"]}) > 1:
+        devices = {str(local(param).device) for param in param_group["params"]}
+        try:
+            if len(devices) > 1:
+                several = ", ".join(sorted(devices))
+                raise ValueError(f"parameters on {several} in one group; make a group for each device")
+            if param_group["is_paged"] and devices == {"cpu"}:
+                self._files()  # a bad directory is refused at once
+        except (ValueError, OSError):
             self.param_groups.pop()
-            raise ValueError(f"parameters on {', '.join(sorted(devices))} in one group; make a group for each device")
+            raise
 
     # ---- state -------------------------------------------------------------------------------------------------
 
@@ -131,7 +142,7 @@ class Optimizer(CheckpointedOptimizer):
 
         Raises:
             ValueError: GlobalOptimManager overrides an option that this optimizer does not have, or a value it refuses.
-            OSError: no room in the directory for paged states.
+            OSError: no room in the directory for paged states; torch.OutOfMemoryError: none on the CUDA device.
         """
         self._prepare()
         for group in self.param_groups:
@@ -178,11 +189,20 @@ class Optimizer(CheckpointedOptimizer):
     def _allocator(self, param: Tensor, config: dict[str, Any]) -> Allocate | None:
         if not config["is_paged"]:
             return None
-        if (device := local(param).device).type != "cpu":
-            raise ValueError(f"is_paged=True needs parameters on the CPU, got one on {device}; use is_paged=False")
+        device = local(param).device
+        if device.type == "cpu":
+            return self._files().zeros
+        if device.type != "cuda":
+            wanted = "parameters on the CPU or a CUDA device"
+            raise ValueError(f"is_paged=True needs {wanted}, got one on {device}; use is_paged=False")
+        if device not in self._unified_memory:
+            self._unified_memory[device] = UnifiedMemory(device)
+        return self._unified_memory[device].zeros
+
+    def _files(self) -> PagedMemory:
         if self._paged_memory is None:
             self._paged_memory = PagedMemory(self._paged_directory)
-        return self._paged_memory.zeros
+        return self._paged_memory
 
     # ---- steps -------------------------------------------------------------------------------------------------
 

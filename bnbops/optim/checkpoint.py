@@ -16,6 +16,7 @@ from bnbops.optim.manager import KNOWN_OPTIONS, GlobalOptimManager
 from bnbops.optim.overrides import Overrides
 from bnbops.optim.paged import PagedMemory
 from bnbops.optim.state import Allocate, check_state, copied
+from bnbops.optim.unified import UnifiedMemory
 
 FORMAT_VERSION = 1
 # Group options that are of this process, not of the training run: the live ones stay.
@@ -32,6 +33,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
     _overrides: Overrides
     _paged_directory: str | os.PathLike[str] | None
     _paged_memory: PagedMemory | None
+    _unified_memory: dict[torch.device, UnifiedMemory]
     _held: list[Batch] | None
 
     def _prepare(self) -> None:
@@ -51,7 +53,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict()` returned, here or in bitsandbytes' class of the same name.
 
-        Tensors are copied, moved to their parameter's device (or files, if paged) and not cast.
+        Tensors are copied, moved to where their parameter's states belong, and not cast.
 
         Raises:
             ValueError: the state dict does not fit this optimizer. Nothing has changed then.
@@ -65,6 +67,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         loaded = _matched_states(self, state_dict, self._state_names, self._optional_states)
         self._prepare()
 
+        former, self._unified_memory = self._unified_memory, {}
         state: dict[Tensor, Any] = defaultdict(dict)
         for group in self.param_groups:
             for param in group["params"]:
@@ -73,6 +76,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                     state[param] = copied(param, loaded[param], self._allocator(param, config))
         groups = [_merged_group(*pair) for pair in zip(self.param_groups, state_dict["param_groups"], strict=True)]
         self.__setstate__({"state": state, "param_groups": groups})
+        del former  # after its tensors: so their memory is free at once
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -83,7 +87,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if "defaults" not in state:  # load_state_dict
             return
-        self._overrides, self._paged_memory, self._held = Overrides(), None, None
+        self._overrides, self._paged_memory, self._unified_memory, self._held = Overrides(), None, {}, None
         GlobalOptimManager.get_instance().watch(self)
         for group in self.param_groups:  # deepcopy and pickle put states into ordinary memory
             for param in group["params"]:

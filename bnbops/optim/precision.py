@@ -64,7 +64,7 @@ def variant(
 
 
 def _doc(family: type[Optimizer], signature: inspect.Signature, bits: int | None, paged: bool) -> str:
-    what = [f"{bits}-bit states"] * bool(bits) + ["states in files that the operating system pages out"] * paged
+    what = [f"{bits}-bit states"] * bool(bits) + ["states that can be paged out"] * paged
     fixed = ["optim_bits"] * bool(bits) + ["is_paged"] * paged
     kept = [f"`{name}`" for name in fixed if name in signature.parameters]
     for_show = f"; {' and '.join(kept)} {'are' if len(kept) > 1 else 'is'} there for bitsandbytes' signature only"
