@@ -34,12 +34,14 @@ def check(weight: Weight, rows: int, dtype: torch.dtype) -> None:
 # Up to 8, 16, 32 and 64 rows have tensor cores' kernels of their own; more are for torch's product.
 @pytest.mark.parametrize("rows", [*range(1, 10), 16, 17, 32, 33, 63, 64, 65, 129])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows(rows, dtype):
-    check(Weight(37, 96, nested=rows % 2 == 0), rows, dtype)
+@pytest.mark.parametrize("shape", [(37, 96), (37, 192), (131, 128)], ids=str)
+def test_rows(rows, dtype, shape):
+    """Features in short and in long segments, and enough of them for two tiles of each thread block."""
+    check(Weight(*shape, nested=rows % 2 == 0), rows, dtype)
 
 
 # Features that are a part of a warp's or a thread block's share, or several; in units of 32 for tensor cores.
-@pytest.mark.parametrize("in_features", [32, 64, 96, 512, 544, 1056, 1, 2, 7, 9, 31, 63, 65, 2049, 4100])
+@pytest.mark.parametrize("in_features", [32, 64, 96, 512, 544, 1056, 2112, 1, 2, 7, 8, 9, 31, 63, 65, 2049, 4104])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_features(in_features, dtype):
     for out_features, rows in ((1, 1), (5, 3), (17, 8), (33, 12)):

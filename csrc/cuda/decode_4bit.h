@@ -6,6 +6,7 @@
 
 #include "codecs_4bit.h"
 #include "cuda/elements.h"
+#include "cuda/threads.h"
 
 namespace bnbops::cuda {
 
@@ -58,5 +59,79 @@ BNBOPS_DEVICE void decode_packed(uint32_t packed, const Codebook4bit& codebook, 
 #pragma unroll
   for (int i = 0; i < kOctet; ++i) x[i] = codebook.value[code_4bit(packed, i)] * scale;
 }
+
+// ---- two codes at a time ---------------------------------------------------------------------------------------
+
+template <int kCount>
+struct alignas(kCount * sizeof(uint32_t)) Words {
+  uint32_t word[kCount];
+};
+
+// What the two codes of a byte stand for, in one or two words, in shared memory. Lanes have copies of their own (two
+// words: each half of a warp, which is served by itself), so that no two of them ever meet in a bank.
+template <int kWords>
+class PairTable {
+ public:
+  // By all threads of a thread block, each with the pair of byte threadIdx.x; a barrier must follow.
+  BNBOPS_DEVICE void fill(const Words<kWords>& pair) {
+    static_assert(kThreads == 256, "a thread for each byte");
+    const uint32_t (&word)[kWords] = pair.word;
+    const uint4 copies = make_uint4(word[0], word[1 % kWords], word[0], word[1 % kWords]);
+#pragma unroll
+    for (unsigned i = 0; i < kVectors; ++i) {  // neighbors begin at different vectors of their rows: other banks
+      store_vector(&of_byte_[threadIdx.x][(threadIdx.x ^ i) % kVectors], copies);
+    }
+  }
+
+  // This thread's copy: PairTable::look_up finds the pair of byte i of a word there.
+  BNBOPS_DEVICE const char* own() const {
+    return in_one_register(reinterpret_cast<const Words<kWords>*>(of_byte_) +
+                           threadIdx.x % (kRow / sizeof(Words<kWords>)));
+  }
+  static BNBOPS_DEVICE Words<kWords> look_up(const char* own, uint32_t packed, int i) {
+    return load_vector<Words<kWords>>(own + __byte_perm(packed, 0, 0x4440 + i) * kRow);
+  }
+
+ private:
+  static constexpr unsigned kRow = 128, kVectors = kRow / sizeof(uint4);
+  uint4 of_byte_[256][kVectors];
+};
+
+// The scales of elements from `first` on, which 32 bits count from there.
+class Scales {
+ public:
+  BNBOPS_DEVICE Scales(const Weight4bit& weight, int64_t first)
+      : weight_(weight),
+        log_blocksize_(__ffsll(weight.blocksize) - 1),
+        block_(first >> log_blocksize_),
+        absmax_(weight.absmax == nullptr ? nullptr : weight.absmax + block_),
+        rest_(static_cast<unsigned>(first & (weight.blocksize - 1))) {}
+
+  BNBOPS_DEVICE StoredScale load(unsigned element) const {
+    if (absmax_ != nullptr) return {absmax_[block(element)], 0};
+    return load_scale(weight_, block_ + block(element));
+  }
+
+  // Of several elements, by one choice between the kinds of scales.
+  template <int kCount>
+  BNBOPS_DEVICE void load(const unsigned (&elements)[kCount], float (&scale)[kCount]) const {
+    if (absmax_ != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) scale[i] = absmax_[block(elements[i])];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) scale[i] = scale_of_block(weight_, block_ + block(elements[i]));
+    }
+  }
+
+ private:
+  BNBOPS_DEVICE unsigned block(unsigned element) const { return (rest_ + element) >> log_blocksize_; }
+
+  const Weight4bit& weight_;
+  int log_blocksize_;
+  int64_t block_;
+  const float* absmax_;
+  unsigned rest_;
+};
 
 }  // namespace bnbops::cuda

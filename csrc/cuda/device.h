@@ -50,6 +50,17 @@ BNBOPS_DEVICE bool is_aligned(const void* address) {
   return reinterpret_cast<uintptr_t>(address) % sizeof(T) == 0;
 }
 
+// An address in shared memory as one number: the compiler shall not add up its parts for every access anew.
+BNBOPS_DEVICE const char* in_one_register(const void* shared) {
+#ifdef CUSIM
+  return static_cast<const char*>(shared);
+#else
+  auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm("" : "+r"(address));
+  return static_cast<const char*>(__cvta_shared_to_generic(address));
+#endif
+}
+
 // ---- 16-bit floats, as the bits they have in memory --------------------------------------------------------------
 
 BNBOPS_DEVICE float from_bfloat16(uint32_t bits) { return float_from_bits(bits << 16); }

@@ -1,11 +1,11 @@
 // Products of a few rows with a 4-bit weight, on the ordinary cores: for fp32, and for what tensor cores cannot take.
 //
 // The weight's bytes should bound it: a weight is 4 bits and a 64th of an fp32 scale, 0.5625 bytes, of which a
-// multiprocessor gets 13 bytes a cycle at most on an A100 and 14.5 on an H100, 26 weights. It can issue 128
-// instructions for a lane and look up 32 entries of the codebook in a cycle. A weight and a row take one look-up, two
-// instructions to find the entry and one to multiply and add, but the machine code for sm_90 has 12: addresses and
-// choices for askew shapes are the rest. That is 11 weights a cycle: instructions still bound it, and it has not been
-// measured on a GPU.
+// multiprocessor gets 13.4 bytes a cycle at most on an A100 and 13.9 on an H100, 24 and 25 weights, while it issues 128
+// instructions for a lane. Neighboring codes, a byte, are one look-up in a table of 256 pairs: half of 3 instructions,
+// and one to multiply and add for each row. Addresses, scales and activations of one row double that, in the machine
+// code for sm_90, which is about what the memory leaves time for. Shared memory serves 32 weights a cycle. Not measured
+// on a GPU yet.
 //
 // A thread block has some output features. Its threads go along the rows of the weight together, eight codes each, so
 // that a warp reads 128 bytes of each feature, and every x that is read serves all features.
@@ -17,50 +17,137 @@ namespace bnbops::cuda {
 namespace {
 
 constexpr int kFeatures = 4, kRows = kGemvRows, kWarps = kThreads / kWarp;
-constexpr int kGemvResident = 2;  // the sums alone are 32 registers
+constexpr int kGemvResident = 2;
 using Sums = float[kFeatures][kRows];
+constexpr int kStep = kThreads * kOctet;  // from a thread's octet to its next one
 
-// Of `count` weights from element `first` on, without the scale that they share, which is returned. Beyond `count`
-// there are zeros.
-BNBOPS_DEVICE float load_weights(const Weight4bit& weight, const Codebook4bit& codebook, int64_t first, int64_t count,
-                                 float (&w)[kOctet]) {
-  if (first % kOctet == 0 && count >= kOctet) {
-    decode_packed(load_packed(weight.codes, first, count), codebook, 1.0F, w);
-    return scale_of_block(weight, block_of(weight, first));
-  }
-#pragma unroll
-  for (int i = 0; i < kOctet; ++i) {  // which may begin within a byte, and end in another block
-    const int64_t at = first + i;
-    w[i] = i < count
-               ? codebook.value[code_4bit(weight.codes[at / 2], at % 2)] * scale_of_block(weight, block_of(weight, at))
-               : 0.0F;
-  }
-  return 1.0F;
+// Of each feature, with the scale that multiplies them.
+struct Octets {
+  float weight[kFeatures][kOctet], scale[kFeatures];
+  int64_t count;  // weights in the row from there on; others are 0
+};
+
+BNBOPS_DEVICE int64_t feature_of(const Linear4bitJob& job, const Part& part, int f) {  // others are not stored
+  const int64_t last = job.out_features - 1;
+  return part.expert * job.out_features + (part.column + f < last ? part.column + f : last);
 }
 
-// A thread's part of the sums.
-BNBOPS_DEVICE void multiply(const Linear4bitJob& job, const Codebook4bit& codebook, const Part& part, int64_t row,
-                            int rows, Sums& sum) {
-  const int64_t features = job.in_features, last = job.out_features - 1;
-  for (int64_t k = threadIdx.x * kOctet; k < features; k += kThreads * kOctet) {
-    float w[kFeatures][kOctet], scale[kFeatures];
+// A part of the weight whose octets are words of codes with one scale. Two codes are looked up at a time, and the words
+// of the next step are on their way from memory.
+class WholeOctets {
+ public:
+  using Index = int;
+  using Table = PairTable<2>;
+  static BNBOPS_DEVICE void fill(Table& table, QuantType type) {
+    const float* entry = kCodebooks4bit[static_cast<int>(type)].value;
+    table.fill({{bits_of(entry[threadIdx.x >> 4]), bits_of(entry[threadIdx.x & 15])}});
+  }
+
+  BNBOPS_DEVICE WholeOctets(const Linear4bitJob& job, const Part& part, const Table& table)
+      : features_(static_cast<int>(job.in_features)),
+        table_(table.own()),
+        codes_(job.weight.codes + feature_of(job, part, 0) * features_ / 2),
+        scales_(job.weight, feature_of(job, part, 0) * features_) {
+    const int64_t first = feature_of(job, part, 0);
+#pragma unroll
+    for (int f = 0; f < kFeatures; ++f) first_[f] = static_cast<unsigned>(feature_of(job, part, f) - first) * features_;
+  }
+
+  BNBOPS_DEVICE void begin(int k) { load(k); }
+
+  // Those from k on.
+  BNBOPS_DEVICE void next(int k, Octets& octets) {
+    uint32_t codes[kFeatures];
+    unsigned first[kFeatures];
 #pragma unroll
     for (int f = 0; f < kFeatures; ++f) {
-      const int64_t feature = part.column + f < last ? part.column + f : last;
-      const int64_t first = (part.expert * job.out_features + feature) * features + k;
-      scale[f] = load_weights(job.weight, codebook, first, features - k, w[f]);
+      codes[f] = ahead_[f];
+      first[f] = first_[f] + k;
     }
+    octets.count = kOctet;
+    scales_.load(first, octets.scale);
+    load(k + kStep);
+#pragma unroll
+    for (int f = 0; f < kFeatures; ++f) {
+#pragma unroll
+      for (int i = 0; i < kOctet; i += 2) {
+        const Words<2> pair = Table::look_up(table_, codes[f], i / 2);
+        octets.weight[f][i] = float_from_bits(pair.word[0]);
+        octets.weight[f][i + 1] = float_from_bits(pair.word[1]);
+      }
+    }
+  }
+
+ private:
+  BNBOPS_DEVICE void load(int k) {
+    if (k >= features_) return;
+#pragma unroll
+    for (int f = 0; f < kFeatures; ++f) ahead_[f] = load_vector<uint32_t>(codes_ + (first_[f] + k) / 2);
+  }
+
+  const int features_;
+  const char* const table_;
+  const uint8_t* const codes_;
+  const Scales scales_;
+  unsigned first_[kFeatures];  // elements, from the part's first one on
+  uint32_t ahead_[kFeatures];
+};
+
+// A part of any weight: an octet may begin within a byte, and end in another block or at the end of its row.
+class AnyOctets {
+ public:
+  using Index = int64_t;
+  using Table = Codebook4bit;
+  static BNBOPS_DEVICE void fill(Table& table, QuantType type) { copy_codebook(type, table); }
+
+  BNBOPS_DEVICE AnyOctets(const Linear4bitJob& job, const Part& part, const Table& table)
+      : job_(job), part_(part), table_(table) {}
+
+  BNBOPS_DEVICE void begin(int64_t) {}
+
+  BNBOPS_DEVICE void next(int64_t k, Octets& octets) {
+    octets.count = job_.in_features - k;
+#pragma unroll
+    for (int f = 0; f < kFeatures; ++f) {
+      octets.scale[f] = 1.0F;
+#pragma unroll
+      for (int i = 0; i < kOctet; ++i) {
+        const int64_t at = feature_of(job_, part_, f) * job_.in_features + k + i;
+        octets.weight[f][i] = i < octets.count ? weight(at) : 0.0F;
+      }
+    }
+  }
+
+ private:
+  BNBOPS_DEVICE float weight(int64_t at) const {
+    const Weight4bit& weight = job_.weight;
+    return table_.value[code_4bit(weight.codes[at / 2], at % 2)] * scale_of_block(weight, block_of(weight, at));
+  }
+
+  const Linear4bitJob& job_;
+  const Part& part_;
+  const Table& table_;
+};
+
+// A thread's part of the sums.
+template <class Weights>
+BNBOPS_DEVICE void multiply(const Linear4bitJob& job, Weights& weights, int64_t row, int rows, Sums& sum) {
+  using Index = typename Weights::Index;
+  const auto features = static_cast<Index>(job.in_features);
+  for (Index k = threadIdx.x * kOctet; k < features; k += kStep) {
+    Octets octets;
+    weights.next(k, octets);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (r >= rows) break;
+      if (r > 0 && r >= rows) break;
       float x[kOctet];
-      to_floats(load_octet(job.x, job.dtype, (row + r) * features + k, features - k), job.dtype, x);
+      to_floats(load_octet(job.x, job.dtype, (row + r) * job.in_features + k, octets.count), job.dtype, x);
 #pragma unroll
       for (int f = 0; f < kFeatures; ++f) {
-        float dot = w[f][0] * x[0];
+        float dot = octets.weight[f][0] * x[0];
 #pragma unroll
-        for (int i = 1; i < kOctet; ++i) dot = fused_multiply_add(w[f][i], x[i], dot);
-        sum[f][r] = fused_multiply_add(dot, scale[f], sum[f][r]);
+        for (int i = 1; i < kOctet; ++i) dot = fused_multiply_add(octets.weight[f][i], x[i], dot);
+        sum[f][r] = fused_multiply_add(dot, octets.scale[f], sum[f][r]);
       }
     }
   }
@@ -72,18 +159,23 @@ BNBOPS_DEVICE float warp_sum(float x) {
   return x;
 }
 
+template <class Weights>
 __global__ void __launch_bounds__(kThreads, kGemvResident) gemv_kernel(Linear4bitJob job) {
-  __shared__ Codebook4bit codebook;
+  __shared__ typename Weights::Table table;
   __shared__ Sums of_warp[kWarps];
-  copy_codebook(job.weight.quant_type, codebook);
   const Part part = part_of_block<kFeatures>(job.grouping, job.out_features);
   if (!part.has_expert) return write_zeros<kFeatures>(part, job.out, job.dtype, job.out_features);
+  Weights weights(job, part, table);
+  bool filled = false;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   for (int64_t row = part.row_begin; row < part.row_end; row += kRows) {
     const int rows = part.row_end - row < kRows ? static_cast<int>(part.row_end - row) : kRows;
-    __syncthreads();  // the codebook is there, and the last sums have been read
+    weights.begin(threadIdx.x * kOctet);
+    if (!filled) Weights::fill(table, job.weight.quant_type);
+    filled = true;
+    __syncthreads();  // the table is there, and the last sums have been read
     Sums sum = {};
-    multiply(job, codebook, part, row, rows, sum);
+    multiply(job, weights, row, rows, sum);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (r >= rows) break;
@@ -105,11 +197,19 @@ __global__ void __launch_bounds__(kThreads, kGemvResident) gemv_kernel(Linear4bi
   }
 }
 
+template <class Weights>
+void launch(const Linear4bitJob& job, cudaStream_t stream) {
+  const dim3 grid = grid_of_parts<kFeatures>(job.grouping, job.out_features);
+  LAUNCH((gemv_kernel<Weights>), grid, dim3(kThreads), 0, stream, job);
+}
+
 }  // namespace
 
 cudaError_t linear_4bit_gemv(const Linear4bitJob& job, cudaStream_t stream) {
   if (job.grouping.rows == 0 || job.out_features == 0) return cudaSuccess;
-  LAUNCH(gemv_kernel, grid_of_parts<kFeatures>(job.grouping, job.out_features), dim3(kThreads), 0, stream, job);
+  const bool whole = job.in_features % kOctet == 0 && job.in_features < (1 << 24) &&
+                     reinterpret_cast<uintptr_t>(job.weight.codes) % sizeof(uint32_t) == 0;
+  whole ? launch<WholeOctets>(job, stream) : launch<AnyOctets>(job, stream);
   return cudaGetLastError();
 }
 

@@ -16,7 +16,7 @@ NEEDED = {
     "quantize_4bit_kernel": ("LDG.128", "STG"),
     "look_up_kernel": ("LDG", "STG.128"),
     "gemv_kernel": ("LDG", "LDG.128"),
-    "tensor_core_kernel": ("LDG.64", "LDG.128", "HMMA"),
+    "tensor_core_kernel": ("LDG", "LDG.128", "HMMA"),
     "grouped_product_kernel": ("LDG.128", "STS.128"),  # of results, a thread has every 16th
     "quantize_rows_kernel": ("LDG.128", "STG.64"),
     "scan_rows_kernel": ("LDG.128",),
@@ -123,13 +123,19 @@ def _linear_4bit() -> list[Way]:
     moved = CODE / 2 + BLOCK_64
     peers = f"bitsandbytes {moved:.2f}"
     more = f"{peers} or {moved + 4:.2f}"  # by its own kernel or by a dequantized weight
-    need = {"LDG.128": 2, r"~decode_packed\(load_packed": 64, "FFMA": 32, "LDG.U8": 0, "~nested": 0}
-    ways = [Way("linear_4bit, fp32, 1 row", "gemv_kernel", need, 32, moved, 14, peers, innermost=True)]
-    # Rows, tiles of 8 rows, tiles of 16 features, segments of 32 weights of a thread for each of those.
-    for rows, tiles, heights, segments, most in ((8, 1, 1, 2, 9), (16, 2, 2, 2, 7), (64, 8, 2, 1, 12)):
+    need = {"LDG.128": 2, r"~absmax_\[": 4, r"~codes_ \+": 4, "LDS.64": 16, "FFMA": 32, "LDG.U8": 0, "~nested": 0}
+    name = "gemv_kernel<WholeOctets>"
+    ways = [Way("linear_4bit, fp32, 1 row", name, need, 32, moved, 6.2, peers, innermost=True)]
+    # Rows; tiles of 16 features and of 8 rows; segments in which a thread has 32 weights of each tile of features.
+    for rows, heights, tiles, segments, most in (
+        ("8 rows, few features", 1, 1, 4, 3.6),
+        ("8 rows", 2, 1, 2, 3.0),
+        ("16 rows", 2, 2, 2, 3.3),
+        ("64 rows", 2, 8, 2, 6.2),
+    ):
         need = {"HMMA": 4 * segments * tiles * heights, "LDG.64": 2 * segments * heights, "~nested": 0}
-        name = f"tensor_core_kernel<(DType)1, {tiles}>"
-        work, others = f"linear_4bit, bf16, {rows} rows", peers if rows <= 8 else more
+        name = f"tensor_core_kernel<(DType)1, 64, {heights}, {tiles}>"
+        work, others = f"linear_4bit, bf16, {rows}", peers if tiles == 1 else more
         ways.append(Way(work, name, need, 32 * segments * heights, moved, most, others, innermost=True))
     return ways
 
