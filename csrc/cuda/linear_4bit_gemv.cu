@@ -109,19 +109,28 @@ class AnyOctets {
     octets.count = job_.in_features - k;
 #pragma unroll
     for (int f = 0; f < kFeatures; ++f) {
-      octets.scale[f] = 1.0F;
-#pragma unroll
-      for (int i = 0; i < kOctet; ++i) {
-        const int64_t at = feature_of(job_, part_, f) * job_.in_features + k + i;
-        octets.weight[f][i] = i < octets.count ? weight(at) : 0.0F;
-      }
+      const int64_t first = feature_of(job_, part_, f) * job_.in_features + k;
+      octets.scale[f] = load(first, octets.count, octets.weight[f]);
     }
   }
 
  private:
-  BNBOPS_DEVICE float weight(int64_t at) const {
+  // The scale that an octet shares, as a whole one does whatever its alignment: the same bits. Others are multiplied by
+  // their scales here.
+  BNBOPS_DEVICE float load(int64_t first, int64_t count, float (&w)[kOctet]) const {
     const Weight4bit& weight = job_.weight;
-    return table_.value[code_4bit(weight.codes[at / 2], at % 2)] * scale_of_block(weight, block_of(weight, at));
+    if (first % kOctet == 0 && count >= kOctet) {
+      decode_packed(load_packed(weight.codes, first, count), table_, 1.0F, w);
+      return scale_of_block(weight, block_of(weight, first));
+    }
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) {
+      const int64_t at = first + i;
+      w[i] = i < count
+                 ? table_.value[code_4bit(weight.codes[at / 2], at % 2)] * scale_of_block(weight, block_of(weight, at))
+                 : 0.0F;
+    }
+    return 1.0F;
   }
 
   const Linear4bitJob& job_;
