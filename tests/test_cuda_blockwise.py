@@ -90,6 +90,23 @@ def test_all_numbers_of_16_bits(dtype, cuda):
         check(cuda, x, code, 32)
 
 
+@pytest.mark.parametrize("code", ["signed", "unsigned"])
+def test_every_step_of_a_dynamic_map(code, cuda):
+    """The kernels look codes up in buckets of |x| + 2^-31: both sides of every bucket's edge, some numbers within, and
+    what surrounds the middle between two entries, where the code changes."""
+    magnitudes = CODES[code][CODES[code] >= 0]
+    middles = ((magnitudes[1:] + magnitudes[:-1]) / 2).view(torch.int32)
+    around = middles[:, None] + torch.arange(-40, 41, dtype=torch.int32)
+    smallest, one = torch.tensor([2.0**-31, 1.0]).view(torch.int32).tolist()
+    edges = torch.arange(smallest, one + 1, 1 << 16, dtype=torch.int32).view(torch.float32) - 2**-31
+    beside = edges.view(torch.int32)[1:, None] + torch.arange(-2, 3, dtype=torch.int32)
+    within = torch.arange(smallest, one + 1, 9973, dtype=torch.int32)
+    x = torch.cat([bits.flatten() for bits in (around, beside, within)]).view(torch.float32).clamp(max=1.0)
+    x = torch.cat([x, -x]) if code == "signed" else x
+    assert x.abs().max() == 1.0  # the scale
+    check(cuda, x, CODES[code], len(x))
+
+
 @pytest.mark.parametrize("order", ["forward", "reverse", "random:1", "random:2"])
 def test_order_of_threads_changes_no_bit(order, cuda, monkeypatch):
     monkeypatch.setenv("CUSIM_ORDER", order)

@@ -11,75 +11,71 @@
 
 namespace bnbops::cuda {
 
-// The part of a thread in its group's next block.
+// The part of a thread in its group's next block: octets, each kStride elements after the last.
+template <int kGroup>
 struct Share {
-  int64_t block, begin, end;  // of elements
-  int lane;                   // among the threads of the group
+  static constexpr int kStride = kGroup * kOctet;
+  using Count = std::conditional_t<kGroup == kThreads, int64_t, int>;  // a smaller group is for short blocks
+
+  int64_t block, at;  // of elements, the first one
+  Count count;        // from `at` to the end of the block; at most 0 if there is nothing
+  int lane;           // among the threads of the group
 };
 
 // Calls visit(share) for the blocks of this thread's group, with an empty share where others still have a block: all
 // threads make the same number of calls.
 template <int kGroup, class Job, class Visit>
 BNBOPS_DEVICE void for_blocks(const Job& job, const Visit& visit) {
+  using Count = typename Share<kGroup>::Count;
   constexpr int kGroups = kThreads / kGroup;
-  const int64_t blocks = divide_up(job.numel, job.blocksize);
-  const int group = threadIdx.x / kGroup;
-  for (int64_t first = int64_t{blockIdx.x} * kGroups; first < blocks; first += int64_t{gridDim.x} * kGroups) {
-    const int64_t block = first + group, begin = block * job.blocksize;
-    const int64_t end = begin + job.blocksize < job.numel ? begin + job.blocksize : job.numel;
-    visit(Share{block, begin, block < blocks ? end : begin, static_cast<int>(threadIdx.x) % kGroup});
+  const int64_t blocksize = job.blocksize < job.numel ? job.blocksize : job.numel;
+  const int64_t blocks = divide_up(job.numel, blocksize), step = int64_t{gridDim.x} * kGroups;
+  const int lane = threadIdx.x % kGroup;
+  const Count most = static_cast<Count>(blocksize) - lane * kOctet;
+  int64_t first = int64_t{blockIdx.x} * kGroups, block = first + threadIdx.x / kGroup;
+  int64_t at = block * blocksize + lane * kOctet;
+  for (; first < blocks; first += step, block += step, at += step * blocksize) {
+    const int64_t rest = job.numel - at;
+    visit(Share<kGroup>{block, at, rest < most ? static_cast<Count>(rest) : most, lane});
   }
-}
-
-// The bits of the largest magnitude.
-BNBOPS_DEVICE uint32_t largest_magnitude(const float (&x)[kOctet], uint32_t largest) {
-#pragma unroll
-  for (int i = 0; i < kOctet; ++i) {
-    const uint32_t bits = bits_of(encodable(x[i])) & 0x7FFFFFFFU;
-    largest = bits > largest ? bits : largest;
-  }
-  return largest;
 }
 
 // Takes the scales of a job's blocks and calls write(x, inverse, at, count) for every octet, with its elements from
-// `at` on, of which `count` exist; the others are zeros. A thread keeps the first octets of its share in
-// registers. Only blocks of more than 4096 elements are read twice.
-template <int kGroup, class Write>
+// `at` on, made encodable, of which `count` exist; the others are zeros. A thread keeps the first octets of its share
+// in registers. Only blocks of more than 4096 elements are read twice. `kMore`: a share may have more than one octet.
+template <int kGroup, bool kMore = kGroup == kThreads, class Write>
 BNBOPS_DEVICE void quantize_blocks(const QuantizeJob& job, const Write& write) {
   __shared__ uint32_t scratch[kThreads / kWarp];
-  constexpr int kKept = kGroup == kThreads ? 2 : 1;
-  constexpr int64_t kStride = kGroup * kOctet;
-  for_blocks<kGroup>(job, [&](const Share& share) {
-    const int64_t begin = share.begin + share.lane * kOctet, rest = begin + kKept * kStride;
-    Octet kept[kKept];
+  using Count = typename Share<kGroup>::Count;
+  constexpr int kKept = kGroup == kThreads ? 2 : 1, kStride = Share<kGroup>::kStride;
+  for_blocks<kGroup>(job, [&](const Share<kGroup>& share) {
+    const auto load = [&](Count from) {
+      return load_octet(job.values, job.dtype, share.at + from, share.count - from);
+    };
+    Octet octet[kKept];
+#pragma unroll
+    for (int k = 0; k < kKept; ++k) octet[k] = load(k * kStride);
+    float largest = 0, kept[kKept][kOctet], x[kOctet];
 #pragma unroll
     for (int k = 0; k < kKept; ++k) {
-      const int64_t at = begin + k * kStride;
-      kept[k] = load_octet(job.values, job.dtype, at, share.end - at);
+      to_floats(octet[k], job.dtype, kept[k]);
+      largest = max_or_nan(largest, make_encodable(kept[k]));
     }
-    uint32_t largest = 0;
-    float x[kOctet];
-#pragma unroll
-    for (int k = 0; k < kKept; ++k) {
-      to_floats(kept[k], job.dtype, x);
-      largest = largest_magnitude(x, largest);
+    for (Count from = kKept * kStride; kMore && from < share.count; from += kStride) {
+      to_floats(load(from), job.dtype, x);
+      largest = max_or_nan(largest, make_encodable(x));
     }
-    for (int64_t at = rest; at < share.end; at += kStride) {
-      to_floats(load_octet(job.values, job.dtype, at, share.end - at), job.dtype, x);
-      largest = largest_magnitude(x, largest);
-    }
-    const float absmax = float_from_bits(group_max<kGroup>(largest, scratch)), inverse = inverse_scale(absmax);
-    if (share.lane == 0 && share.begin < share.end) job.absmax[share.block] = absmax;
+    const float absmax = float_from_bits(group_max<kGroup>(bits_of(largest), scratch)), inverse = inverse_scale(absmax);
+    if (share.lane == 0 && share.count > 0) job.absmax[share.block] = absmax;
 
 #pragma unroll
     for (int k = 0; k < kKept; ++k) {
-      const int64_t at = begin + k * kStride;
-      to_floats(kept[k], job.dtype, x);
-      if (at < share.end) write(x, inverse, at, share.end - at);
+      if (k * kStride < share.count) write(kept[k], inverse, share.at + k * kStride, share.count - k * kStride);
     }
-    for (int64_t at = rest; at < share.end; at += kStride) {
-      to_floats(load_octet(job.values, job.dtype, at, share.end - at), job.dtype, x);
-      write(x, inverse, at, share.end - at);
+    for (Count from = kKept * kStride; kMore && from < share.count; from += kStride) {
+      to_floats(load(from), job.dtype, x);
+      make_encodable(x);
+      write(x, inverse, share.at + from, share.count - from);
     }
   });
 }

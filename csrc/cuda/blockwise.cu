@@ -2,42 +2,49 @@
 #include "cuda/blocks.h"
 #include "cuda/kernels.h"
 #include "cuda/maps.h"
+#include "lanes_scalar.h"
 
 namespace bnbops::cuda {
 namespace {
 
 enum class Codebook { kUnsigned, kSigned, kOther };
 
-struct QuantizeTables {
+union QuantizeTables {
+  CodeTable<true> signed_map;
+  CodeTable<false> unsigned_map;
   NearestEncoder nearest;
-  DynamicEncoder dynamic;
 };
 
-// Fills in the tables, and tells whether the codebook is a dynamic map, whose encoding is arithmetic.
+// Fills in the table that the codebook needs, and tells which.
 BNBOPS_DEVICE Codebook prepare_tables(const float* codebook, QuantizeTables& tables) {
   static_assert(kThreads == kCodebookSize, "one thread for each entry");
   const int i = threadIdx.x;
   const uint32_t entry = bits_of(codebook[i]);
-  const bool is_signed = __syncthreads_and(entry == bits_of(kMaps[1].value[i]));
-  const bool is_unsigned = __syncthreads_and(entry == bits_of(kMaps[0].value[i]));
-  tables.nearest.midpoint[i] = midpoint_after(codebook, i);
-  copy_table(kMaps[is_signed].encoder, tables.dynamic);
+  const bool is_signed = __syncthreads_and(entry == bits_of(kMap<true>.value[i]));
+  const bool is_unsigned = __syncthreads_and(entry == bits_of(kMap<false>.value[i]));
+  if (is_signed) {
+    copy_table(kMap<true>.code, tables.signed_map);
+  } else if (is_unsigned) {
+    copy_table(kMap<false>.code, tables.unsigned_map);
+  } else {
+    tables.nearest.midpoint[i] = midpoint_after(codebook, i);
+  }
   __syncthreads();
   return is_signed ? Codebook::kSigned : is_unsigned ? Codebook::kUnsigned : Codebook::kOther;
 }
 
-BNBOPS_DEVICE void encode(const float (&x)[kOctet], float inverse, Codebook codebook, const QuantizeTables& tables,
-                          uint32_t (&code)[kOctet]) {
-  if (codebook == Codebook::kSigned) {
+BNBOPS_DEVICE uint2 encode(const float (&x)[kOctet], float inverse, Codebook codebook, const QuantizeTables& tables) {
+  if (codebook == Codebook::kSigned) return dynamic_codes(x, inverse, tables.signed_map);
+  if (codebook == Codebook::kUnsigned) {
+    float positive[kOctet];
 #pragma unroll
-    for (int i = 0; i < kOctet; ++i) code[i] = dynamic_code<true>(encodable(x[i]), inverse, tables.dynamic);
-  } else if (codebook == Codebook::kUnsigned) {
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) code[i] = dynamic_code<false>(encodable(x[i], false), inverse, tables.dynamic);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) code[i] = nearest_entry<ScalarLanes>(encodable(x[i]) * inverse, tables.nearest);
+    for (int i = 0; i < kOctet; ++i) positive[i] = x[i] > 0 ? x[i] : 0.0F;
+    return dynamic_codes(positive, inverse, tables.unsigned_map);
   }
+  uint32_t code[kOctet];
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i) code[i] = nearest_entry<ScalarLanes>(x[i] * inverse, tables.nearest);
+  return pack_codes(code);
 }
 
 template <int kGroup>
@@ -45,9 +52,7 @@ __global__ void __launch_bounds__(kThreads, kResident) quantize_kernel(QuantizeJ
   __shared__ QuantizeTables tables;
   const Codebook codebook = prepare_tables(job.codebook, tables);
   quantize_blocks<kGroup>(job, [&](const float (&x)[kOctet], float inverse, int64_t at, int64_t count) {
-    uint32_t code[kOctet];
-    encode(x, inverse, codebook, tables, code);
-    store_codes(job.codes + at, count, code);
+    store_codes(job.codes + at, count, encode(x, inverse, codebook, tables));
   });
 }
 
@@ -56,14 +61,15 @@ __global__ void __launch_bounds__(kThreads, kResident) dequantize_kernel(Dequant
   __shared__ float codebook[kCodebookSize];
   codebook[threadIdx.x] = job.codebook[threadIdx.x];
   __syncthreads();
-  for_blocks<kGroup>(job, [&](const Share& share) {
-    const float absmax = share.begin < share.end ? job.absmax[share.block] : 0.0F;
-    for (int64_t at = share.begin + share.lane * kOctet; at < share.end; at += kGroup * kOctet) {
-      const uint2 codes = load_codes(job.codes + at, share.end - at);
+  for_blocks<kGroup>(job, [&](const Share<kGroup>& share) {
+    const float absmax = share.count > 0 ? job.absmax[share.block] : 0.0F;
+    for (auto from = 0 * share.count; from < share.count; from += share.kStride) {
+      const uint2 codes = load_codes(job.codes + share.at + from, share.count - from);
       float x[kOctet];
 #pragma unroll
       for (int i = 0; i < kOctet; ++i) x[i] = codebook[code_of(codes, i)] * absmax;
-      store_octet(job.values, job.dtype, at, share.end - at, x);
+      store_octet(job.values, job.dtype, share.at + from, share.count - from, x);
+      if (kGroup < kThreads) break;  // one octet is a thread's whole share
     }
   });
 }

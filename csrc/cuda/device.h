@@ -45,6 +45,15 @@ namespace bnbops::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFU;
 
+// Tells the compiler, which does not know it of pointers read from memory, that this one is to global memory.
+template <class T>
+BNBOPS_DEVICE T* global_pointer(T* pointer) {
+#ifndef CUSIM
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return pointer;
+}
+
 template <class T>
 BNBOPS_DEVICE bool is_aligned(const void* address) {
   return reinterpret_cast<uintptr_t>(address) % sizeof(T) == 0;
@@ -58,6 +67,29 @@ BNBOPS_DEVICE const char* in_one_register(const void* shared) {
   auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm("" : "+r"(address));
   return static_cast<const char*>(__cvta_shared_to_generic(address));
+#endif
+}
+
+// NaN if one of them is.
+BNBOPS_DEVICE float max_or_nan(float a, float b) {
+#ifdef CUSIM
+  return a != a || a > b ? a : b;
+#else
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+#endif
+}
+
+// prmt.b32: four bytes of b:a, by the nibbles of the selector, bit 3 of which spreads the byte's sign over it.
+template <uint32_t kSelector>
+BNBOPS_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b) {
+#ifdef CUSIM
+  return cusim::prmt(a, b, kSelector);
+#else
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "n"(kSelector));
+  return bytes;
 #endif
 }
 

@@ -5,6 +5,7 @@
 // The dtype is the same for all threads: a branch that costs nothing beside the memory.
 #pragma once
 
+#include "codecs.h"
 #include "cuda/device.h"
 
 namespace bnbops::cuda {
@@ -26,7 +27,7 @@ BNBOPS_DEVICE void store_words(char* to, const uint32_t* word) {
 
 // Elements at, at + 1, ... ; `count` of them, or all eight if there are more. The others are zeros.
 BNBOPS_DEVICE Octet load_octet(const void* values, DType dtype, int64_t at, int64_t count) {
-  const char* from = static_cast<const char*>(values) + at * size_of(dtype);
+  const char* from = global_pointer(static_cast<const char*>(values) + at * size_of(dtype));
   Octet octet{};
   if (count >= kOctet && is_aligned<uint4>(from)) {
     load_words(from, octet.word);
@@ -71,7 +72,7 @@ BNBOPS_DEVICE Octet from_floats(const float (&x)[kOctet], DType dtype) {
 }
 
 BNBOPS_DEVICE void store_octet(void* values, DType dtype, int64_t at, int64_t count, const float (&x)[kOctet]) {
-  char* to = static_cast<char*>(values) + at * size_of(dtype);
+  char* to = global_pointer(static_cast<char*>(values) + at * size_of(dtype));
   const Octet octet = from_floats(x, dtype);
   if (count >= kOctet && is_aligned<uint4>(to)) {
     store_words(to, octet.word);
@@ -91,6 +92,7 @@ BNBOPS_DEVICE void store_octet(void* values, DType dtype, int64_t at, int64_t co
 
 // Eight codes of a byte each, the first one in the lowest bits; beyond `count` they are `rest`.
 BNBOPS_DEVICE uint2 load_codes(const uint8_t* codes, int64_t count, uint8_t rest = 0) {
+  codes = global_pointer(codes);
   if (count >= kOctet && is_aligned<uint2>(codes)) return load_vector<uint2>(codes);
   uint32_t word[2] = {};
 #pragma unroll
@@ -102,15 +104,49 @@ BNBOPS_DEVICE uint2 load_codes(const uint8_t* codes, int64_t count, uint8_t rest
 
 BNBOPS_DEVICE uint32_t code_of(const uint2& codes, int i) { return (i < 4 ? codes.x : codes.y) >> (i % 4 * 8) & 0xFFU; }
 
-BNBOPS_DEVICE void store_codes(uint8_t* codes, int64_t count, const uint32_t (&code)[kOctet]) {
-  uint32_t word[2] = {};
-#pragma unroll
-  for (int i = 0; i < kOctet; ++i) word[i / 4] |= code[i] << (i % 4 * 8);
-  if (count >= kOctet && is_aligned<uint2>(codes)) return store_vector(codes, make_uint2(word[0], word[1]));
+BNBOPS_DEVICE void store_codes(uint8_t* to, int64_t count, const uint2& codes) {
+  to = global_pointer(to);
+  if (count >= kOctet && is_aligned<uint2>(to)) return store_vector(to, codes);
 #pragma unroll
   for (int i = 0; i < kOctet; ++i) {
-    if (i < count) codes[i] = static_cast<uint8_t>(code[i]);
+    if (i < count) to[i] = static_cast<uint8_t>(code_of(codes, i));
   }
+}
+
+// Byte `kByte` of each of four words.
+template <uint32_t kByte>
+BNBOPS_DEVICE uint32_t pack_bytes(const uint32_t* word) {
+  constexpr uint32_t kPair = kByte | (kByte + 4) << 4;
+  return permute_bytes<0x5410>(permute_bytes<kPair>(word[0], word[1]), permute_bytes<kPair>(word[2], word[3]));
+}
+
+// A byte for each of four numbers, 255 where the sign is minus.
+BNBOPS_DEVICE uint32_t pack_signs(const float* x) {
+  constexpr uint32_t kPair = 0xFB;
+  return permute_bytes<0x5410>(permute_bytes<kPair>(bits_of(x[0]), bits_of(x[1])),
+                               permute_bytes<kPair>(bits_of(x[2]), bits_of(x[3])));
+}
+
+BNBOPS_DEVICE uint2 pack_codes(const uint32_t (&code)[kOctet]) {
+  return make_uint2(pack_bytes<0>(code), pack_bytes<0>(code + 4));
+}
+
+// ---- what quantization asks of them ------------------------------------------------------------------------------
+
+BNBOPS_DEVICE float largest_magnitude(const float (&x)[kOctet]) {
+  float largest = 0;
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i) largest = max_or_nan(largest, fabsf(x[i]));
+  return largest;
+}
+
+// Makes all of them encodable, and returns the largest magnitude.
+BNBOPS_DEVICE float make_encodable(float (&x)[kOctet]) {
+  const float largest = largest_magnitude(x);
+  if (largest <= kFloatMax) return largest;
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i) x[i] = encodable(x[i]);
+  return largest_magnitude(x);
 }
 
 // ---- single elements ---------------------------------------------------------------------------------------------

@@ -20,18 +20,19 @@ void with_row_groups(const RowsAsBlocks& rows, const Launch& launch) {
   launch(std::integral_constant<int, kWarp>{}, grid_of(divide_up(count, kThreads / kWarp)));
 }
 
-// Calls visit(x, at) for a thread's octets of a block, two of them loaded at a time.
+// Calls visit(x, from) for a thread's octets of a block, `from` elements into its share, two of them loaded at a time.
 template <int kGroup, class Visit>
-BNBOPS_DEVICE void for_octets(const void* values, DType dtype, const Share& share, const Visit& visit) {
-  constexpr int64_t kStride = kGroup * kOctet;
-  for (int64_t at = share.begin + share.lane * kOctet; at < share.end; at += 2 * kStride) {
-    const Octet octets[2] = {load_octet(values, dtype, at, share.end - at),
-                             load_octet(values, dtype, at + kStride, share.end - at - kStride)};
+BNBOPS_DEVICE void for_octets(const void* values, DType dtype, const Share<kGroup>& share, const Visit& visit) {
+  constexpr int kStride = Share<kGroup>::kStride;
+  for (auto from = 0 * share.count; from < share.count; from += 2 * kStride) {
+    const int64_t at = share.at + from;
+    const Octet octets[2] = {load_octet(values, dtype, at, share.count - from),
+                             load_octet(values, dtype, at + kStride, share.count - from - kStride)};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float x[kOctet];
       to_floats(octets[i], dtype, x);
-      if (at + i * kStride < share.end) visit(x, at + i * kStride);
+      if (from + i * kStride < share.count) visit(x, from + i * kStride);
     }
   }
 }
@@ -39,12 +40,12 @@ BNBOPS_DEVICE void for_octets(const void* values, DType dtype, const Share& shar
 // Without a threshold, in one pass.
 template <int kGroup>
 __global__ void __launch_bounds__(kThreads, kResident) quantize_rows_kernel(QuantizeJob job, uint32_t limit) {
-  quantize_blocks<kGroup>(job, [&](const float (&x)[kOctet], float inverse, int64_t at, int64_t count) {
+  quantize_blocks<kGroup, true>(job, [&](const float (&x)[kOctet], float inverse, int64_t at, int64_t count) {
     const float factor = code_factor(inverse);
     uint32_t code[kOctet];
 #pragma unroll
-    for (int i = 0; i < kOctet; ++i) code[i] = static_cast<uint8_t>(int8_code(x[i], factor, limit));
-    store_codes(job.codes + at, count, code);
+    for (int i = 0; i < kOctet; ++i) code[i] = int8_code(x[i], factor, limit);
+    store_codes(job.codes + at, count, pack_codes(code));
   });
 }
 
@@ -52,50 +53,50 @@ __global__ void __launch_bounds__(kThreads, kResident) quantize_rows_kernel(Quan
 template <int kGroup>
 __global__ void __launch_bounds__(kThreads, kResident) scan_rows_kernel(Int8QuantJob job) {
   __shared__ uint32_t scratch[kThreads / kWarp];
-  for_blocks<kGroup>(RowsAsBlocks{job.rows * job.inner, job.inner}, [&](const Share& share) {
+  for_blocks<kGroup>(RowsAsBlocks{job.rows * job.inner, job.inner}, [&](const Share<kGroup>& share) {
     uint32_t largest = 0;
-    for_octets<kGroup>(job.values, job.dtype, share, [&](const float (&x)[kOctet], int64_t at) {
+    for_octets(job.values, job.dtype, share, [&](const float (&x)[kOctet], auto from) {
 #pragma unroll
       for (int i = 0; i < kOctet; ++i) {
         const uint32_t bits = counted_bits(x[i], job.limit);
         largest = bits > largest ? bits : largest;
-        if (is_outlier(x[i], job.limit)) set_flag(job.is_outlier + (at - share.begin) + i);
+        if (is_outlier(x[i], job.limit)) set_flag(job.is_outlier + share.lane * kOctet + from + i);
       }
     });
     largest = group_max<kGroup>(largest, scratch);
-    if (share.lane == 0 && share.begin < share.end) job.row_stats[share.block] = float_from_bits(largest);
+    if (share.lane == 0 && share.count > 0) job.row_stats[share.block] = float_from_bits(largest);
   });
 }
 
 // ... and then codes.
 template <int kGroup>
 __global__ void __launch_bounds__(kThreads, kResident) encode_rows_kernel(Int8QuantJob job) {
-  for_blocks<kGroup>(RowsAsBlocks{job.rows * job.inner, job.inner}, [&](const Share& share) {
-    const float factor = share.begin < share.end ? code_factor(inverse_scale(job.row_stats[share.block])) : 0.0F;
-    for_octets<kGroup>(job.values, job.dtype, share, [&](const float (&x)[kOctet], int64_t at) {
-      const auto* marks = reinterpret_cast<const uint8_t*>(job.is_outlier) + (at - share.begin);
-      const uint2 marked = load_codes(marks, share.end - at);
+  for_blocks<kGroup>(RowsAsBlocks{job.rows * job.inner, job.inner}, [&](const Share<kGroup>& share) {
+    const float factor = share.count > 0 ? code_factor(inverse_scale(job.row_stats[share.block])) : 0.0F;
+    for_octets(job.values, job.dtype, share, [&](const float (&x)[kOctet], auto from) {
+      const auto* marks = reinterpret_cast<const uint8_t*>(job.is_outlier) + share.lane * kOctet + from;
+      const uint2 marked = load_codes(marks, share.count - from);
       uint32_t code[kOctet];
 #pragma unroll
       for (int i = 0; i < kOctet; ++i) {
-        code[i] = code_of(marked, i) != 0 ? 0 : static_cast<uint8_t>(int8_code(x[i], factor, job.limit));
+        code[i] = code_of(marked, i) != 0 ? 0 : int8_code(x[i], factor, job.limit);
       }
-      store_codes(reinterpret_cast<uint8_t*>(job.codes) + at, share.end - at, code);
+      store_codes(reinterpret_cast<uint8_t*>(job.codes) + share.at + from, share.count - from, pack_codes(code));
     });
   });
 }
 
 template <int kGroup>
 __global__ void __launch_bounds__(kThreads, kResident) dequantize_rows_kernel(Int8DequantJob job) {
-  for_blocks<kGroup>(RowsAsBlocks{job.rows * job.width, job.width}, [&](const Share& share) {
-    const float scale = share.begin < share.end ? decodable(job.stats[share.block]) : 0.0F;
+  for_blocks<kGroup>(RowsAsBlocks{job.rows * job.width, job.width}, [&](const Share<kGroup>& share) {
+    const float scale = share.count > 0 ? decodable(job.stats[share.block]) : 0.0F;
     const auto* row = reinterpret_cast<const uint8_t*>(job.codes) + share.block * job.inner + job.begin;
-    for (int64_t at = share.begin + share.lane * kOctet; at < share.end; at += kGroup * kOctet) {
-      const uint2 codes = load_codes(row + (at - share.begin), share.end - at);
+    for (auto from = 0 * share.count; from < share.count; from += share.kStride) {
+      const uint2 codes = load_codes(row + share.lane * kOctet + from, share.count - from);
       float x[kOctet];
 #pragma unroll
       for (int i = 0; i < kOctet; ++i) x[i] = int8_value(static_cast<int8_t>(code_of(codes, i)), scale);
-      store_octet(job.values, job.dtype, at, share.end - at, x);
+      store_octet(job.values, job.dtype, share.at + from, share.count - from, x);
     }
   });
 }
@@ -160,8 +161,8 @@ __global__ void __launch_bounds__(kThreads, kResident) encode_columns_kernel(Int
   for_rows(job, column, [&](const float (&x)[kOctet], int64_t at, int64_t count) {
     uint32_t code[kOctet];
 #pragma unroll
-    for (int i = 0; i < kOctet; ++i) code[i] = static_cast<uint8_t>(int8_code(x[i], factor[i], job.limit));
-    store_codes(reinterpret_cast<uint8_t*>(job.codes) + at, count, code);
+    for (int i = 0; i < kOctet; ++i) code[i] = int8_code(x[i], factor[i], job.limit);
+    store_codes(reinterpret_cast<uint8_t*>(job.codes) + at, count, pack_codes(code));
   });
 }
 

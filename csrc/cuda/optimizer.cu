@@ -28,7 +28,7 @@ template <class Rule, bool kQuantized>
 __global__ void __launch_bounds__(kThreads, kDirectionResident)
     direction_squares_kernel(const Many<StepRecord<Rule>> many, double* pieces) {
   __shared__ StepRecord<Rule> records[kWarps];
-  const Map* maps = shared_maps<kQuantized>();
+  const MapsOf<Rule>* maps = shared_maps<Rule, kQuantized>();
   for_units(many, records, [&](const StepRecord<Rule>& record, int64_t piece) {
     double column[kOctet] = {};
     int64_t end = (piece + 1) * kPieceBlocks;

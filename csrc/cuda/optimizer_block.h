@@ -29,27 +29,44 @@ BNBOPS_DEVICE void for_states(const Visit& visit) {
   static_assert(Rule::kStates <= 3);
 }
 
+// Whether a rule has a state with, or without, a sign.
+template <class Rule, bool kSigned>
+constexpr bool kHasState = [] {
+  for (int k = 0; k < Rule::kStates; ++k) {
+    if (Rule::kStateSpecs[k].is_signed == kSigned) return true;
+  }
+  return false;
+}();
+
+// The maps of a rule's states.
+template <bool kSigned>
+struct NoMap {};
+template <class Rule, bool kSigned>
+using MapOrNone = std::conditional_t<kHasState<Rule, kSigned>, Map<kSigned>, NoMap<kSigned>>;
+template <class Rule>
+struct MapsOf : MapOrNone<Rule, true>, MapOrNone<Rule, false> {};
+
 template <class Rule>
 struct Elements {
-  int64_t at,
-      count;  // the lane's first one in the parameter, and how many there are: 8, or fewer at the end of a block
+  int64_t at;  // the lane's first one in the parameter
+  int count;   // how many there are: 8, or fewer at the end of a block
   float p[kOctet], g[kOctet], s[kSlots<Rule>][kOctet];
 };
 
 // All loads are under way before the first element is converted. What is beyond `count` is 0, as on the CPU.
 template <class Rule, bool kQuantized>
-BNBOPS_DEVICE Elements<Rule> load_elements(const StepJob& job, int64_t block, const Map* maps) {
+BNBOPS_DEVICE Elements<Rule> load_elements(const StepJob& job, int64_t block, const MapsOf<Rule>* maps) {
   Elements<Rule> x;
   const Span span = span_of(job, block);
   x.at = span.begin + lane_of_warp() * kOctet;
-  x.count = span.n - lane_of_warp() * kOctet;
+  x.count = static_cast<int>(span.n) - lane_of_warp() * kOctet;
   std::conditional_t<kQuantized, uint2, Octet> state[kSlots<Rule>];
   float absmax[kSlots<Rule>];
   for_states<Rule>([&](auto k) {
     if constexpr (kQuantized) {
       constexpr StateSpec spec = Rule::kStateSpecs[k];
       state[k] = load_codes(static_cast<const uint8_t*>(job.state[k]) + x.at, x.count, zero_code(spec.is_signed));
-      absmax[k] = job.absmax[k][block];
+      absmax[k] = global_pointer(job.absmax[k])[block];
     } else {
       state[k] = load_octet(job.state[k], DType::kFloat32, x.at, x.count);
     }
@@ -59,9 +76,10 @@ BNBOPS_DEVICE Elements<Rule> load_elements(const StepJob& job, int64_t block, co
   for_states<Rule>([&](auto k) {
     if constexpr (kQuantized) {
       constexpr StateSpec spec = Rule::kStateSpecs[k];
+      const Map<spec.is_signed>& map = *maps;
       const float scale = decodable(absmax[k]);
 #pragma unroll
-      for (int i = 0; i < kOctet; ++i) x.s[k][i] = maps[spec.is_signed].value[code_of(state[k], i)] * scale;
+      for (int i = 0; i < kOctet; ++i) x.s[k][i] = map.value[code_of(state[k], i)] * scale;
     } else {
       to_floats(state[k], DType::kFloat32, x.s[k]);
     }
@@ -79,44 +97,25 @@ BNBOPS_DEVICE StatesOf<float, Rule> states_of(const Elements<Rule>& x, int i) {
   return states;
 }
 
-// The bits of a block's largest magnitude. As integers, so that infinities and NaN show: they are largest.
-template <bool kSigned>
-BNBOPS_DEVICE uint32_t largest_magnitude_bits(const float (&x)[kOctet]) {
-  int32_t largest = 0;
-#pragma unroll
-  for (int i = 0; i < kOctet; ++i) {
-    largest = ScalarLanes::max(largest, ScalarLanes::as_int(kSigned ? ScalarLanes::abs(x[i]) : x[i]));
-  }
-  return __reduce_max_sync(kAllLanes, static_cast<uint32_t>(largest));
-}
-
 // Encodes a block of a state and returns its scale. Elements that have no encoding as they are change.
-template <bool kSigned, bool kDivisor>
-BNBOPS_DEVICE float encode_state(float (&x)[kOctet], const DynamicEncoder& encoder, uint8_t* codes, int64_t count) {
-  uint32_t largest = largest_magnitude_bits<kSigned>(x);
-  if (largest >= kInfinityBits) {
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) x[i] = encodable(x[i], kSigned);
-    largest = largest_magnitude_bits<kSigned>(x);
-  }
-  const float absmax = float_from_bits(largest), inverse = inverse_scale(absmax);
-  uint32_t code[kOctet];
-#pragma unroll
-  for (int i = 0; i < kOctet; ++i) code[i] = dynamic_code<kSigned, kDivisor>(x[i], inverse, encoder);
-  store_codes(codes, count, code);
+template <bool kDivisor, bool kSigned>
+BNBOPS_DEVICE float encode_state(float (&x)[kOctet], const Map<kSigned>& map, uint8_t* codes, int64_t count) {
+  const float absmax = float_from_bits(__reduce_max_sync(kAllLanes, bits_of(make_encodable(x))));
+  store_codes(codes, count, dynamic_codes<kDivisor>(x, inverse_scale(absmax), map.code));
   return absmax;
 }
 
 template <class Rule, bool kQuantized>
-BNBOPS_DEVICE void store_elements(const StepJob& job, int64_t block, const Map* maps, Elements<Rule>& x) {
+BNBOPS_DEVICE void store_elements(const StepJob& job, int64_t block, const MapsOf<Rule>* maps, Elements<Rule>& x) {
   store_octet(job.param, job.param_dtype, x.at, x.count, x.p);
   if (kQuantized) __syncwarp();  // every lane has read the old scales
   for_states<Rule>([&](auto k) {
     if constexpr (kQuantized) {
       constexpr StateSpec spec = Rule::kStateSpecs[k];
-      const float absmax = encode_state<spec.is_signed, spec.is_divisor>(
-          x.s[k], maps[spec.is_signed].encoder, static_cast<uint8_t*>(job.state[k]) + x.at, x.count);
-      if (lane_of_warp() == 0) job.absmax[k][block] = absmax;
+      const Map<spec.is_signed>& map = *maps;
+      const float absmax =
+          encode_state<spec.is_divisor>(x.s[k], map, static_cast<uint8_t*>(job.state[k]) + x.at, x.count);
+      if (lane_of_warp() == 0) global_pointer(job.absmax[k])[block] = absmax;
     } else {
       store_octet(job.state[k], DType::kFloat32, x.at, x.count, x.s[k]);
     }
@@ -124,13 +123,14 @@ BNBOPS_DEVICE void store_elements(const StepJob& job, int64_t block, const Map* 
 }
 
 // The maps in shared memory; all threads of a thread block call.
-template <bool kQuantized>
-BNBOPS_DEVICE const Map* shared_maps() {
+template <class Rule, bool kQuantized>
+BNBOPS_DEVICE const MapsOf<Rule>* shared_maps() {
   if constexpr (kQuantized) {
-    __shared__ Map maps[2];
-    for (int i = 0; i < 2; ++i) copy_table(kMaps[i], maps[i]);
+    __shared__ MapsOf<Rule> maps;
+    if constexpr (kHasState<Rule, true>) copy_table<Map<true>>(kMap<true>, maps);
+    if constexpr (kHasState<Rule, false>) copy_table<Map<false>>(kMap<false>, maps);
     __syncthreads();
-    return maps;
+    return &maps;
   } else {
     return nullptr;
   }

@@ -9,7 +9,7 @@ namespace bnbops::cuda {
 template <class Rule, bool kQuantized>
 __global__ void __launch_bounds__(kThreads, kStepResident<Rule>) step_kernel(const Many<StepRecord<Rule>> many) {
   __shared__ StepRecord<Rule> records[kWarps];
-  const Map* maps = shared_maps<kQuantized>();
+  const MapsOf<Rule>* maps = shared_maps<Rule, kQuantized>();
   for_units(many, records, [&](const StepRecord<Rule>& record, int64_t block) {
     if (record.skipped) return;
     auto x = load_elements<Rule, kQuantized>(record.job, block, maps);

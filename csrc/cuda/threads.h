@@ -1,6 +1,8 @@
 // Groups of threads that work on one block of elements together, and the grids they run in.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/device.h"
 
 namespace bnbops::cuda {
@@ -35,11 +37,15 @@ BNBOPS_DEVICE uint32_t group_max(uint32_t x, uint32_t* scratch) {
   }
 }
 
-// All threads of a thread block copy a table of 32-bit words into shared memory; a barrier must follow.
+// All threads of a thread block copy a table into shared memory, by words of 128 bits if it is made for them; a barrier
+// must follow.
 template <class T>
 BNBOPS_DEVICE void copy_table(const T& from, T& to) {
-  for (unsigned i = threadIdx.x; i < sizeof(T) / sizeof(uint32_t); i += blockDim.x) {
-    reinterpret_cast<uint32_t*>(&to)[i] = reinterpret_cast<const uint32_t*>(&from)[i];
+  using Word = std::conditional_t<alignof(T) % sizeof(uint4) == 0, uint4, uint32_t>;
+  static_assert(sizeof(T) % sizeof(Word) == 0 && alignof(T) >= alignof(uint32_t));
+#pragma unroll 4
+  for (unsigned i = threadIdx.x; i < sizeof(T) / sizeof(Word); i += blockDim.x) {
+    store_vector(reinterpret_cast<Word*>(&to) + i, load_vector<Word>(reinterpret_cast<const Word*>(&from) + i));
   }
 }
 

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, kResident) quantize_4bit_kernel(Quan
     uint32_t packed = 0;
 #pragma unroll
     for (int i = 0; i < kOctet; ++i) {
-      packed |= static_cast<uint32_t>(encode_4bit<ScalarLanes>(encodable(x[i]), inverse, tables)) << ((i ^ 1) * 4);
+      packed |= static_cast<uint32_t>(encode_4bit<ScalarLanes>(x[i], inverse, tables)) << ((i ^ 1) * 4);
     }
     store_packed(job.codes, at, count, packed);
   });

@@ -28,9 +28,9 @@ NEEDED = {
     "multiply_kernel": ("LDG.128", "IMMA", "STG.128"),
     "dequantize_sums_kernel": ("LDG.128", "STG.128"),
     "prepare_kernel": (),  # one thread for a parameter
-    "step_kernel": ("LDG?.128", "STG?.128"),  # "LD": of a pointer that was read from memory
-    "direction_squares_kernel": ("LDG?.128",),
-    "squares_kernel": ("LDG?.128",),
+    "step_kernel": ("LDG.128", "STG.128"),
+    "direction_squares_kernel": ("LDG.128",),
+    "squares_kernel": ("LDG.128",),
     "sum_pieces_kernel": (),  # a number for every 16 blocks of a parameter
     "percentile_clip_kernel": (),  # 100 numbers for a parameter
     "place_kernel": (),  # one thread for a parameter
@@ -94,15 +94,15 @@ def _blockwise() -> list[Way]:
         peers = f"bitsandbytes {moved:.2f}"
         need = {
             "LDG.128": LOAD[size],
-            "~from_bfloat16": 16 * (dtype == "bf16"),  # once for absmax, once for the codes
-            r"~round_with_sign\(Float": 16,  # of the signed map
+            "~from_bfloat16": 8 * (dtype == "bf16"),
+            "~pack_signs": 6,  # of the signed map
             "~nearest_entry": 0,
             "STG.64": 1,
         }
-        ways.append(Way(f"quantize_blockwise, {dtype}", "quantize_kernel<32>", need, 8, moved, 65, peers))
+        ways.append(Way(f"quantize_blockwise, {dtype}", "quantize_kernel<32>", need, 8, moved, 21, peers))
         packs = {"F2FP.BF16": 4 * (dtype == "bf16")}
         need = {"LDG.64": 1, **packs, "STG.128": LOAD[size]}
-        ways.append(Way(f"dequantize_blockwise, {dtype}", "dequantize_kernel<32>", need, 8, moved, 16, peers))
+        ways.append(Way(f"dequantize_blockwise, {dtype}", "dequantize_kernel<32>", need, 8, moved, 12, peers))
     return ways
 
 
@@ -111,8 +111,8 @@ def _weight_4bit() -> list[Way]:
     for dtype, size in DTYPES.items():
         moved = size + CODE / 2 + BLOCK_64
         peers = f"bitsandbytes {moved:.2f}"
-        need = {"LDG.128": LOAD[size], "~from_bfloat16": 16 * (dtype == "bf16"), "STG": 1}
-        ways.append(Way(f"quantize_4bit, {dtype}", "quantize_4bit_kernel<8>", need, 8, moved, 25, peers))
+        need = {"LDG.128": LOAD[size], "~from_bfloat16": 8 * (dtype == "bf16"), "STG": 1}
+        ways.append(Way(f"quantize_4bit, {dtype}", "quantize_4bit_kernel<8>", need, 8, moved, 12, peers))
         packs = {"F2FP.BF16": 8 * (dtype == "bf16")}
         need = {**packs, "STG.128": 2 * LOAD[size], "~decode_askew": 0, "~nested": 0}
         ways.append(Way(f"dequantize_4bit, {dtype}", "look_up_kernel", need, 16, moved, 21, peers))
@@ -143,8 +143,8 @@ def _linear_4bit() -> list[Way]:
 def _int8() -> list[Way]:
     ways = []
     for dtype, size in DTYPES.items():
-        need = {"LDG.128": LOAD[size], "~from_bfloat16": 16 * (dtype == "bf16"), "STG.64": 1}
-        ways.append(Way(f"int8_vectorwise_quant, {dtype}", "quantize_rows_kernel<32>", need, 8, size + CODE, 34))
+        need = {"LDG.128": LOAD[size], "~from_bfloat16": 8 * (dtype == "bf16"), "STG.64": 1}
+        ways.append(Way(f"int8_vectorwise_quant, {dtype}", "quantize_rows_kernel<32>", need, 8, size + CODE, 25))
     need = {"LDG.128": 6, "IMMA": 8}
     ways.append(Way("int8_linear_matmul, 16 rows", "multiply_kernel", need, 64, CODE, 2.6, innermost=True))
     return ways
@@ -154,24 +154,24 @@ def _step(work: str, rule: str, states: int, quantized: bool, dtype: str, most: 
     size = DTYPES[dtype]
     moved = 3 * size + 2 * states * (CODE + BLOCK_256 if quantized else 4)
     need = {
-        "LDG?.128": 2 * LOAD[size] + (0 if quantized else 2 * states),
-        "STG?.128": LOAD[size] + (0 if quantized else 2 * states),
+        "LDG.128": 2 * LOAD[size] + (0 if quantized else 2 * states),
+        "STG.128": LOAD[size] + (0 if quantized else 2 * states),
         "~from_bfloat16": 16 * (dtype == "bf16"),
         "F2FP.BF16": 4 * (dtype == "bf16"),
     }
     if quantized:
-        need |= {"LDG?.64": states, "STG?.64": states}
+        need |= {"LDG.64": states, "STG.64": states}
     kernel = f"step_kernel<{rule}, {str(quantized).lower()}>"
     return Way(f"{work}, {dtype}", kernel, need, 8, moved, most, peers.format(moved=moved))
 
 
 def _optimizers() -> list[Way]:
     return [
-        _step("AdamW8bit", "Adam", 2, True, "fp32", 140, "bitsandbytes {moved:.2f}; torch 28"),
-        _step("AdamW8bit", "Adam", 2, True, "bf16", 140, "bitsandbytes {moved:.2f}; torch 14"),
+        _step("AdamW8bit", "Adam", 2, True, "fp32", 100, "bitsandbytes {moved:.2f}; torch 28"),
+        _step("AdamW8bit", "Adam", 2, True, "bf16", 100, "bitsandbytes {moved:.2f}; torch 14"),
         _step("AdamW32bit", "Adam", 2, False, "fp32", 60, "bitsandbytes 28; torch 28"),
         _step("AdamW32bit", "Adam", 2, False, "bf16", 60, "bitsandbytes 22; torch 14"),
-        _step("Lion8bit", "Lion", 1, True, "bf16", 85, "bitsandbytes {moved:.2f}"),
+        _step("Lion8bit", "Lion", 1, True, "bf16", 60, "bitsandbytes {moved:.2f}"),
     ]
 
 
