@@ -2,6 +2,8 @@
 // Only this file and runtime.h tell the two apart.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/runtime.h"
 #include "dtype.h"
 

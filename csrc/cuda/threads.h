@@ -1,8 +1,6 @@
 // Groups of threads that work on one block of elements together, and the grids they run in.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/device.h"
 
 namespace bnbops::cuda {
