@@ -249,9 +249,9 @@ def test_fsdp():
         model(x).float().sum().backward()
         assert x.grad.abs().sum() > 0 and model[0].bias.grad is not None
         sharded = model.state_dict()
-        assert list(sharded) == list(state)
-        for name in ("0.weight", "0.SCB"):
-            assert sharded[name].dtype == state[name].dtype and torch.equal(sharded[name].full_tensor(), state[name])
+        assert list(sharded) == ["0.weight", "0.bias", "0.weight_scale", "1.weight", "1.bias"]
+        assert torch.equal(sharded["0.weight"].full_tensor(), state["0.weight"])
+        assert torch.equal(sharded["0.weight_scale"].full_tensor().view(torch.float32), state["0.SCB"])
         saved = {key: value.clone() for key, value in sharded.items()}
         model[0].weight_scale.to_local().zero_()
         assert not any(model.load_state_dict(saved))

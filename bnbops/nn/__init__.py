@@ -6,6 +6,7 @@ from bnbops.nn.embedding_8bit import Embedding8bit
 from bnbops.nn.linear_4bit import Linear4bit, LinearFP4, LinearNF4
 from bnbops.nn.linear_8bit import Int8Params, Linear8bitLt
 from bnbops.nn.params_4bit import Params4bit
+from bnbops.nn.plain_state import plain_state_dict
 from bnbops.nn.quantize import quantize_
 from bnbops.nn.quantize_plan import QuantizationPlan, quantization_plan
 
@@ -23,6 +24,7 @@ __all__ = [
     "Params4bit",
     "QuantizationPlan",
     "StableEmbedding",
+    "plain_state_dict",
     "quantization_plan",
     "quantize_",
 ]

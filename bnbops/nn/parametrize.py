@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bnbops.functional_4bit import quantize_4bit
+from bnbops.nn.plain_state import of_whole_layer
 from bnbops.nn.scales_4bit import (
     NAMES,
     Format,
@@ -24,6 +25,7 @@ from bnbops.nn.scales_4bit import (
     take_statistics,
     tensors_of,
 )
+from bnbops.optim.state import is_sharded
 from bnbops.quant_state import QuantState
 
 __all__ = ["Bnb4bitParametrization", "replace_parameter_4bit", "replace_parameter_4bit_prequantized"]
@@ -220,6 +222,9 @@ def _load_hook(
     statistics, data = take_statistics(state_dict, key), state_dict.pop(key, None)
     if data is None:
         missing_keys.append(key)
+    elif is_sharded(original.original):
+        error_msgs.append(of_whole_layer(key, data, original.original))
+        return
     else:
         try:
             packed, state = _loaded(data, statistics, parametrization, original.original)

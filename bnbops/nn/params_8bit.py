@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from bnbops.matmul_int8 import quantize_weight
+from bnbops.nn.plain_state import of_whole_layer
 from bnbops.nn.scale_bits import from_bits, to_bits
+from bnbops.optim.state import is_sharded
 
 
 def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,7 +137,7 @@ class Int8Module(nn.Module):
 
     Both are plain tensors to whatever walks the parameters of a model. `weight_scale` holds the bits of the fp32 scales
     as int32, so that no cast changes them; it is None before quantization. The state dict is bitsandbytes': "weight",
-    "SCB" and "weight_format".
+    "SCB" and "weight_format"; a sharded module saves "weight" and "weight_scale", and any module loads them.
     """
 
     weight: nn.Parameter
@@ -175,7 +177,7 @@ class Int8Module(nn.Module):
         if weight.dtype != torch.int8:
             raise RuntimeError(
                 f"the weight of this {type(self).__name__} is not quantized: load it, then move the module with "
-                '.to(device), where "cpu" counts, too'
+                '.to(device), where "cpu" counts, too, and shard it, if at all, only then'
             )
         if scales is None:
             raise RuntimeError(f"the int8 weight of this {type(self).__name__} has no scales; set weight.SCB")
@@ -238,6 +240,8 @@ class Int8Module(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight_scale is not None and is_sharded(self.weight_scale):
+            return  # torch's functions for sharded state dicts know parameters by their own names only
         destination.pop(prefix + "weight_scale", None)
         if self.SCB is not None:
             destination[prefix + "SCB"] = self.SCB
@@ -279,6 +283,7 @@ class Int8Module(nn.Module):
         """
         state_dict, key = dict(state_dict), prefix + "weight"
         weight, scales = state_dict.get(key), state_dict.pop(prefix + "SCB", None)
+        bits = state_dict.pop(prefix + "weight_scale", None)
         layout = state_dict.pop(prefix + "weight_format", "row")
         layout = layout.item() if isinstance(layout, Tensor) else layout
         if layout not in (0, "row"):
@@ -287,6 +292,11 @@ class Int8Module(nn.Module):
             if scales is not None:
                 raise ValueError(f"{prefix}SCB came without {key}, whose scales they are")
             return state_dict
+        if self.weight_scale is not None and is_sharded(self.weight_scale):
+            if bits is None or scales is not None or weight.dtype != torch.int8:
+                raise ValueError(of_whole_layer(key, weight, self.weight))
+        if scales is None and weight.dtype == torch.int8 and bits is not None:
+            scales = from_bits(bits)
         if weight.shape != self.weight.shape:
             shapes = f"{list(weight.shape)} in the state dict, {list(self.weight.shape)} in the module"
             raise ValueError(f"size mismatch for {key}: {shapes}")

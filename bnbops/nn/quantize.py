@@ -21,7 +21,7 @@ from bnbops.nn.materialize import Change, Sources, check_sources, load_others, r
 from bnbops.nn.parametrize import replace_parameter_4bit, replace_parameter_4bit_prequantized
 from bnbops.nn.params_4bit import Params4bit
 from bnbops.nn.params_8bit import Int8Module, Int8Params
-from bnbops.nn.quantize_plan import Place, QuantizationPlan, Skip, places_by_tensor, quantization_plan
+from bnbops.nn.quantize_plan import SHARDED, Place, QuantizationPlan, Skip, places_by_tensor, quantization_plan
 from bnbops.nn.scales_4bit import check_settings
 from bnbops.nn.weight_4bit import Weight4bit
 from bnbops.nn.weight_source import empty, open_state
@@ -54,8 +54,8 @@ def quantize_(
     share their weight share it afterwards. A warning names linear layers that are left for other reasons than `skip`.
 
     With `state` the weights come from there, one at a time: only the quantized ones stay, so that a model on the meta
-    device takes little more memory than it has in the end. A model on the meta device without `state` gets layers that
-    wait, on the meta device, for a quantized state dict: `load_state_dict(..., assign=True)`.
+    device takes little more memory than it has in the end. A model on the meta device without `state` gets quantized
+    layers there, for `load_state_dict(..., assign=True)`, or for `fully_shard`, `to_empty` and a sharded state dict.
 
     Args:
         model: a module that holds linear layers, and is not one itself.
@@ -84,7 +84,8 @@ def quantize_(
     Raises:
         TypeError: no module, or a `state` or `skip` of another type.
         ValueError: an option that does not exist, or not for this `quant`; a name in `skip` that matches nothing; a
-            `state` that lacks tensors, or has others or of other shapes; a weight that has NaN or infinite values.
+            `state` that lacks tensors, or has others or of other shapes; a weight that has NaN or infinite values, or
+            is sharded.
         OSError: a file of `state` cannot be read.
 
     All this is found out before the model is changed. If memory runs out, layers may have been converted; a second
@@ -116,6 +117,8 @@ def _check(model: nn.Module, plan: QuantizationPlan, format: _Format, sources: S
     """Finds out what may go wrong. Returns the names of the weights to convert: names, since to hold a weight would
     keep its memory; a list for each, since a shared one has several."""
     format.check()
+    if sharded := [name for name, reason in plan.leave.items() if reason == SHARDED]:
+        raise ValueError(f"{', '.join(sharded)}: {SHARDED}")
     if sources is not None:
         check_sources(sources, model)
     shared = places_by_tensor(model).values()
@@ -253,7 +256,7 @@ class _Format:
             raise ValueError(f"{name} has a value that is NaN, infinite or beyond {limit:g}, so it cannot be quantized")
 
     def parameter(self, data: Tensor) -> nn.Parameter:
-        """The quantized weight; on the meta device a float one that is to be quantized."""
+        """The quantized weight."""
         if self.quant != "int8":
             weight = Params4bit(
                 data,
@@ -262,9 +265,7 @@ class _Format:
                 quant_type=self.quant,
                 quant_storage=self.quant_storage,
             )
-            return weight if data.is_meta else weight.to(data.device)
-        if data.is_meta:
-            return Int8Params(data, requires_grad=False)
+            return weight._quantize(data.device)  # also on the meta device, where .to() does not
         if data.is_cpu:
             data = empty(data.shape, torch.float16, transient=True).copy_(data)
         codes, scales = quantize_weight(data.contiguous())

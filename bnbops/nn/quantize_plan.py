@@ -14,9 +14,11 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from bnbops.nn.params_8bit import Int8Module
 from bnbops.nn.weight_4bit import Weight4bit
+from bnbops.optim.state import is_sharded
 
 FORMATS = ("nf4", "fp4", "int8")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights that can be quantized
+SHARDED = "its weight is sharded (a DTensor): quantize the model first, then call fully_shard"
 
 Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
 Rule = Callable[["Place"], str | None]  # the reason to leave a weight
@@ -212,6 +214,8 @@ def _obstacle(place: Place, quant: str) -> str | None:
     module, tensor = place.module, place.tensor
     if _is_quantized(module):
         return "it is quantized already"
+    if tensor is not None and is_sharded(tensor):
+        return SHARDED
     if place.kind == "expert":
         if quant == "int8":
             return "there is no int8 form of 3-D parameters"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bnbops.nn.params_4bit import Params4bit
+from bnbops.nn.plain_state import of_whole_layer
 from bnbops.nn.scales_4bit import (
     BUFFER,
     NAMES,
@@ -27,6 +28,7 @@ from bnbops.nn.scales_4bit import (
     take_statistics,
     tensors_of,
 )
+from bnbops.optim.state import is_sharded
 from bnbops.quant_state import QuantState
 
 _PREFIX = "weight_"
@@ -61,8 +63,19 @@ class Weight4bit(nn.Module):
 
     @property
     def quant_state(self) -> QuantState | None:
-        """Scales and description of the weight, or None before quantization. Assigning one replaces the scales."""
-        return None if self._format is None else quant_state(self, _PREFIX, self._format)
+        """Scales and description of the weight, or None before quantization. Assigning one replaces the scales.
+
+        Raises:
+            RuntimeError: the weight is sharded, and not gathered at the moment.
+        """
+        if self._format is None:
+            return None
+        if is_sharded(self.weight_absmax):
+            raise RuntimeError(
+                f"the weight of this {type(self).__name__} is sharded: call unshard() on the module that fully_shard "
+                "was given, which gathers weight and scales, and reshard() afterwards"
+            )
+        return quant_state(self, _PREFIX, self._format)
 
     @quant_state.setter
     def quant_state(self, state: QuantState) -> None:
@@ -86,7 +99,13 @@ class Weight4bit(nn.Module):
         if self._format is None:
             raise RuntimeError(
                 f"the weight of this {type(self).__name__} is not quantized yet: load its float weights, then call "
-                f'.to(device) on it (for example .to("cpu"))'
+                f'.to(device) on it (for example .to("cpu")), and shard it, if at all, only then'
+            )
+        if self.weight.dtype != self.quant_storage:
+            raise RuntimeError(
+                f"the packed weight of this {type(self).__name__} has been cast from {self.quant_storage} to "
+                f"{self.weight.dtype}: choose quant_storage=torch.uint8, which neither casts of a sharded model nor "
+                "FSDP's mixed precision touch, or their dtype"
             )
         absmax, nested = as_arguments(scales_of(self, _PREFIX), self._format)
         return absmax, self._format.blocksize, self._format.quant_type, nested
@@ -169,6 +188,7 @@ class Weight4bit(nn.Module):
             weight.module = self
         if self._format is not None and weight.bnb_quantized:
             weight.data = in_rows(weight.data, self._format)
+            self.quant_storage = weight.dtype
             weight.quant_state = self.quant_state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -218,6 +238,9 @@ class Weight4bit(nn.Module):
         by_own_names = prefix + _PREFIX + "absmax" in state_dict or not isinstance(self.weight, Params4bit)
         statistics = {} if by_own_names else take_statistics(state_dict, key)
         stays_float = self._format is None and not statistics and not assign
+        if by_own_names and (misfit := self._misfit(state_dict, key)) is not None:
+            error_msgs.append(misfit)
+            return
         if by_own_names or stays_float:
             super()._load_from_state_dict(state_dict, prefix, *rest)
             self._link()
@@ -235,6 +258,15 @@ class Weight4bit(nn.Module):
             self._load_weight(weight, statistics, assign)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             error_msgs.append(f"{key}: {error}")
+
+    def _misfit(self, state_dict: dict[str, Any], key: str) -> str | None:
+        """Why the weight cannot be loaded by its own name: torch would cast it to other codes."""
+        weight, held = state_dict.get(key), self.weight
+        if self._format is None or not isinstance(weight, Tensor):
+            return None
+        if weight.dtype != held.dtype or take_statistics(dict(state_dict), key):
+            return of_whole_layer(key, weight, held)
+        return None
 
     def _materialize(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Where the weight gets data, the other parameters on the meta device do, too."""

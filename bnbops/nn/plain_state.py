@@ -1,0 +1,33 @@
+"""State dicts of tensors by the names that modules register, which is how sharded models save and load quantized layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def plain_state_dict(model: nn.Module) -> dict[str, Any]:
+    """A model's parameters and persistent buffers, as they are registered, in the model's memory.
+
+    `state_dict()` of a quantized layer has bitsandbytes' entries, whose shapes cannot be sharded by rows. These can, so
+    they are what a sharded model has in its state dict. With them a model that is not sharded
+
+    * hands its tensors to a sharded one: `set_model_state_dict(sharded, plain_state_dict(model), options=...)` with
+      `full_state_dict=True`;
+    * reads a checkpoint of a sharded one in place: `torch.distributed.checkpoint.load(plain_state_dict(model), ...)`;
+    * takes a full state dict of a sharded one by its own `load_state_dict`, and then saves bitsandbytes' entries.
+    """
+    state: dict[str, Any] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        nn.Module._save_to_state_dict(module, state, f"{path}." if path else "", keep_vars=False)
+    return state
+
+
+def of_whole_layer(key: str, weight: Tensor, held: Tensor) -> str:
+    """The error that `weight` is in a format that a sharded layer cannot take."""
+    return (
+        f"{key}: expected a {held.dtype} tensor, and its scales, by the names that sharded layers give them, got "
+        f"{weight.dtype} or the entries of a whole layer: load those into a model that is quantized and not sharded, "
+        "and use bnbops.nn.plain_state_dict of it"
+    )

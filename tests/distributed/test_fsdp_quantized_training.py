@@ -1,0 +1,167 @@
+"""Frozen layers in 4 and 8 bits under fully_shard and DDP: the training of one process, bit by bit."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
+
+from bnbops.functional import dequantize_4bit
+from bnbops.nn import Linear4bit, Linear8bitLt, quantize_
+from bnbops.nn.parametrize import replace_parameter_4bit
+from fsdp_quantized_cases import (
+    FORMATS,
+    WORDS,
+    backward,
+    batch,
+    loss_of,
+    mesh_of,
+    quantized,
+    shard,
+    train,
+    whole,
+    whole_tensors,
+    with_adapters,
+)
+from layer_cases_4bit import differing
+from ranks import run_on_ranks
+
+INTEGERS = (torch.uint8, torch.int8, torch.int32)  # what codes and scales are held in
+
+
+def own_batch() -> tuple[int, list[int]]:
+    """The batch that this rank trains on, and those of all ranks.
+
+    A sum of two, or of four times the same, is exact in any order: so two ranks get different batches, and four the
+    same.
+    """
+    count = dist.get_world_size()
+    return (dist.get_rank(), [0, 1]) if count == 2 else (0, [0] * count)
+
+
+def assert_trains_as_one_process(sharded: nn.Module, expected: tuple[list[Tensor], dict[str, Tensor]]) -> None:
+    own, _ = own_batch()
+    losses, tensors = train(sharded, [own])
+    assert [x.item() for x in losses] == [x[own].item() for x in expected[0]]
+    if isinstance(sharded, DistributedDataParallel):
+        tensors = {name.removeprefix("module."): x for name, x in tensors.items()}
+    assert differing(tensors, expected[1]) == []
+
+
+# ---- adapters beside a frozen base, AdamW8bit ------------------------------------------------------------------
+
+
+def qlora(name: str) -> None:
+    frozen = whole_tensors(quantized(name))
+    expected = train(with_adapters(quantized(name)), own_batch()[1])
+    kept = [x for key, x in expected[1].items() if not key.startswith("state") and x.dtype in INTEGERS]
+    assert len(kept) >= 5 and all(any(torch.equal(x, y) for y in frozen.values()) for x in kept)
+    meshes = [mesh_of(), mesh_of(2, 2)] if dist.get_world_size() == 4 else [mesh_of()]
+    for mesh in meshes:
+        for reshard in (True, False):
+            model = shard(with_adapters(quantized(name)), mesh=mesh, reshard_after_forward=reshard)
+            assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+            assert_trains_as_one_process(model, expected)
+    assert_trains_as_one_process(replicated(with_adapters(quantized(name, seed=dist.get_rank()))), expected)
+
+
+def replicated(model: nn.Module) -> nn.Module:
+    """DDP takes the first rank's tensors, codes and scales too."""
+    return DistributedDataParallel(model)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("count", [2, 4])
+def test_adapters_train_as_on_one_process(count, name):
+    run_on_ranks(count, qlora, name)
+
+
+# ---- mixed precision -------------------------------------------------------------------------------------------
+
+
+def mixed(name: str) -> None:
+    """fp32 scales keep their bits: the sharded model computes as one of which only the floats were cast."""
+    one, sharded = with_adapters(quantized(name)), with_adapters(quantized(name))
+    in_fp32 = loss_of(one, 0, 0)
+    one.table.dtype = torch.bfloat16
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    shard(sharded, mp_policy=policy)
+
+    def in_bf16(tokens: Tensor) -> Tensor:
+        cast = {key: p.bfloat16() if p.is_floating_point() else p for key, p in one.named_parameters()}
+        return functional_call(one, cast, (tokens,))
+
+    losses = [backward(loss_of(model, 0, 0)) for model in (in_bf16, sharded)]
+    assert losses[0] == losses[1] and losses[0] != in_fp32
+    for (key, p), q in zip(one.named_parameters(), sharded.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None) and p.dtype == q.dtype
+        assert p.grad is None or torch.equal(p.grad, whole(q.grad)), key
+
+
+def several_mixed() -> None:
+    for name in FORMATS:
+        mixed(name)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_mixed_precision(count):
+    run_on_ranks(count, several_mixed)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------
+
+
+def saved_storages(model: nn.Module) -> tuple[Tensor, list[torch.UntypedStorage]]:
+    """The loss, and the memory of codes and scales that its backward pass reads."""
+    storages = []
+
+    def pack(x: Tensor) -> Tensor:
+        held = x.dtype in INTEGERS or any(x.data_ptr() == p.data_ptr() for p in model.parameters())
+        if held or x.untyped_storage().nbytes() == 0:
+            storages.append(x.untyped_storage())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = loss_of(model, 0, 0)
+    return loss, storages
+
+
+def memory(name: str) -> None:
+    count, hidden = dist.get_world_size(), 1024
+    for reshard in (True, False):
+        model = with_adapters(quantized(name, hidden=hidden))
+        frozen = {key: p for key, p in model.named_parameters() if p.dtype in INTEGERS}
+        whole_bytes = sum(p.nbytes for p in frozen.values())
+        rows = sum(-(-p.shape[0] // count) * p[0].nbytes for p in frozen.values())
+        originals = [weakref.ref(p) for p in frozen.values()]
+        assert whole_bytes > 0.12e6
+        shard(model, reshard_after_forward=reshard)
+        mine = [p.to_local().untyped_storage().nbytes() for key, p in model.named_parameters() if key in frozen]
+        assert sum(mine) == rows < whole_bytes / count * 1.02 + 64
+        del frozen
+        gc.collect()
+        assert not any(ref() for ref in originals)  # nor anything that they hold
+
+        loss, storages = saved_storages(model)
+        codes = [storage for storage in storages if storage.nbytes() > 0]
+        assert len(storages) >= 8 and bool(codes) == (not reshard)
+        loss.backward()
+        assert not any(storage.nbytes() for storage in codes)  # what backward gathered, it has freed
+
+
+def several_memories() -> None:
+    for name in FORMATS:
+        memory(name)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_rank_holds_its_rows_only(count):
+    run_on_ranks(count, several_memories)
