@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import bnbops
-from bnbops.nn import plain_state_dict, quantize_
+from bnbops.nn import Embedding4bit, Linear4bit, plain_state_dict, quantize_
 
 WORDS, WIDTH, HIDDEN, LABELS = 33, 128, 65, 5  # 65 rows on 2 or 4 ranks are uneven, and of 5 on 4 one has none
 FORMATS = {
@@ -59,6 +59,20 @@ class Net(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x)
+
+
+class Tied(nn.Module):
+    """An embedding whose table is the head's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = Embedding4bit(WORDS, WIDTH, quant_type="nf4")
+        self.head = Linear4bit(WIDTH, WORDS, bias=False, quant_type="nf4", compress_statistics=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.table(tokens))
 
 
 def quantized(name: str = "nf4", seed: int = 0, hidden: int = HIDDEN) -> Net:

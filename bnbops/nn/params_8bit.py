@@ -292,9 +292,9 @@ class Int8Module(nn.Module):
             if scales is not None:
                 raise ValueError(f"{prefix}SCB came without {key}, whose scales they are")
             return state_dict
-        if self.weight_scale is not None and is_sharded(self.weight_scale):
-            if bits is None or scales is not None or weight.dtype != torch.int8:
-                raise ValueError(of_whole_layer(key, weight, self.weight))
+        sharded = self.weight_scale is not None and is_sharded(self.weight_scale)
+        if sharded and (bits is None or scales is not None or weight.dtype != torch.int8):
+            raise ValueError(of_whole_layer(key, weight, self.weight))
         if scales is None and weight.dtype == torch.int8 and bits is not None:
             scales = from_bits(bits)
         if weight.shape != self.weight.shape:

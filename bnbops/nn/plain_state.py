@@ -1,4 +1,4 @@
-"""State dicts of tensors by the names that modules register, which is how sharded models save and load quantized layers."""
+"""State dicts by the names that modules register: how sharded models save and load quantized layers."""
 
 from __future__ import annotations
 

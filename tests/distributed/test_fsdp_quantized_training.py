@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
@@ -15,11 +16,12 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from bnbops.functional import dequantize_4bit
-from bnbops.nn import Linear4bit, Linear8bitLt, quantize_
+from bnbops.nn import Linear4bit, Linear8bitLt, plain_state_dict, quantize_
 from bnbops.nn.parametrize import replace_parameter_4bit
 from fsdp_quantized_cases import (
     FORMATS,
-    WORDS,
+    Net,
+    Tied,
     backward,
     batch,
     loss_of,
@@ -165,3 +167,115 @@ def several_memories() -> None:
 @pytest.mark.parametrize("count", [2, 4])
 def test_a_rank_holds_its_rows_only(count):
     run_on_ranks(count, several_memories)
+
+
+# ---- other layers and ways to shard ----------------------------------------------------------------------------
+
+
+def int8_training() -> None:
+    """Linear8bitLt whose float weight trains, sharded as any other, quantized when it has been gathered."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        model = Net()
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear):
+                layer = Linear8bitLt(module.in_features, module.out_features, has_fp16_weights=True, threshold=2.0)
+                model.set_submodule(name, layer)
+        return model
+
+    assert_trains_as_one_process(shard(make()), train(make(), own_batch()[1]))
+
+
+class Experts(nn.Module):
+    """Three experts: some of 4 ranks have none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 32, 64))
+        self.gate = nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("be,eoi,bi->bo", self.gate(x).softmax(-1), self.up, x)
+
+
+def experts() -> None:
+    torch.manual_seed(0)
+    one = Experts()
+    replace_parameter_4bit(one, "up", compress_statistics=True)
+    sharded = copy.deepcopy(one)
+    fully_shard(sharded, mesh=mesh_of())
+    x = torch.randn(4, 64)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    for model, y in zip((one, sharded), inputs, strict=True):
+        model(y).square().sum().backward()
+    assert torch.equal(inputs[0].grad, inputs[1].grad)
+    assert torch.equal(whole(sharded.gate.weight.grad), one.gate.weight.grad)
+    assert differing(whole_tensors(sharded), plain_state_dict(one)) == []
+    with pytest.raises(RuntimeError, match="plain_state_dict"):
+        sharded.load_state_dict(one.state_dict())
+    sharded.load_state_dict(sharded.state_dict())
+
+
+def tied() -> None:
+    """One group has the weight and its scales once, and puts them into both modules."""
+    one, sharded = Tied().to("cpu"), Tied().to("cpu")
+    fully_shard(sharded, mesh=mesh_of())
+    tokens = batch(0, 0)[0]
+    assert sharded.head.weight is sharded.table.weight and len(list(sharded.parameters())) == 2
+    assert torch.equal(sharded(tokens), one(tokens))
+
+
+def partly_sharded() -> None:
+    """One layer alone: the others keep bitsandbytes' entries."""
+    one, model = quantized(), quantized()
+    fully_shard(model.blocks[0].into, mesh=mesh_of())
+    results = []
+    for net in (one, model):
+        loss = backward(loss_of(net, 0, 0))
+        results.append((loss, whole(net.blocks[0].into.bias.grad), whole(net.blocks[0].norm.weight.grad)))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    state = model.state_dict()
+    assert {"blocks.0.into.weight_absmax", "blocks.0.out.weight.absmax"} <= state.keys()
+    assert not any(model.load_state_dict(state))
+    assert torch.equal(loss_of(model, 0, 0), results[0][0])
+
+
+def reading_the_weight() -> None:
+    """What dequantizes a layer's weight gathers it first."""
+    one, model = quantized(), shard(quantized())
+    layers = [net.blocks[0].into for net in (one, model)]
+    with pytest.raises(RuntimeError, match=r"sharded: call unshard\(\)"):
+        layers[1].quant_state  # noqa: B018
+    model.blocks[0].unshard()
+    assert torch.equal(*(dequantize_4bit(layer.weight, layer.quant_state) for layer in layers))
+    model.blocks[0].reshard()
+    assert isinstance(layers[1].weight, DTensor)
+
+
+def mistakes() -> None:
+    """On every rank, and before anything has changed."""
+    mesh, x = mesh_of(), torch.randn(2, 128)
+    late = fully_shard(nn.Sequential(nn.Linear(128, 64)), mesh=mesh)
+    with pytest.raises(ValueError, match=r"0: its weight is sharded .* quantize the model first"):
+        quantize_(late)
+    assert type(late[0]) is nn.Linear
+    for layer in (Linear4bit(128, 64), Linear8bitLt(128, 64, has_fp16_weights=False)):
+        with pytest.raises(RuntimeError, match=r"is not quantized.*, and shard it, if at all, only then"):
+            fully_shard(layer, mesh=mesh).to("cpu")(x)
+    for spoil in ("policy", "cast"):
+        layer = Linear4bit(128, 64, quant_storage=torch.bfloat16).to("cpu")
+        options = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.float16)} if spoil == "policy" else {}
+        fully_shard(layer, mesh=mesh, **options)
+        with pytest.raises(RuntimeError, match=r"cast from torch\.bfloat16 to torch\.float16: choose quant_storage"):
+            (layer.half() if spoil == "cast" else layer)(x)
+
+
+def others() -> None:
+    for check in (int8_training, experts, tied, partly_sharded, reading_the_weight, mistakes):
+        check()
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_other_layers_and_ways_to_shard(count):
+    run_on_ranks(count, others)
