@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bnbops.matmul_int8 import quantize_weight
-from bnbops.nn.plain_state import of_whole_layer
+from bnbops.nn.plain_state import of_quantized_layer, of_whole_layer
 from bnbops.nn.scale_bits import from_bits, to_bits
 from bnbops.optim.state import is_sharded
 
@@ -283,7 +283,7 @@ class Int8Module(nn.Module):
         """
         state_dict, key = dict(state_dict), prefix + "weight"
         weight, scales = state_dict.get(key), state_dict.pop(prefix + "SCB", None)
-        bits = state_dict.pop(prefix + "weight_scale", None)
+        bits = state_dict.get(prefix + "weight_scale")
         layout = state_dict.pop(prefix + "weight_format", "row")
         layout = layout.item() if isinstance(layout, Tensor) else layout
         if layout not in (0, "row"):
@@ -292,9 +292,11 @@ class Int8Module(nn.Module):
             if scales is not None:
                 raise ValueError(f"{prefix}SCB came without {key}, whose scales they are")
             return state_dict
-        sharded = self.weight_scale is not None and is_sharded(self.weight_scale)
-        if sharded and (bits is None or scales is not None or weight.dtype != torch.int8):
-            raise ValueError(of_whole_layer(key, weight, self.weight))
+        if not isinstance(self.weight, Int8Params) and is_sharded(self.weight) and not self.has_fp16_weights:
+            if self.weight_scale is None and weight.dtype == torch.int8:
+                raise ValueError(of_quantized_layer(key))
+            if self.weight_scale is not None and (bits is None or scales is not None or weight.dtype != torch.int8):
+                raise ValueError(of_whole_layer(key, weight, self.weight))
         if scales is None and weight.dtype == torch.int8 and bits is not None:
             scales = from_bits(bits)
         if weight.shape != self.weight.shape:

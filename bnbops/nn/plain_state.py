@@ -31,3 +31,11 @@ def of_whole_layer(key: str, weight: Tensor, held: Tensor) -> str:
         f"{weight.dtype} or the entries of a whole layer: load those into a model that is quantized and not sharded, "
         "and use bnbops.nn.plain_state_dict of it"
     )
+
+
+def of_quantized_layer(key: str) -> str:
+    """The error that a layer which is not quantized cannot take quantized tensors by their own names."""
+    return (
+        f"{key} is quantized, but this layer is not: quantize before fully_shard (bnbops.nn.quantize_ also does it on "
+        "the meta device)"
+    )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bnbops.nn.params_4bit import Params4bit
-from bnbops.nn.plain_state import of_whole_layer
+from bnbops.nn.plain_state import of_quantized_layer, of_whole_layer
 from bnbops.nn.scales_4bit import (
     BUFFER,
     NAMES,
@@ -262,8 +262,10 @@ class Weight4bit(nn.Module):
     def _misfit(self, state_dict: dict[str, Any], key: str) -> str | None:
         """Why the weight cannot be loaded by its own name: torch would cast it to other codes."""
         weight, held = state_dict.get(key), self.weight
-        if self._format is None or not isinstance(weight, Tensor):
+        if not isinstance(weight, Tensor):
             return None
+        if self._format is None:
+            return of_quantized_layer(key) if key + "_absmax" in state_dict else None
         if weight.dtype != held.dtype or take_statistics(dict(state_dict), key):
             return of_whole_layer(key, weight, held)
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,20 @@ def gathering(name: str) -> None:
         assert differing(other.state_dict(), one.state_dict()) == []  # bitsandbytes' entries
 
 
+def adapters_alone(name: str) -> None:
+    """What trains, without the frozen base."""
+    one, model, target = tuned(name), shard(tuned(name)), shard(tuned(name))
+    with torch.no_grad():
+        for net in (one, model):
+            for parameter in net.parameters():
+                parameter.mul_(2) if parameter.requires_grad else None
+    saved = get_model_state_dict(model, options=replace(FULL, ignore_frozen_params=True))
+    trained = {key: p.detach() for key, p in one.named_parameters() if p.requires_grad}
+    assert differing({key: x for key, x in saved.items() if not key.endswith("nested_code")}, trained) == []
+    set_model_state_dict(target, first_rank_only(saved), options=replace(BROADCAST, strict=False))
+    assert differing(whole_tensors(target), plain_state_dict(one)) == []
+
+
 def setting(name: str) -> None:
     one = tuned(name)
     expected, loss = plain_state_dict(one), loss_of(one, 0, 0)
@@ -90,7 +105,7 @@ def every_format(*checks: str) -> None:
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_state_dicts(count):
-    run_on_ranks(count, every_format, "gathering", "setting", "refusing")
+    run_on_ranks(count, every_format, "gathering", "adapters_alone", "setting", "refusing")
 
 
 # ---- torch.distributed.checkpoint ------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
@@ -260,9 +261,14 @@ def mistakes() -> None:
     with pytest.raises(ValueError, match=r"0: its weight is sharded .* quantize the model first"):
         quantize_(late)
     assert type(late[0]) is nn.Linear
-    for layer in (Linear4bit(128, 64), Linear8bitLt(128, 64, has_fp16_weights=False)):
+    for kind, options in ((Linear4bit, {}), (Linear8bitLt, {"has_fp16_weights": False})):
+        layer = kind(128, 64, **options)
+        fully_shard(layer, mesh=mesh)
+        packed = plain_state_dict(kind(128, 64, **options).to("cpu"))
+        with pytest.raises(RuntimeError, match="this layer is not: quantize before fully_shard"):
+            set_model_state_dict(layer, packed, options=StateDictOptions(full_state_dict=True))
         with pytest.raises(RuntimeError, match=r"is not quantized.*, and shard it, if at all, only then"):
-            fully_shard(layer, mesh=mesh).to("cpu")(x)
+            layer.to("cpu")(x)
     for spoil in ("policy", "cast"):
         layer = Linear4bit(128, 64, quant_storage=torch.bfloat16).to("cpu")
         options = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.float16)} if spoil == "policy" else {}
