@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from bnbops.nn import plain_state_dict, quantize_
 from fsdp_quantized_cases import FORMATS, Net, loss_of, quantized, shard, whole, whole_tensors, with_adapters
@@ -97,6 +98,13 @@ def refusing(name: str) -> None:
         set_model_state_dict(model, first_rank_only(quantized(name).state_dict()), options=BROADCAST)
 
 
+def replicated(name: str) -> None:
+    """DDP's state dict is the module's."""
+    expected, model = tuned(name).state_dict(), DistributedDataParallel(tuned(name, seed=1))
+    model.module.load_state_dict(expected)
+    assert differing(get_model_state_dict(model), expected) == []
+
+
 def every_format(*checks: str) -> None:
     for name in FORMATS:
         for check in checks:
@@ -105,7 +113,7 @@ def every_format(*checks: str) -> None:
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_state_dicts(count):
-    run_on_ranks(count, every_format, "gathering", "adapters_alone", "setting", "refusing")
+    run_on_ranks(count, every_format, "gathering", "adapters_alone", "setting", "refusing", "replicated")
 
 
 # ---- torch.distributed.checkpoint ------------------------------------------------------------------------------
