@@ -277,8 +277,22 @@ def mistakes() -> None:
             (layer.half() if spoil == "cast" else layer)(x)
 
 
+def different_batches() -> None:
+    """The order in which a reduction adds n gradients is the backend's: n - 1 roundings in either order, each of 2**-24
+    of the sum of magnitudes at most."""
+    count, one, sharded = dist.get_world_size(), with_adapters(quantized()), shard(with_adapters(quantized()))
+    trained = [parameter for parameter in one.parameters() if parameter.requires_grad]
+    each = [torch.autograd.grad(loss_of(one, 0, rank), trained) for rank in range(count)]
+    backward(loss_of(sharded, 0, dist.get_rank()))
+    found = [whole(parameter.grad) for parameter in sharded.parameters() if parameter.requires_grad]
+    for actual, *gradients in zip(found, *each, strict=True):
+        gradients = torch.stack(gradients)
+        bound = 2 * (count - 1) * 2**-24 * gradients.abs().sum(0) / count
+        assert ((actual - gradients.sum(0) / count).abs() <= bound).all()
+
+
 def others() -> None:
-    for check in (int8_training, experts, tied, partly_sharded, reading_the_weight, mistakes):
+    for check in (different_batches, int8_training, experts, tied, partly_sharded, reading_the_weight, mistakes):
         check()
 
 
