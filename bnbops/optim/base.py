@@ -16,6 +16,7 @@ from bnbops.optim.manager import GlobalOptimManager
 from bnbops.optim.options import COMMON_CHECKS, Check, as_numbers, common_defaults, learning_rate
 from bnbops.optim.overrides import Overrides
 from bnbops.optim.paged import PagedMemory
+from bnbops.optim.parallel import check_param
 from bnbops.optim.state import Allocate, local, missing_tensors
 from bnbops.optim.unified import UnifiedMemory
 
@@ -35,7 +36,7 @@ class Optimizer(CheckpointedOptimizer):
         params: parameters or param groups; float32, bfloat16 or float16. Gradients may also be float32.
         defaults: the family's options.
         optim_bits: 8 quantizes the states of parameters with two dimensions or more and at least `min_8bit_size`
-            elements; their shape decides, whatever the sharding.
+            elements, by their whole shape; 32 bits remain for DTensors that are sharded within blocks.
         args: an object whose attributes `optim_bits`, `min_8bit_size`, `percentile_clipping`, `block_wise`,
             `max_unorm` (LAMB and LARS) and `skip_zeros`, as far as it has them, take the place of the arguments.
         min_8bit_size: see `optim_bits`.
@@ -115,7 +116,8 @@ class Optimizer(CheckpointedOptimizer):
         """Adds parameters, with options of their own if given.
 
         Raises:
-            ValueError: an option out of range, parameters on two devices, or ones that another group holds.
+            ValueError: an option out of range, or parameters on two devices, in another group, of partial sums
+                (DTensors), or of FSDP1.
             OSError: no file can be made for the paged states of parameters on the CPU.
         """
         options = {**self.defaults, **param_group}
@@ -124,16 +126,20 @@ class Optimizer(CheckpointedOptimizer):
         learning_rate("lr", options["lr"])
         param_group.update(numbers)
         super().add_param_group(param_group)
-        devices = {str(local(param).device) for param in param_group["params"]}
         try:
-            if len(devices) > 1:
-                several = ", ".join(sorted(devices))
-                raise ValueError(f"parameters on {several} in one group; make a group for each device")
-            if param_group["is_paged"] and devices == {"cpu"}:
+            self._check_params(param_group)
+            if param_group["is_paged"] and any(local(param).device.type == "cpu" for param in param_group["params"]):
                 self._files()  # a bad directory is refused at once
         except (ValueError, OSError):
             self.param_groups.pop()
             raise
+
+    def _check_params(self, group: dict[str, Any]) -> None:
+        """Raises ValueError for a new group's parameters that cannot be stepped, or not together."""
+        for param in group["params"]:
+            check_param(param)
+        if len(devices := {str(local(param).device) for param in group["params"]}) > 1:
+            raise ValueError(f"parameters on {', '.join(sorted(devices))} in one group; make a group for each device")
 
     # ---- state -------------------------------------------------------------------------------------------------
 
@@ -156,6 +162,8 @@ class Optimizer(CheckpointedOptimizer):
             self._paged_memory.check_process()
         for group in self.param_groups:
             self._check_options(group)
+            for param in group["params"]:  # again: FSDP1 takes parameters that an optimizer holds already
+                check_param(param)
         self._overrides.look_up(self)
 
     def _plan(self, group: dict[str, Any], override: int) -> Plan:

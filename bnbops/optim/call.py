@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bnbops.optim.norms import whole_squared_norms
+from bnbops.optim.parallel import local_grad
 from bnbops.optim.state import NORMS_KEPT, absmax_name, is_sharded, local
 
 
@@ -67,7 +68,7 @@ class Call:
         grad = param.grad
         self.whole.append(param)
         if is_sharded(param):
-            param, grad = param.to_local(), local(grad)
+            param, grad = param.to_local(), local_grad(param)
             state = {key: local(tensor) for key, tensor in state.items()}
         if not param.is_contiguous():  # states are in logical order whatever the strides: work on a copy in that order
             original, param = param, param.contiguous()

@@ -133,11 +133,9 @@ class PytorchLARS(Optimizer):
         defaults = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "nesterov": nesterov, "max_unorm": max_unorm}, **keywords)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds parameters that are not sharded, with options of their own if given."""
-        super().add_param_group(param_group)
-        if any(map(is_sharded, param_group["params"])):
-            self.param_groups.pop()
+    def _check_params(self, group: dict[str, Any]) -> None:
+        super()._check_params(group)
+        if any(map(is_sharded, group["params"])):
             raise ValueError("PytorchLARS does not support sharded parameters (DTensors); use LARS")
 
     def _check_options(self, options: Mapping[str, Any]) -> None:

@@ -25,17 +25,12 @@ def whole_squared_norms(squared_norms: Tensor, params: Sequence[Tensor]) -> Tens
 
     Returns:
         fp64 `[..., n]`, the same on every rank; `squared_norms` itself if nothing is sharded.
-
-    Raises:
-        RuntimeError: a parameter whose ranks hold partial sums.
     """
     sharded: dict[tuple[Any, int], list[bool]] = defaultdict(lambda: [False] * len(params))
     for i, param in enumerate(params):
         if not is_sharded(param):
             continue
         for dim, placement in enumerate(param.placements):
-            if placement.is_partial():
-                raise RuntimeError(f"a parameter of shape {list(param.shape)} is a partial sum on each rank; reduce it")
             if not placement.is_replicate():
                 sharded[param.device_mesh, dim][i] = True
     for (mesh, dim), among in sharded.items():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from torch.nn import Parameter
 BLOCKSIZE = 256
 NORMS_KEPT = 100  # of gradients, for percentile clipping
 UNPAGED = ("step", "gnorm_vec")  # too small to be worth it
+
+logger = logging.getLogger(__name__)
 
 Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]  # of zeros
 
@@ -27,9 +31,51 @@ def absmax_shape(shape: torch.Size) -> tuple[int, int]:
     return shape[0], -(math.prod(shape[1:]) // -BLOCKSIZE)
 
 
+def flat_absmax_shape(shape: torch.Size) -> tuple[int]:
+    """Shape of the scales in bitsandbytes' layout: one for every 256 elements of the whole."""
+    return (-(math.prod(shape) // -BLOCKSIZE),)
+
+
 def wants_8bit(param: Tensor, optim_bits: int, min_8bit_size: int) -> bool:
-    """Whether a parameter's state is quantized: decided on its global shape, never on a shard's."""
-    return optim_bits == 8 and param.dim() >= 2 and param.numel() >= min_8bit_size
+    """Whether a parameter's state is quantized: decided on what all ranks know of it, never on one's shard."""
+    if optim_bits != 8 or param.dim() < 2 or param.numel() < min_8bit_size:
+        return False
+    if shards_whole_blocks(param):
+        return True
+    if not any(param.device_mesh.get_coordinate() or ()):  # one rank speaks for all
+        _log_32bit(tuple(param.shape), param.placements, tuple(param.device_mesh.shape))
+    return False
+
+
+@cache
+def _log_32bit(shape: tuple[int, ...], placements: tuple[Any, ...], mesh: tuple[int, ...]) -> None:
+    logger.warning(
+        "a parameter of shape %s gets 32-bit states: its placements %s on a mesh of shape %s cut rows within blocks of "
+        "%d elements. Shards of dimension 0 never do; those of dimension 1 do not if they have whole blocks.",
+        *(list(shape), placements, mesh, BLOCKSIZE),
+    )
+
+
+def shards_whole_blocks(param: Tensor) -> bool:
+    """Whether the blocks of each rank's part of a parameter are blocks of the whole, and their scales on that rank.
+
+    They are for shards of rows (dimension 0). A single shard of dimension 1 has to cut rows where it cuts the scales.
+    """
+    if not is_sharded(param):
+        return True
+    sizes = param.device_mesh.shape
+    cuts = [
+        (ranks, placement)
+        for ranks, placement in zip(sizes, param.placements, strict=True)
+        if ranks > 1 and not placement.is_replicate() and placement.dim != 0
+    ]
+    if not cuts:
+        return True
+    ranks, placement = cuts[0]
+    if len(cuts) > 1 or placement.dim != 1 or getattr(placement, "split_factor", 1) != 1:
+        return False
+    columns, scales = param.shape[1], absmax_shape(param.shape)[1]
+    return -(columns // -ranks) * math.prod(param.shape[2:]) == -(scales // -ranks) * BLOCKSIZE
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -46,26 +92,29 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def _zeros(param: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, allocate: Allocate | None) -> Tensor:
-    """Zeros of a global shape, sharded as the parameter is."""
-    if not is_sharded(param):
-        return allocate(shape, dtype) if allocate else torch.zeros(shape, dtype=dtype, device=param.device)
-    from torch.distributed import tensor as dtensor
+def _zeros(
+    param: Tensor, shape_of: Callable[[torch.Size], tuple[int, ...]], dtype: torch.dtype, allocate: Allocate | None
+) -> Tensor:
+    """Zeros of the shape that a parameter's shape gives, sharded as the parameter is."""
+    part = local(param)
+    shape = shape_of(part.shape)
+    zeros = allocate(shape, dtype) if allocate else torch.zeros(shape, dtype=dtype, device=part.device)
+    return _like(param, zeros, torch.Size(shape_of(param.shape))) if is_sharded(param) else zeros
 
-    zeros = dtensor.zeros(*shape, dtype=dtype, device_mesh=param.device_mesh, placements=param.placements)
-    return in_memory(zeros, allocate) if allocate else zeros
+
+def _like(tensor: Tensor, part: Tensor, shape: torch.Size) -> Tensor:
+    """This rank's part of a DTensor that is sharded as another one, contiguous."""
+    from torch.distributed.tensor import DTensor
+
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
 
 
 def in_memory(tensor: Tensor, allocate: Allocate) -> Tensor:
     """A copy of a tensor in memory that `allocate` gives; of a DTensor, with this rank's part there."""
     if not is_sharded(tensor):
         return allocate(tensor.shape, tensor.dtype).copy_(tensor)
-    from torch.distributed.tensor import DTensor
-
-    part = in_memory(tensor.to_local(), allocate)
-    return DTensor.from_local(
-        part, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    )
+    return _like(tensor, in_memory(tensor.to_local(), allocate), tensor.shape)
 
 
 def layout_of(state: Mapping[str, Tensor], names: Iterable[str]) -> tuple[bool, bool] | None:
@@ -110,10 +159,9 @@ def missing_tensors(
         if name in state:
             continue
         value = initial.get(name, 0.0)
-        new[name] = _zeros(param, param.shape, torch.uint8 if quantized else torch.float32, allocate)
+        new[name] = _zeros(param, tuple, torch.uint8 if quantized else torch.float32, allocate)
         if quantized:
-            shape = (-(param.numel() // -BLOCKSIZE),) if flat else absmax_shape(param.shape)
-            new[absmax_name(name)] = _zeros(param, shape, torch.float32, allocate)
+            new[absmax_name(name)] = _zeros(param, flat_absmax_shape if flat else absmax_shape, torch.float32, allocate)
         if value:
             local(new[name]).fill_(255 if quantized else value)  # 255 is the code of 1
             if quantized:
@@ -147,7 +195,11 @@ def check_state(
         return f"{bad} are not tensors"
     if quantized and param.dim() == 0:
         return "a parameter without dimensions has no 8-bit state"
-    rows, flat = absmax_shape(param.shape) if quantized else (), (-(param.numel() // -BLOCKSIZE),)
+    if quantized and not shards_whole_blocks(param):
+        return f"8-bit states cannot be sharded as the parameter is, {param.placements}: it would have 32-bit states"
+    scales = [absmax_shape(param.shape)] if quantized else []
+    if not is_sharded(param):
+        scales.append(flat_absmax_shape(param.shape))
     for key, tensor in state.items():
         if key == "step":
             shapes, dtype = [(), (1,)], torch.float32
@@ -156,7 +208,7 @@ def check_state(
         elif key in present:
             shapes, dtype = [tuple(param.shape)], torch.uint8 if quantized else torch.float32
         else:
-            shapes, dtype = [rows, flat], torch.float32
+            shapes, dtype = scales, torch.float32
         if tuple(tensor.shape) not in shapes or tensor.dtype != dtype:
             found, wanted = f"{tensor.dtype} of shape {list(tensor.shape)}", f"{dtype} of shape {list(shapes[0])}"
             return f"'{key}' is {found}, expected {wanted}"
