@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
@@ -242,6 +242,7 @@ def compiled() -> None:
         call = torch.compile(step, fullgraph=True, backend=backend) if backend else step
         for seed in range(2):
             set_grads(params, seed)
+            params[0].grad = params[0].grad.redistribute(placements=[Replicate()])  # the step shards it again
             call()
         optimizers.append(optimizer)
     assert_same_optimizers(*optimizers)
