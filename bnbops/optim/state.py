@@ -103,11 +103,15 @@ def _zeros(
 
 
 def _like(tensor: Tensor, part: Tensor, shape: torch.Size) -> Tensor:
-    """This rank's part of a DTensor that is sharded as another one, contiguous."""
-    from torch.distributed.tensor import DTensor
+    """This rank's part of a DTensor that is sharded as another one, contiguous.
 
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(part, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
+    As fully_shard makes them: DTensor.from_local() would move an offloaded part to the mesh's device.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    meta = TensorMeta(shape, torch.empty(shape, device="meta").stride(), part.dtype)
+    return DTensor(part, DTensorSpec(tensor.device_mesh, tensor.placements, tensor_meta=meta), requires_grad=False)
 
 
 def in_memory(tensor: Tensor, allocate: Allocate) -> Tensor:

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
@@ -214,6 +215,27 @@ def overridden() -> None:
 
 def test_overrides():
     run_on_ranks(2, overridden)
+
+
+def offloaded() -> None:
+    """Shards on the CPU of a mesh of GPUs, as CPUOffloadPolicy leaves them: states are there, too."""
+    mesh = DeviceMesh("cuda", torch.arange(2), _init_backend=False, _rank=dist.get_rank())
+    x = torch.ones(8, 600)
+    spec = DTensorSpec(mesh, (Shard(0),), tensor_meta=TensorMeta(x.shape, x.stride(), x.dtype))
+    param, grad = (DTensor(part, spec, requires_grad=False) for part in (x[:4].clone(), x[:4].clone()))
+    param = nn.Parameter(param)
+    param.grad = grad
+    optimizer = optimizer_of("AdamW8bit", [param])
+    optimizer.step()
+    assert all(x.to_local().device.type == "cpu" for key, x in optimizer.state[param].items() if key != "step")
+    alone = nn.Parameter(torch.ones(4, 600))
+    alone.grad = torch.ones(4, 600)
+    optimizer_of("AdamW8bit", [alone]).step()
+    assert torch.equal(param.to_local(), alone)
+
+
+def test_offloaded_from_another_device():
+    run_on_ranks(2, offloaded)
 
 
 def paged(directory: str) -> None:
