@@ -29,6 +29,7 @@ Nothing was run: parameters, optimizer state and gradients are unchanged. What t
   - print, log, save or plot after the call: return the tensors from the step function (they come back detached);
   - no Python decision on a tensor's value (`if loss > 3`, `error_if_nonfinite=True`): torch.where, or decide outside;
   - no module backward hooks, no GradScaler, no code that leaves torch (NumPy, C extensions without custom operators);
+  - no fully_shard or DistributedDataParallel, which are hooks: bnbops.distributed.data_parallel takes their place;
   - to see whether the step itself is at fault, run it eagerly: torch.compiler.set_stance("force_eager").
 docs/compile.md has the list. Dynamo's own report is the exception above this one."""
 

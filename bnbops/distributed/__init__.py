@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 _DTENSOR = "torch.distributed.tensor"
 
@@ -41,3 +42,11 @@ if _DTENSOR in sys.modules:
     _register()
 else:
     sys.meta_path.insert(0, _AfterDTensor())
+
+
+def __getattr__(name: str) -> Any:
+    if name == "data_parallel":  # on first use: it brings in DTensor
+        from bnbops.distributed.simple_fsdp import data_parallel
+
+        return data_parallel
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

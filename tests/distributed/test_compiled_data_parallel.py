@@ -1,0 +1,245 @@
+"""data_parallel under compiled_train_step: collectives, backward and optimizer are one graph, with eager's results."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import expecttest
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import cross_entropy
+
+import bnbops
+from bnbops.compile import GraphBreakError, NothingTrainedError
+from bnbops.distributed import data_parallel
+from bnbops.nn import Linear4bit
+from bnbops.optim import LAMB8bit
+from data_parallel_cases import (
+    LABELS,
+    WIDTH,
+    Net,
+    batch,
+    differing,
+    fsdp2,
+    mesh_of,
+    optimizer_of,
+    step_of,
+    tensors_of,
+    train,
+)
+from ranks import run_on_ranks
+
+LAMB = {"cls": LAMB8bit, "weight_decay": 0.1, "percentile_clipping": 50}
+
+
+def trained(mode: str, backend: str | None, clip: float | None, options: dict[str, Any]) -> tuple[Any, ...]:
+    """Losses and tensors; compiled, all of it was one graph."""
+    model = data_parallel(Net(blocks=1), mesh_of(mode), mode)
+    optimizer = optimizer_of(model, **options)
+    step = step_of(model, optimizer, clip)
+    if backend is None:
+        return train(model, optimizer, step)
+    torch._dynamo.reset()
+    step = bnbops.compiled_train_step(step, optimizer, backend=backend)
+    result = train(model, optimizer, step)
+    assert (step.graph_count, step.recompiles) == (1, 0)
+    return result
+
+
+def as_eager(cases: list[tuple[str, str, float | None, dict[str, Any]]]) -> None:
+    for mode, backend, clip, options in cases:
+        losses, expected = trained(mode, None, clip, options)
+        actual = trained(mode, backend, clip, options)
+        assert torch.equal(torch.stack(actual[0]), torch.stack(losses))
+        assert differing(actual[1], expected) == []
+
+
+def test_two_ranks() -> None:
+    cases = [
+        ("fully_shard", "aot_eager", 0.5, {}),
+        ("fully_shard", "eager", None, LAMB),
+        ("replicate", "eager", 0.5, {}),
+    ]
+    run_on_ranks(2, as_eager, cases)
+
+
+def test_four_ranks_with_empty_shards() -> None:
+    run_on_ranks(4, as_eager, [("fully_shard", "eager", 0.5, LAMB), ("hybrid_shard", "eager", 0.5, {})])
+
+
+# ---- what the graph holds --------------------------------------------------------------------------------------
+
+
+def graph_of_a_step(mode: str) -> str:
+    """The collectives and the operators around them, in the order of their calls; all else is left out."""
+    model = data_parallel(nn.Linear(WIDTH, 4, bias=False), mesh_of(), mode)
+    optimizer = bnbops.optim.AdamW8bit(model.parameters(), min_8bit_size=1024)
+    calls: list[str] = []
+
+    def compiler(module: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        names = [node.target._schema.name for node in module.graph.nodes if hasattr(node.target, "_schema")]
+        calls.extend(name for name in names if re.search("c10d|bnbops|mm$", name))
+        return module
+
+    def step(x: Tensor) -> Tensor:
+        loss = model(x).square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    bnbops.compiled_train_step(step, optimizer, backend=aot_autograd(fw_compiler=compiler))(torch.randn(3, WIDTH))
+    return "\n".join(calls) + "\n"
+
+
+def test_the_collectives_of_a_step() -> None:
+    sharded, same = run_on_ranks(2, graph_of_a_step, "fully_shard")
+    assert sharded == same
+    expecttest.assert_expected_inline(sharded, """""")
+    expecttest.assert_expected_inline(run_on_ranks(2, graph_of_a_step, "replicate")[0], """""")
+
+
+# ---- inductor --------------------------------------------------------------------------------------------------
+
+
+def inductor() -> int:
+    """One linear layer."""
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = data_parallel(nn.Linear(WIDTH, 9), mesh_of())
+        optimizer = optimizer_of(model)
+        step = step_of(model, optimizer)
+        if compiled:
+            step = bnbops.compiled_train_step(step, optimizer)
+        results.append(train(model, optimizer, step))
+    assert (step.graph_count, step.recompiles) == (1, 0)
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_inductor() -> None:
+    run_on_ranks(2, inductor)
+
+
+# ---- accumulation ----------------------------------------------------------------------------------------------
+
+
+def accumulation() -> None:
+    """In one graph; and in two, with the gradients between them."""
+
+    def losses_of(model: nn.Module, optimizer: torch.optim.Optimizer, kind: str) -> dict[str, Tensor]:
+        def backward(x: Tensor, y: Tensor) -> Tensor:
+            loss = cross_entropy(model(x), y) / 2
+            loss.backward()
+            return loss
+
+        def update(x: Tensor, y: Tensor) -> Tensor:
+            loss = backward(x, y)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss
+
+        def both(x: Tensor, y: Tensor, x2: Tensor, y2: Tensor) -> Tensor:
+            return backward(x, y) + update(x2, y2)
+
+        first, second, whole = backward, update, both
+        if kind == "two graphs":
+            first = bnbops.compiled_train_step(backward, optimizer, accumulate=True, backend="eager")
+            second = bnbops.compiled_train_step(update, optimizer, backend="eager")
+        elif kind == "one graph":
+            whole = bnbops.compiled_train_step(both, optimizer, backend="eager")
+        for i in range(3):
+            if kind == "one graph":
+                whole(*batch(2 * i), *batch(2 * i + 1))
+            else:
+                first(*batch(2 * i))
+                second(*batch(2 * i + 1))
+        if kind == "two graphs":
+            assert first.graph_count == second.graph_count == 1
+        elif kind == "one graph":
+            assert whole.graph_count == 1
+        return tensors_of(model, optimizer)
+
+    results = []
+    for kind in ("eager", "one graph", "two graphs"):
+        torch._dynamo.reset()
+        model = data_parallel(Net(blocks=1), mesh_of())
+        results.append(losses_of(model, optimizer_of(model), kind))
+    assert differing(results[1], results[0]) == differing(results[2], results[0]) == []
+
+
+# ---- adapters beside a quantized base --------------------------------------------------------------------------
+
+
+class Adapted(nn.Module):
+    """Adapters beside frozen layers of 4 bits; a width of 100 has flat blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList()
+        for inputs, outputs in ((WIDTH, 100), (100, LABELS)):
+            base = Linear4bit(inputs, outputs, quant_type="nf4").to("cpu").requires_grad_(False)
+            down, up = nn.Linear(inputs, 4, bias=False), nn.Linear(4, outputs, bias=False)
+            self.layers.append(nn.ModuleDict({"base": base, "down": down, "up": up}))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = nn.functional.gelu(layer["base"](x) + layer["up"](layer["down"](x)))
+        return x
+
+
+def adapters() -> None:
+    """The codes are gathered as bytes, and nothing of them is reduced."""
+    results = []
+    for backend in (None, "aot_eager"):
+        model = data_parallel(Adapted(), mesh_of())
+        codes = [param for param in model.parameters() if not param.is_floating_point()]
+        assert len(codes) == 8 and all(isinstance(param, DTensor) for param in codes)  # nested scales are codes, too
+        optimizer = optimizer_of(model)
+        step = step_of(model, optimizer)
+        if backend:
+            step = bnbops.compiled_train_step(step, optimizer, backend=backend)
+        results.append(train(model, optimizer, step))
+        assert backend is None or (step.graph_count, step.recompiles) == (1, 0)
+    assert differing(results[1][1], results[0][1]) == []
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------
+
+
+def refusals() -> None:
+    """Every rank refuses, and the next collective finds all of them."""
+    for model in (fsdp2(Net(blocks=1), mesh_of()), nn.parallel.DistributedDataParallel(Net(blocks=1))):
+        optimizer = optimizer_of(model)
+        with pytest.raises(GraphBreakError, match="bnbops.distributed.data_parallel takes their place"):
+            bnbops.compiled_train_step(step_of(model, optimizer), optimizer, backend="eager")(*batch(0))
+    model = data_parallel(Net(blocks=1), mesh_of())
+    optimizer = optimizer_of(model)
+
+    def forgets_backward(x: Tensor, y: Tensor) -> Tensor:
+        loss = cross_entropy(model(x), y)
+        optimizer.step()
+        return loss
+
+    before = tensors_of(model, optimizer)
+    with pytest.raises(NothingTrainedError, match="found no gradient"):
+        bnbops.compiled_train_step(forgets_backward, optimizer, backend="eager")(*batch(0))
+    dist.barrier()
+    assert differing({key: x for key, x in tensors_of(model, optimizer).items() if key in before}, before) == []
+
+
+def together(*checks: str) -> None:
+    for check in checks:
+        globals()[check]()
+
+
+def test_the_rest_on_two_ranks() -> None:
+    run_on_ranks(2, together, *(check.__name__ for check in (accumulation, adapters, refusals)))
