@@ -47,7 +47,9 @@ class Net(nn.Module):
 
 def mesh_of(mode: str = "fully_shard") -> DeviceMesh:
     ranks = dist.get_world_size()
-    return init_device_mesh("cpu", (2, ranks // 2) if mode == "hybrid_shard" else (ranks,))
+    if mode == "hybrid_shard":
+        return init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh("cpu", (ranks,))
 
 
 def batch(step: int, rank: int | None = None) -> tuple[Tensor, Tensor]:

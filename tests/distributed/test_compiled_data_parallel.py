@@ -59,16 +59,11 @@ def as_eager(cases: list[tuple[str, str, float | None, dict[str, Any]]]) -> None
 
 
 def test_two_ranks() -> None:
-    cases = [
-        ("fully_shard", "aot_eager", 0.5, {}),
-        ("fully_shard", "eager", None, LAMB),
-        ("replicate", "eager", 0.5, {}),
-    ]
-    run_on_ranks(2, as_eager, cases)
+    run_on_ranks(2, as_eager, [("fully_shard", "aot_eager", 0.5, LAMB), ("replicate", "eager", 0.5, {})])
 
 
 def test_four_ranks_with_empty_shards() -> None:
-    run_on_ranks(4, as_eager, [("fully_shard", "eager", 0.5, LAMB), ("hybrid_shard", "eager", 0.5, {})])
+    run_on_ranks(4, as_eager, [("fully_shard", "eager", None, {}), ("hybrid_shard", "eager", 0.5, {})])
 
 
 # ---- what the graph holds --------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from ranks import run_on_ranks
 
 
 class Graphs:
-    """A backend that keeps a line for each graph that has run: what it calls, but for lookups of gradients and parts."""
+    """A backend that keeps a line for each graph that has run: its calls, but for lookups of gradients and parts."""
 
     def __init__(self, what: str) -> None:
         self.what = what
