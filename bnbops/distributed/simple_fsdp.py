@@ -121,7 +121,16 @@ def _gathering(cls: type[nn.Module], names: tuple[str, ...], precision: _Precisi
     def gathered(name: str) -> property:
         return property(lambda self: _gather(self._parameters[name], precision))
 
-    return type(f"DataParallel{cls.__name__}", (cls,), {name: gathered(name) for name in names})
+    def extra_repr(self: nn.Module) -> str:
+        """Of the module without these properties: one rank may print it, and layers look whether there is a bias."""
+        gathering, self.__class__ = type(self), cls
+        try:
+            return self.extra_repr()
+        finally:
+            self.__class__ = gathering
+
+    members = {name: gathered(name) for name in names} | {"extra_repr": extra_repr}
+    return type(f"DataParallel{cls.__name__}", (cls,), members)
 
 
 def _gather(param: Tensor | None, precision: _Precision) -> Tensor | None:

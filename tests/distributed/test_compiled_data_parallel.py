@@ -14,12 +14,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 
 import bnbops
+import fsdp_quantized_cases as cases
 from bnbops.compile import GraphBreakError, NothingTrainedError
 from bnbops.distributed import data_parallel
-from bnbops.nn import Linear4bit
 from bnbops.optim import LAMB8bit
 from data_parallel_cases import (
-    LABELS,
     WIDTH,
     Net,
     batch,
@@ -30,6 +29,7 @@ from data_parallel_cases import (
     step_of,
     tensors_of,
     train,
+    whole,
 )
 from ranks import run_on_ranks
 
@@ -198,38 +198,35 @@ def accumulation() -> None:
 # ---- adapters beside a quantized base --------------------------------------------------------------------------
 
 
-class Adapted(nn.Module):
-    """Adapters beside frozen layers of 4 bits; a width of 100 has flat blocks."""
+def adapters(name: str) -> None:
+    """As under fully_shard. The codes are gathered as bytes, and nothing of them is reduced."""
+    losses, expected = cases.train(cases.shard(cases.with_adapters(cases.quantized(name))), [dist.get_rank()])
+    model = data_parallel(cases.with_adapters(cases.quantized(name)), mesh_of())
+    assert all(isinstance(param, DTensor) for param in model.parameters())
+    assert dist.get_rank() != 0 or "base" in repr(model)  # one rank can print it
+    eager = cases.train(model, [dist.get_rank()])
+    assert torch.equal(torch.stack(eager[0]), torch.stack(losses)) and differing(eager[1], expected) == []
 
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList()
-        for inputs, outputs in ((WIDTH, 100), (100, LABELS)):
-            base = Linear4bit(inputs, outputs, quant_type="nf4").to("cpu").requires_grad_(False)
-            down, up = nn.Linear(inputs, 4, bias=False), nn.Linear(4, outputs, bias=False)
-            self.layers.append(nn.ModuleDict({"base": base, "down": down, "up": up}))
+    model = data_parallel(cases.with_adapters(cases.quantized(name)), mesh_of())
+    optimizer = cases.optimizer_of(model)
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = nn.functional.gelu(layer["base"](x) + layer["up"](layer["down"](x)))
-        return x
+    @bnbops.compiled_train_step(optimizer=optimizer, backend="eager")
+    def step(tokens: Tensor, labels: Tensor) -> Tensor:
+        loss = cross_entropy(model(tokens).flatten(0, 1), labels.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    for i in range(3):
+        assert torch.equal(step(*cases.batch(i, dist.get_rank())), losses[i][0])
+    assert (step.graph_count, step.recompiles) == (1, 0)
+    assert all(torch.equal(whole(param), expected[key]) for key, param in model.named_parameters())
 
 
-def adapters() -> None:
-    """The codes are gathered as bytes, and nothing of them is reduced."""
-    results = []
-    for backend in (None, "aot_eager"):
-        model = data_parallel(Adapted(), mesh_of())
-        codes = [param for param in model.parameters() if not param.is_floating_point()]
-        assert len(codes) == 8 and all(isinstance(param, DTensor) for param in codes)  # nested scales are codes, too
-        optimizer = optimizer_of(model)
-        step = step_of(model, optimizer)
-        if backend:
-            step = bnbops.compiled_train_step(step, optimizer, backend=backend)
-        results.append(train(model, optimizer, step))
-        assert backend is None or (step.graph_count, step.recompiles) == (1, 0)
-    assert differing(results[1][1], results[0][1]) == []
+def quantized() -> None:
+    for name in cases.FORMATS:
+        adapters(name)
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------
@@ -262,4 +259,4 @@ def together(*checks: str) -> None:
 
 
 def test_the_rest_on_two_ranks() -> None:
-    run_on_ranks(2, together, *(check.__name__ for check in (accumulation, adapters, refusals)))
+    run_on_ranks(2, together, *(check.__name__ for check in (accumulation, quantized, refusals)))
