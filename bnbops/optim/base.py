@@ -13,6 +13,7 @@ from bnbops.optim.batch import Batch
 from bnbops.optim.call import Call, Plan, check
 from bnbops.optim.checkpoint import FORMAT_VERSION, CheckpointedOptimizer
 from bnbops.optim.manager import GlobalOptimManager
+from bnbops.optim.norms import whole_squared_norms
 from bnbops.optim.options import COMMON_CHECKS, Check, as_numbers, common_defaults, learning_rate
 from bnbops.optim.overrides import Overrides
 from bnbops.optim.paged import PagedMemory
@@ -230,6 +231,9 @@ class Optimizer(CheckpointedOptimizer):
         compiling = torch.compiler.is_compiling()
         if not compiling:
             self._prepare()
+            if self._only_creates_states():
+                self.init_state()
+                return loss
         # Under grad mode the compiler would clone every parameter.
         with torch.no_grad():
             calls = [call for batch in self._batches() for call in self._calls(batch)]
@@ -238,6 +242,19 @@ class Optimizer(CheckpointedOptimizer):
             for call in calls:
                 call.run()
         return loss
+
+    def _only_creates_states(self) -> bool:
+        """Whether this is the step that torch.distributed.checkpoint takes to have states: gradients and lr are all 0.
+
+        It is to change nothing. Counted, it would shift bias corrections and clip gradients to its norm of 0.
+        """
+        if self.state or any(group["lr"] != 0 for group in self.param_groups):
+            return False
+        params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
+        if any(param.grad.is_sparse for param in params):
+            return False
+        norms = [local(param.grad).float().norm().double() for param in params]
+        return bool(norms) and not whole_squared_norms(torch.stack(norms), params).any()
 
     def hold_options(self) -> None:
         """Gathers what a step needs, with the options in tensors, for the compiled step that comes next.
