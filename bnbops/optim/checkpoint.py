@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
@@ -15,12 +16,13 @@ from bnbops.optim.batch import Batch
 from bnbops.optim.manager import KNOWN_OPTIONS, GlobalOptimManager
 from bnbops.optim.overrides import Overrides
 from bnbops.optim.paged import PagedMemory
-from bnbops.optim.state import Allocate, check_state, copied
+from bnbops.optim.state import Allocate, absmax_name, check_state, copied, placed, wants_8bit
 from bnbops.optim.unified import UnifiedMemory
 
 FORMAT_VERSION = 1
 # Group options that are of this process, not of the training run: the live ones stay.
 _OWN = ("is_paged",)
+_ABSMAX = absmax_name("")
 # Those that version 1 had not from the start, and what it did.
 _DEFAULTS = {"percentile_clipping": 100}
 
@@ -53,7 +55,8 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict()` returned, here or in bitsandbytes' class of the same name.
 
-        Tensors are copied, moved to where their parameter's states belong, and not cast.
+        Tensors are copied, moved to where their parameter's states belong, and not cast. Those of sharded parameters
+        (DTensors) may be sharded alike or otherwise, or whole: every rank then takes its part.
 
         Raises:
             ValueError: the state dict does not fit this optimizer. Nothing has changed then.
@@ -64,7 +67,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
             state_dict = state_dict if replaced is None else replaced
         if interchange.is_bitsandbytes(state_dict):
             state_dict = interchange.from_bitsandbytes(self, state_dict)
-        loaded = _matched_states(self, state_dict, self._state_names, self._optional_states)
+        loaded = _matched_states(self, state_dict)
         self._prepare()
 
         former, self._unified_memory = self._unified_memory, {}
@@ -79,6 +82,10 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         del former  # after its tensors: so their memory is free at once
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
+
+    def problem_with(self, param: Tensor, state: Mapping[str, object]) -> str | None:
+        """Why `load_state_dict` would refuse a parameter's state for its names, shapes or dtypes, or None."""
+        return check_state(param, state, self._state_names, self._optional_states)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_paged_directory": self._paged_directory}
@@ -130,22 +137,46 @@ def _matched_params(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
     return dict(zip(ids, params, strict=True))
 
 
-def _matched_states(
-    optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], names: tuple[str, ...], optional: tuple[str, ...]
-) -> dict[Tensor, dict[str, Tensor]]:
-    """The states of a state dict by the optimizer's parameters.
+def _matched_states(optimizer: CheckpointedOptimizer, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
+    """The states of a state dict by the optimizer's parameters, sharded as they are.
 
     Raises:
-        ValueError: groups or states do not fit an optimizer with states `names` and, for some parameters, `optional`.
+        ValueError: groups or states do not fit the optimizer.
     """
     by_id = _matched_params(optimizer, state_dict)
     states = {key: state for key, state in state_dict["state"].items() if state}
     if unknown := states.keys() - by_id.keys():
         raise ValueError(f"the state dict has states for parameters that no group holds: {sorted(unknown)}")
     for key, state in states.items():
-        if problem := check_state(by_id[key], state, names, optional):
+        if problem := optimizer.problem_with(by_id[key], state):
             raise ValueError(f"state of parameter {key} (shape {list(by_id[key].shape)}): {problem}")
-    return {by_id[key]: state for key, state in states.items()}
+    matched = {by_id[key]: state for key, state in states.items()}
+    for i, (group, saved) in enumerate(zip(optimizer.param_groups, state_dict["param_groups"], strict=True)):
+        if problem := _cast_problem(group, saved, matched):
+            raise ValueError(f"param group {i} of the state dict {problem}")
+    return {param: {key: placed(param, key, x) for key, x in state.items()} for param, state in matched.items()}
+
+
+def _cast_problem(group: dict[str, Any], saved: dict[str, Any], states: dict[Tensor, dict[str, Tensor]]) -> str | None:
+    """Whether torch.distributed.checkpoint has read states of one precision into those of the other, or None.
+
+    It reads into the live states, casting without a word; the options then tell that the states had another precision.
+    """
+    bits = saved["optim_bits"]
+    if bits == group["optim_bits"]:
+        return None
+    decided = [
+        any(key.endswith(_ABSMAX) for key in states[param])
+        for param in group["params"]
+        if param in states and wants_8bit(param, 8, saved["min_8bit_size"])
+    ]
+    if not decided or (bits == 8) in decided:
+        return None
+    return (
+        f"has optim_bits={bits}, but {group['optim_bits']}-bit states: if torch.distributed.checkpoint loaded it, "
+        "it has cast them. Load it into an optimizer with the optim_bits it was saved with (load_checkpoint and "
+        "SafeLoadPlanner of bnbops.distributed refuse before anything is cast)"
+    )
 
 
 def _merged_group(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:

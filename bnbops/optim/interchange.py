@@ -74,8 +74,9 @@ def from_bitsandbytes(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[
 
     Nothing is computed: codes and scales keep their bytes, so training goes on from bitsandbytes' very state. Scales
     stay in flat blocks `[blocks]`; where rows are whole blocks that is the same as ours `[rows, blocks]`, and they get
-    that shape. Options that bitsandbytes does not store (maximize, nesterov, percentile_clipping, ...) stay those of
-    `optimizer`.
+    that shape. Other flat blocks cannot be sharded: of sharded parameters (DTensors), such states become 32-bit ones of
+    the very values that the codes stand for. Options that bitsandbytes does not store (maximize, nesterov,
+    percentile_clipping, ...) stay those of `optimizer`.
 
     Args:
         optimizer: the one that is to load it; it is not changed.
@@ -221,8 +222,6 @@ def _state_problem(
     storage: _Storage, slots: _Slots, param: Tensor, group: dict[str, Any], state: dict[str, Any]
 ) -> str | None:
     """What is wrong with a state of bitsandbytes (not nested any more), or None."""
-    if is_sharded(param):
-        return "the parameter is sharded (a DTensor): load into an optimizer of whole parameters, and shard its state"
     if "max1" in state:
         return "one scale for the whole of it (block_wise=False; LAMB8bit and LARS8bit before 0.50) cannot be read"
     quantized = any(f"absmax{number}" in state for number, _ in slots)
@@ -276,7 +275,11 @@ def _read_state(slots: _Slots, param: Tensor, state: dict[str, Any]) -> dict[str
     whole_rows = param.dim() >= 2 and math.prod(param.shape[1:]) % BLOCKSIZE == 0
     for number, ours in slots:
         read |= zip(ours, parts(f"state{number}", ours), strict=True)
-        if f"absmax{number}" in state:
+        if f"absmax{number}" in state and is_sharded(param) and not whole_rows:
+            qmap = _MAPS[number].to(state[f"absmax{number}"].device)
+            for name, scales in zip(ours, parts(f"absmax{number}", ours), strict=True):
+                read[name] = dequantize_blockwise(read[name], absmax=scales, code=qmap, blocksize=BLOCKSIZE)
+        elif f"absmax{number}" in state:
             scales = parts(f"absmax{number}", ours)
             scales = [x.view(absmax_shape(param.shape)) for x in scales] if whole_rows else scales
             read |= zip(map(absmax_name, ours), scales, strict=True)

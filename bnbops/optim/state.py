@@ -185,6 +185,38 @@ def copied(param: Tensor, state: Mapping[str, Tensor], allocate: Allocate | None
     }
 
 
+def placed(param: Tensor, key: str, tensor: Tensor) -> Tensor:
+    """A loaded state tensor where its parameter is: sharded alike, or whole.
+
+    Of a whole tensor, which every rank has, each takes its part; of one that is sharded otherwise, the ranks exchange
+    parts.
+
+    Raises:
+        ValueError: it is on another mesh, or a part of something whole.
+    """
+    if is_sharded(tensor) and any(placement.is_partial() for placement in tensor.placements):
+        raise ValueError(f"'{key}' is a partial sum on each rank, which no state is; load what state_dict() returned")
+    if not is_sharded(param) or key in UNPAGED:
+        if is_sharded(tensor) and not all(placement.is_replicate() for placement in tensor.placements):
+            raise ValueError(
+                f"'{key}' is sharded ({tensor.placements}), but not its parameter of shape {list(param.shape)}: load "
+                "its full_tensor() (StateDictOptions(full_state_dict=True) makes a state dict of whole tensors)"
+            )
+        return local(tensor)
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = param.device_mesh
+    if not is_sharded(tensor):
+        part = tensor.to(local(param).device)
+        tensor = DTensor.from_local(part, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    if tensor.device_mesh != mesh:
+        raise ValueError(
+            f"'{key}' is sharded over {tensor.device_mesh}, its parameter of shape {list(param.shape)} over {mesh}: "
+            "save and load it with torch.distributed.checkpoint, or load its full_tensor()"
+        )
+    return tensor.redistribute(placements=param.placements)
+
+
 def check_state(
     param: Tensor, state: Mapping[str, object], names: tuple[str, ...], optional: tuple[str, ...] = ()
 ) -> str | None:
