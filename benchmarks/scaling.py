@@ -17,7 +17,7 @@ from measure import Candidate, Memory, VerificationError, save, table, take_turn
 from torch import Tensor, nn
 
 import bnbops
-from bnbops.distributed.traffic import traffic
+from bnbops.distributed import traffic
 from bnbops.estimate import estimate
 
 PARTS = ("paper", "overhead")

@@ -5,10 +5,20 @@ from __future__ import annotations
 import importlib.abc
 import importlib.util
 import sys
+from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+_HOME = {  # of public names; imported on first use, as torch.distributed takes a second
+    "SafeLoadPlanner": "checkpoint",
+    "Traffic": "communication",
+    "data_parallel": "simple_fsdp",
+    "load_checkpoint": "checkpoint",
+    "save_checkpoint": "checkpoint",
+    "traffic": "communication",
+}
+__all__ = list(_HOME)
 _DTENSOR = "torch.distributed.tensor"
 
 
@@ -45,8 +55,6 @@ else:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "data_parallel":  # on first use: it brings in DTensor
-        from bnbops.distributed.simple_fsdp import data_parallel
-
-        return data_parallel
+    if name in _HOME:
+        return getattr(import_module(f"bnbops.distributed.{_HOME[name]}"), name)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnbops
-from bnbops.distributed.traffic import Traffic, traffic
+from bnbops.distributed import Traffic, traffic
 from bnbops.estimate import estimate
 from bnbops.optim.state import local
 from ranks import run_on_ranks
