@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from bnbops.codebooks import create_dynamic_map
 from bnbops.functional import dequantize_blockwise, quantize_blockwise
-from bnbops.optim.state import BLOCKSIZE, absmax_name, absmax_shape, is_sharded
+from bnbops.optim.state import BLOCKSIZE, absmax_name, absmax_shape, is_sharded, shards_whole_blocks
 
 if TYPE_CHECKING:
     from bnbops.optim.base import Optimizer
@@ -74,8 +74,8 @@ def from_bitsandbytes(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[
 
     Nothing is computed: codes and scales keep their bytes, so training goes on from bitsandbytes' very state. Scales
     stay in flat blocks `[blocks]`; where rows are whole blocks that is the same as ours `[rows, blocks]`, and they get
-    that shape. Other flat blocks cannot be sharded: of sharded parameters (DTensors), such states become 32-bit ones of
-    the very values that the codes stand for. Options that bitsandbytes does not store (maximize, nesterov,
+    that shape. Blocks that sharding would cut, all other flat ones among them, become 32-bit states of the very values
+    that the codes stand for. Options that bitsandbytes does not store (maximize, nesterov,
     percentile_clipping, ...) stay those of `optimizer`.
 
     Args:
@@ -275,7 +275,7 @@ def _read_state(slots: _Slots, param: Tensor, state: dict[str, Any]) -> dict[str
     whole_rows = param.dim() >= 2 and math.prod(param.shape[1:]) % BLOCKSIZE == 0
     for number, ours in slots:
         read |= zip(ours, parts(f"state{number}", ours), strict=True)
-        if f"absmax{number}" in state and is_sharded(param) and not whole_rows:
+        if f"absmax{number}" in state and is_sharded(param) and not (whole_rows and shards_whole_blocks(param)):
             qmap = _MAPS[number].to(state[f"absmax{number}"].device)
             for name, scales in zip(ours, parts(f"absmax{number}", ours), strict=True):
                 read[name] = dequantize_blockwise(read[name], absmax=scales, code=qmap, blocksize=BLOCKSIZE)

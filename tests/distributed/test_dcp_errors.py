@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -13,10 +14,13 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 from bnbops.distributed import SafeLoadPlanner, load_checkpoint, save_checkpoint
+from bnbops.optim import AdamW8bit
 from dcp_cases import Run, assert_equal, unchanged
-from distributed_cases import model
+from distributed_cases import model, set_grads
 from ranks import run_on_ranks
 
 SHARD = "__1_0.distcp"
@@ -149,6 +153,37 @@ def of_something_else(folder: Path) -> None:
     assert os.listdir(folder / "notes") == ["a"]
 
 
+def columns(width: int, placement: Placement, **options: Any) -> Run:
+    """A weight sharded over 2 ranks, with states from two steps if it is the saved one."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    run = Run.__new__(Run)
+    run.model = nn.Linear(width, 16, bias=False)
+    run.model.weight = nn.Parameter(distribute_tensor(torch.ones(16, width), mesh, [placement]))
+    run.optimizer = AdamW8bit(run.model.parameters(), lr=0.01, **options)
+    for step in range(2):
+        set_grads([run.model.weight], step)
+        run.optimizer.step()
+    return run
+
+
+def columns_that_cut_blocks(folder: Path) -> None:
+    """8-bit states cannot be sharded so; 32-bit ones, which such a parameter has, go on as they are elsewhere."""
+    for width, placement in ((1024, Shard(1)), (640, Shard(0)), (640, Shard(1))):
+        run, name = columns(width, placement), f"{width}{placement}"
+        assert ("exp_avg_absmax" in run.optimizer.state[run.model.weight]) == (name != "640S(1)")
+        save_checkpoint(run.model, run.optimizer, folder / name)
+        for other in (Shard(0), Replicate(), Shard(1)):
+            live = columns(width, other)
+            if (name, other) == ("640S(0)", Shard(1)):
+                with unchanged(live), pytest.raises(ValueError, match=r"'weight'.*8-bit states cannot be sharded"):
+                    load_checkpoint(live.model, live.optimizer, folder / name)
+            else:
+                load_checkpoint(live.model, live.optimizer, folder / name)
+                assert_equal(live.tensors(), run.tensors())
+                set_grads([live.model.weight], 2)
+                live.optimizer.step()
+
+
 def through_torch(folder: Path) -> None:
     """torch's own loading casts codes to floats: SafeLoadPlanner refuses, and without it load_state_dict does."""
     for name, other in (("AdamW8bit", "AdamW32bit"), ("AdamW32bit", "AdamW8bit")):
@@ -170,6 +205,6 @@ def through_torch(folder: Path) -> None:
         set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
 
 
-@pytest.mark.parametrize("check", [of_something_else, through_torch])
+@pytest.mark.parametrize("check", [of_something_else, columns_that_cut_blocks, through_torch])
 def test_checkpoints_of_something_else(check, tmp_path):
     run_on_ranks(2, check, tmp_path)
