@@ -78,6 +78,7 @@ class CompiledTrainStep(Generic[P, R]):
         try:
             with (
                 torch._dynamo.config.patch(trace_autograd_ops=True),
+                torch.compiler.config.patch(cache_key_tag=_cache_key_tag()),
                 _shared_constants_protected(),
                 self._traceable_optimizers(),
             ):
@@ -307,6 +308,15 @@ def _reject_unseen_hooks(leaves: Iterable[torch.Tensor], step_fn: Callable[..., 
             f"{_name(step_fn)}() cannot be compiled into one graph: a parameter has a post-accumulate-grad hook, which "
             "a compiled backward() would leave out without a word. Remove it; Tensor.register_hook works."
         )
+
+
+def _cache_key_tag() -> str:
+    """Keeps apart what ranks compile. A graph of DTensors has this rank's rows in it, how many and which, but torch's
+    cache on disk (2.13) knows it by global shapes: a rank would run another one's."""
+    tag = torch.compiler.config.cache_key_tag
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return tag
+    return f"{tag}, rank {torch.distributed.get_rank()} of {torch.distributed.get_world_size()}"
 
 
 def _skipped(optimizer: Optimizer) -> bool:
