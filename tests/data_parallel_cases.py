@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy, gelu
 
 import bnbops
 from bnbops.distributed import data_parallel
+from distributed_cases import whole
 
 WIDTH, LABELS = 256, 5
 
@@ -84,10 +84,6 @@ def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, clip: float | No
         return loss.detach()
 
     return step
-
-
-def whole(x: Tensor) -> Tensor:
-    return x.detach().full_tensor() if isinstance(x, DTensor) else x.detach()
 
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

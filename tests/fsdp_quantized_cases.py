@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 import bnbops
 from bnbops.nn import Embedding4bit, Linear4bit, plain_state_dict, quantize_
+from distributed_cases import whole
 
 WORDS, WIDTH, HIDDEN, LABELS = 33, 128, 65, 5  # 65 rows on 2 or 4 ranks are uneven, and of 5 on 4 one has none
 FORMATS = {
@@ -144,9 +144,5 @@ def backward(loss: Tensor) -> Tensor:
     return loss.detach()
 
 
-def whole(x: Tensor) -> Tensor:
-    return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
-
-
 def whole_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: whole(tensor) for name, tensor in plain_state_dict(model).items()}
+    return {name: whole(tensor).clone() for name, tensor in plain_state_dict(model).items()}

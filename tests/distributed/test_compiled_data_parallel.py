@@ -30,8 +30,8 @@ from data_parallel_cases import (
     step_of,
     tensors_of,
     train,
-    whole,
 )
+from distributed_cases import whole
 from ranks import run_on_ranks
 
 LAMB = {"cls": LAMB8bit, "weight_decay": 0.1, "percentile_clipping": 50}

@@ -24,8 +24,8 @@ from data_parallel_cases import (
     parallel,
     step_of,
     train,
-    whole,
 )
+from distributed_cases import whole
 from ranks import run_on_ranks
 
 MODES = ["fully_shard", "replicate", "hybrid_shard"]

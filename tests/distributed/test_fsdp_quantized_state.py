@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from bnbops.nn import plain_state_dict, quantize_
-from fsdp_quantized_cases import FORMATS, Net, loss_of, quantized, shard, whole, whole_tensors, with_adapters
+from distributed_cases import whole
+from fsdp_quantized_cases import FORMATS, Net, loss_of, quantized, shard, whole_tensors, with_adapters
 from layer_cases_4bit import differing
 from ranks import run_on_ranks
 

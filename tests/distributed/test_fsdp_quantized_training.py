@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bnbops.functional import dequantize_4bit
 from bnbops.nn import Linear4bit, Linear8bitLt, plain_state_dict, quantize_
 from bnbops.nn.parametrize import replace_parameter_4bit
+from distributed_cases import whole
 from fsdp_quantized_cases import (
     FORMATS,
     Net,
@@ -30,7 +31,6 @@ from fsdp_quantized_cases import (
     quantized,
     shard,
     train,
-    whole,
     whole_tensors,
     with_adapters,
 )
