@@ -53,7 +53,7 @@ class CompiledTrainStep(Generic[P, R]):
         self, step_fn: Callable[P, R], optimizers: tuple[Optimizer, ...], *, accumulate: bool, **compile_options: Any
     ) -> None:
         functools.update_wrapper(self, step_fn)
-        self.step_fn = step_fn
+        self.step_fn = _looked_up(step_fn, optimizers)
         self.optimizers = optimizers
         self.accumulate = accumulate
         self.graph_count = 0
@@ -308,6 +308,12 @@ def _reject_unseen_hooks(leaves: Iterable[torch.Tensor], step_fn: Callable[..., 
             f"{_name(step_fn)}() cannot be compiled into one graph: a parameter has a post-accumulate-grad hook, which "
             "a compiled backward() would leave out without a word. Remove it; Tensor.register_hook works."
         )
+
+
+def _looked_up(step_fn: Callable[P, R], optimizers: tuple[Optimizer, ...]) -> Callable[P, R]:
+    """`optimizer.step` as a function that looks it up at each call: a scheduler's wrapper of it cannot be traced."""
+    owner = next((optimizer for optimizer in optimizers if step_fn == optimizer.step), None)
+    return step_fn if owner is None else functools.wraps(step_fn)(lambda *args, **kwargs: owner.step(*args, **kwargs))
 
 
 def _cache_key_tag() -> str:

@@ -180,3 +180,25 @@ def test_each_of_two_models_trains_in_turn() -> None:
         return snapshot(nn.Sequential(first, second), a, b)
 
     assert_same(train(compiled=True), train(compiled=False))
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_the_optimizers_step_alone(scheduled):
+    """Forward and backward stay eager; a scheduler has put its wrapper around `optimizer.step`."""
+    results = []
+    for compiled in (False, True):
+        model = make_model()
+        optimizer = AdamW8bit(model.parameters(), lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2) if scheduled else None
+        step = (
+            bnbops.compiled_train_step(optimizer.step, optimizer, backend="aot_eager") if compiled else optimizer.step
+        )
+        for x, y in batches(5):
+            cross_entropy(model(x), y).backward()
+            step()
+            optimizer.zero_grad()
+            if scheduler:
+                scheduler.step()
+        results.append(snapshot(model, optimizer))
+    assert (step.graph_count, step.recompiles) == (1, 0)
+    assert_same(*results)
