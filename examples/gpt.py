@@ -5,6 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy in nats per token, computed in fp32 whatever the model's dtype."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
 class Block(nn.Module):
     """Causal self-attention and an MLP, each on a normalised copy of the residual stream."""
 
@@ -54,8 +59,7 @@ class GPT(nn.Module):
         return F.linear(self.norm(x), self.token_embedding.weight)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross entropy in nats per token, computed in fp32 whatever the model's dtype."""
-        return F.cross_entropy(self(tokens).flatten(0, 1).float(), targets.flatten())
+        return cross_entropy(self(tokens), targets)
 
     @torch.no_grad()
     def generate(self, prompt: Tensor, length: int, temperature: float, generator: torch.Generator) -> Tensor:

@@ -27,6 +27,7 @@ from text_data import Text, as_text, language_reference, load_text, read_documen
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
+from training import SHAPE, Parser, lr_factor, positive_float, positive_int, state_bytes, train_step
 
 import bnbops
 
@@ -99,15 +100,7 @@ def build_step(
     if name == DENSE:
         return train_gpt.build_step(args, train_gpt.BASELINE, model, optimizer)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-    def step(tokens: Tensor, targets: Tensor) -> Tensor:
-        loss = model.loss(tokens, targets)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
+    step = train_step(model.loss, trained, optimizer)
     if not args.compile:
         return step, lambda: "eager"
     compiled = bnbops.compiled_train_step(step, optimizer, backend=args.backend)
@@ -120,7 +113,7 @@ def tune(name: str, weights: dict[str, Tensor], shape: dict[str, int], text: Tex
     base = GPT(len(text.vocabulary), **shape)
     base.load_state_dict(weights)
     model, optimizer = RUNS[name](base, args)
-    scheduler = LambdaLR(optimizer, lambda step: train_gpt.lr_factor(step, args.steps))
+    scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, args.steps))
     step, graphs = build_step(name, model, optimizer, args)
 
     trains = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -138,7 +131,7 @@ def tune(name: str, weights: dict[str, Tensor], shape: dict[str, int], text: Tex
         scheduler.step()
         progress.set_postfix(loss=f"{run.train_loss[-1]:.3f}")
     run.validation_after = train_gpt.evaluate(model, text, args)
-    run.states, run.graphs = train_gpt.state_bytes(optimizer), graphs()
+    run.states, run.graphs = state_bytes(optimizer), graphs()
     generator = torch.Generator().manual_seed(args.seed)
     run.sample = text.vocabulary.decode(model.generate(text.vocabulary.encode(PROMPT), 60, 0.8, generator))
     if name == QLORA:
@@ -179,9 +172,9 @@ def table(runs: Sequence[Run]) -> str:
 # ------------------------------------------------------------------------------------------------------- command line
 
 
-def parser() -> train_gpt.Parser:
-    result = train_gpt.Parser(description=__doc__.partition("\n")[0])
-    add, count, number = result.add_argument, train_gpt.positive_int, train_gpt.positive_float
+def parser() -> Parser:
+    result = Parser(description=__doc__.partition("\n")[0])
+    add, count, number = result.add_argument, positive_int, positive_float
     backends = torch.compiler.list_backends(exclude_tags=())
     add("--checkpoint", type=Path, help="what train_gpt.py saved (default: a base is trained first)")
     add("--base-data", type=Path, help="the text that the base was trained on, as for train_gpt.py")
@@ -212,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> list[Run]:
         cli.error(str(error))
     if args.threads:
         torch.set_num_threads(args.threads)
-    shape = {key: checkpoint["config"][key] for key in train_gpt.SHAPE}
+    shape = {key: checkpoint["config"][key] for key in SHAPE}
     weights = {name: tensor.float() for name, tensor in checkpoint["model"].items()}
     runs = [tune(name, weights, shape, text, args) for name in RUNS]
     (args.out / "table.txt").write_text(table(runs) + "\n")

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from gpt import GPT
@@ -27,6 +27,20 @@ from text_data import Text, load_text
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
+from training import (
+    CONFIG,
+    SHAPE,
+    Parser,
+    Step,
+    add_training_options,
+    aligned,
+    check_resumable,
+    check_shape,
+    lr_factor,
+    positive_int,
+    state_bytes,
+    train_step,
+)
 
 import bnbops.optim
 
@@ -38,13 +52,10 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adamw8bit": bnbops.optim.AdamW8bit,
     "adamw32bit": bnbops.optim.AdamW32bit,
 }
-SHAPE = ("layers", "width", "heads", "block_size")
-CONFIG = ("steps", "batch_size", "lr", "seed", "dtype", "vocabulary", *SHAPE)
 CHECKPOINT_KEYS = {"config", "history", "rng", "model", "optimizer", "scheduler"}
 VALIDATION_BATCHES = 8
 VALIDATIONS = 6  # in a run, the last one included
 PROMPT = b"def "
-Step = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -91,18 +102,8 @@ def build_optimizer(name: str, model: nn.Module, lr: float) -> torch.optim.Optim
 
 def build_step(args: argparse.Namespace, name: str, model: GPT, optimizer: torch.optim.Optimizer) -> tuple[Step, Any]:
     """One training step, and a function that tells how many graphs it was compiled to."""
-    loss_of: Step = model.loss
-
-    def step(tokens: Tensor, targets: Tensor) -> Tensor:
-        loss = loss_of(tokens, targets)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
     if not args.compile:
-        return step, lambda: "eager"
+        return train_step(model.loss, model.parameters(), optimizer), lambda: "eager"
     if name == BASELINE:  # as PyTorch users do: the model is compiled, clipping and the fused optimizer are eager
         graphs: list[torch.fx.GraphModule] = []
 
@@ -111,18 +112,10 @@ def build_step(args: argparse.Namespace, name: str, model: GPT, optimizer: torch
             return torch._dynamo.lookup_backend(args.backend)(graph, inputs)
 
         loss_of = torch.compile(model.loss, backend=backend)
-        return step, lambda: f"{len(graphs)} + eager step"
+        return train_step(loss_of, model.parameters(), optimizer), lambda: f"{len(graphs)} + eager step"
+    step = train_step(model.loss, model.parameters(), optimizer)
     compiled = bnbops.compiled_train_step(step, optimizer, backend=args.backend)
     return compiled, lambda: str(compiled.graph_count)
-
-
-def lr_factor(step: int, steps: int) -> float:
-    """A linear warm-up over the first tenth, then a cosine down to a tenth."""
-    warm_up = max(1, steps // 10)
-    if step < warm_up:
-        return (step + 1) / warm_up
-    progress = (step - warm_up) / max(1, steps - warm_up)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
 @torch.no_grad()
@@ -170,18 +163,12 @@ def train(name: str, text: Text, args: argparse.Namespace) -> Result:
     return Result(name, config, parameters, state_bytes(optimizer), graphs(), history, sample)
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Measured: the bytes of all state tensors."""
-    tensors = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
-    return sum(tensor.nbytes for tensor in tensors)
-
-
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
 
 def run_config(name: str, text: Text, args: argparse.Namespace) -> dict[str, Any]:
     """Everything that decides what a run computes; compilation may change when resuming, though it may change bits."""
-    return {"optimizer": name, "data": text.digest} | {key: getattr(args, key) for key in CONFIG}
+    return {"optimizer": name, "data": text.digest} | {key: getattr(args, key) for key in (*CONFIG, "dtype")}
 
 
 def save(path: Path, config: dict[str, Any], stateful: dict[str, Any], history: History) -> None:
@@ -213,15 +200,6 @@ def restore(checkpoint: dict[str, Any], stateful: dict[str, Any]) -> History:
     return History(**checkpoint["history"])
 
 
-def check_resumable(checkpoint: dict[str, Any], path: Path, config: dict[str, Any]) -> None:
-    saved = checkpoint["config"]
-    differences = [f"{key} {saved.get(key)} is now {new}" for key, new in config.items() if saved.get(key) != new]
-    if differences:
-        raise ValueError(f"{path} is of another configuration: {', '.join(differences)}")
-    if len(checkpoint["history"]["train_loss"]) >= config["steps"]:
-        raise ValueError(f"{path} is of a run that finished its {config['steps']} steps")
-
-
 # ------------------------------------------------------------------------------------------------------------- report
 
 
@@ -242,12 +220,7 @@ def table(results: Sequence[Result]) -> str:
     row("first step, with compilation", lambda run: f"{run.history.step_seconds[0]:.1f} s")
     row("step time, median", lambda run: f"{run.step_seconds * 1e3:.0f} ms")
     row("graphs per step", lambda run: run.graphs)
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    lines = []
-    for label, *cells in rows:
-        lines.append("  ".join([label.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(lines)
+    return aligned(rows)
 
 
 def percent(value: float, reference: float) -> float:
@@ -302,47 +275,16 @@ def write_report(results: Sequence[Result], out: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- command line
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line that says what is wrong, without the usage in front."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
-
-
-def positive_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
-
-
 def parser() -> Parser:
     result = Parser(description=__doc__.partition("\n")[0])
+    add_training_options(result)
     add = result.add_argument
-    backends = torch.compiler.list_backends(exclude_tags=())
     add("--optimizer", choices=OPTIMIZERS, help=f"train with this one only (default: {BASELINE}, then {CONTENDER})")
-    add("--data", type=Path, help="a text file, or a folder of them (default: Python's own standard library)")
-    add("--out", type=Path, default=Path("out"), help="the folder that everything is written to (%(default)s)")
-    add("--steps", type=positive_int, default=100, help="optimizer steps of a run (%(default)s)")
-    add("--batch-size", type=positive_int, default=4, help="windows of text in a step (%(default)s)")
-    add("--lr", type=positive_float, default=5e-4, help="the peak of the learning rate (%(default)s)")
-    add("--seed", type=int, default=0, help="decides the weights and the order of the text (%(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and activations (%(default)s)")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile the step (the default)")
-    add("--backend", choices=backends, default="inductor", metavar="NAME", help="torch.compile's backend (%(default)s)")
     add("--threads", type=positive_int, help="CPU threads (default: PyTorch's choice)")
     add("--save-every", type=positive_int, metavar="STEPS", help="save checkpoints, OUT/OPTIMIZER-STEP.pt")
     add("--resume", type=Path, metavar="CHECKPOINT", help="continue the run that saved this, given its other arguments")
-    for name, default in {"vocabulary": 4096, "layers": 5, "width": 384, "heads": 6, "block-size": 128}.items():
-        add(f"--{name}", type=positive_int, default=default, metavar="N", help="the model's (%(default)s)")
     return result
 
 
@@ -363,14 +305,14 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
 
 def prepare(args: argparse.Namespace) -> tuple[list[str], Text]:
     """Checks all input before anything is computed or written; raises ValueError or OSError."""
-    if args.width % args.heads:
-        raise ValueError(f"--width {args.width} is not a multiple of --heads {args.heads}")
+    check_shape(args)
     text = load_text(args.data, args.vocabulary, args.block_size)
     names = [args.optimizer] if args.optimizer else [BASELINE, CONTENDER]
     args.checkpoint = load(args.resume) if args.resume else None
     if args.checkpoint:
         names = names if args.optimizer else [args.checkpoint["config"]["optimizer"]]
-        check_resumable(args.checkpoint, args.resume, run_config(names[0], text, args))
+        saved, done = args.checkpoint["config"], len(args.checkpoint["history"]["train_loss"])
+        check_resumable(args.resume, saved, run_config(names[0], text, args), done)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.use_deterministic_algorithms(True)  # else a compiled embedding's gradient is summed in any order

@@ -88,3 +88,20 @@ def guard() -> Iterator[Callable[[Tensor], Tensor]]:
     yield place
     for margin in margins:
         assert (margin.view(torch.uint8) == 0xA5).all(), "bytes beside a tensor were written"
+
+
+@pytest.fixture
+def restore_determinism(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The training examples ask torch for deterministic algorithms; the tests after theirs should not notice."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small text, alone in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"{n} bottles of beer on the wall, take one down, pass it around.\n" for n in range(99)))
+    return path

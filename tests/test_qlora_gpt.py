@@ -3,7 +3,6 @@
 import importlib
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,17 +13,11 @@ sys.path.insert(0, str(EXAMPLES))  # where Python looks when it runs the script
 qlora_gpt = importlib.import_module("qlora_gpt")
 train_gpt = importlib.import_module("train_gpt")
 
+pytestmark = pytest.mark.usefixtures("restore_determinism")
+
 BASE = ["--vocabulary=300", "--layers=1", "--width=64", "--heads=2", "--block-size=16", "--batch-size=4", "--lr=3e-3"]
 EAGER = ["--no-compile"]
 COMPILED = ["--backend", "aot_eager"]
-
-
-@pytest.fixture(autouse=True)
-def restore_determinism(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """train_gpt.py asks torch for deterministic algorithms; the tests after these should not notice."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def song(what: str, line: str) -> str:

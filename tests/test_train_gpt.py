@@ -16,28 +16,13 @@ sys.path.insert(0, str(EXAMPLES))  # where Python looks when it runs the script
 train_gpt = importlib.import_module("train_gpt")
 text_data = importlib.import_module("text_data")
 
+pytestmark = pytest.mark.usefixtures("restore_determinism")
+
 # Small, but with tensors of both kinds: 8-bit states for the matrices, 32-bit ones for norms and positions.
 TINY = ["--vocabulary=300", "--layers=1", "--width=64", "--heads=2", "--block-size=16", "--batch-size=2", "--steps=8"]
 EAGER = ["--no-compile"]
 COMPILED = ["--backend", "aot_eager"]
 INDUCTOR = ["--backend", "inductor"]
-
-
-@pytest.fixture(autouse=True)
-def restore_determinism(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The script asks torch for deterministic algorithms; the tests after these should not notice."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small text, alone in the working directory."""
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "book.txt"
-    path.write_text("".join(f"{n} bottles of beer on the wall, take one down, pass it around.\n" for n in range(99)))
-    return path
 
 
 def tree(folder: Path) -> set[str]:
