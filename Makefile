@@ -1,4 +1,4 @@
-# `make demo` and `make test` work on a fresh machine; everything happens in .venv.
+# `make demo`, `make demo-fsdp` and `make test` work on a fresh machine; everything happens in .venv.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -9,10 +9,14 @@ CUDA_ARCHITECTURES ?=
 CUDA_VENV := .venv-cuda
 SOURCES := pyproject.toml bnbops/codebooks.py $(shell find csrc -type f)
 
-.PHONY: demo test test-cuda-sanitize test-cuda-link test-gpu lint bench clean
+.PHONY: demo demo-fsdp test test-cuda-sanitize test-cuda-link test-gpu lint bench clean
 
 demo: $(VENV)/installed
 	$(PY) examples/train_gpt.py --out demo-out
+
+# Sharded training: 2 processes, whose checkpoint 4 and 1 continue. Fails if their losses differ.
+demo-fsdp: $(VENV)/installed
+	$(PY) examples/demo_fsdp.py --out demo-out/fsdp
 
 # Two workers keep two cores busy.
 test: $(VENV)/installed
