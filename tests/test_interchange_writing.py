@@ -124,15 +124,12 @@ def one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def test_sharded_parameters_are_refused(one_rank, golden):
+def test_sharded_parameters_are_refused(one_rank):
     from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
     mesh = init_device_mesh("cpu", (1,))
     p = [nn.Parameter(distribute_tensor(x.detach(), mesh, [Shard(0)])) for x in params(*SHAPES)]
     optimizer = bnbops.optim.AdamW8bit(p, lr=0.7)
-    with pytest.raises(ValueError, match="sharded"):
-        optimizer.load_state_dict(golden("opt_AdamW8bit_float32.state_dict.pt"))
-    assert not any(optimizer.state.values())
     optimizer.init_state()
     with pytest.raises(ValueError, match="sharded"):
         optimizer.bitsandbytes_state_dict()
