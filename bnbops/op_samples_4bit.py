@@ -156,11 +156,15 @@ def _products(biased: bool) -> list[Sample]:
         return Sample(name, (x, packed, absmax, *b, of, blocksize, quant_type), arguments)
 
     low = torch.bfloat16
+    # Tensor cores have a kernel for any rows of the weight; for rows of whole blocks, one by the number of rows of x,
+    # and one for more features than a GPU works on at a time.
+    whole, many = [40, 128], [12288, 64]
     return [
         *(sample(_name(dtype), 3, dtype=dtype) for dtype in DTYPES),
         sample("one row", bias=True),
         sample("three dimensions, bias", 2, 3, bias=True, quant_type="fp4", blocksize=32),
-        *(sample(f"{rows} rows, {_name(dtype)}", rows, dtype=dtype) for rows in (16, 32, 64) for dtype in DTYPES[1:]),
+        *(sample(f"{n} rows, {_name(t)}", n, of=whole, dtype=t) for n in (2, 16, 32, 64) for t in DTYPES[1:]),
+        *(sample(f"many features, {_name(dtype)}", 1, of=many, dtype=dtype) for dtype in DTYPES[1:]),
         sample("many rows, bias", 70, dtype=low, bias=True, storage=low),
         sample("rows that are no multiple of a block or a byte", 3, of=odd, quant_type="fp4", storage=torch.int8),
         sample("rows of several blocks", 2, of=[5, 192], dtype=torch.float16, storage=_FLOAT),
