@@ -17,7 +17,6 @@ class Instruction:
     opcode: str
     operands: str
     lines: tuple[tuple[str, int], ...]  # (file, line), the innermost inlined function first
-    subroutine: bool  # of the compiler's own: the slow way of a division or a root
 
     @property
     def targets(self) -> list[str]:
@@ -78,6 +77,7 @@ class Kernel:
     threads: int  # of a thread block
     resident: int  # thread blocks on a multiprocessor
     ptx: str
+    fused: list[tuple[str, int]]  # where PTX multiplies and adds in one: (file, line)
 
     @property
     def template(self) -> str:
@@ -227,17 +227,15 @@ _LINE = re.compile(r'//## File "(.*?)", line (\d+)')
 
 
 def _instructions(text: str) -> Iterator[tuple[str | None, Instruction]]:
-    label, lines, fresh, subroutine = None, (), True, False
+    label, lines, fresh = None, (), True
     for line in text.splitlines():
         if found := _LABEL.match(line):
             label = found[1]
-        elif line.startswith("$__internal"):
-            subroutine = True
         elif found := _LINE.search(line):
             lines = (*(() if fresh else lines), (found[1], int(found[2])))
             fresh = False
         elif found := _INSTRUCTION.match(line):
-            yield label, Instruction(int(found[1], 16), found[2] or "", found[3], found[4], lines, subroutine)
+            yield label, Instruction(int(found[1], 16), found[2] or "", found[3], found[4], lines)
             label, fresh = None, True
 
 
@@ -246,12 +244,25 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1]) if found else 0
 
 
+_FUSED = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)|\b(?:fma|mad)\.[\w.]*f(?:32|64)", re.MULTILINE)
+
+
+def _fused(ptx: str, files: dict[str, str]) -> Iterator[tuple[str, int]]:
+    line = ("", 0)
+    for found in _FUSED.finditer(ptx):
+        if found[1]:
+            line = (files[found[1]], int(found[2]))
+        else:
+            yield line
+
+
 def kernels(compiled: Compiled) -> list[Kernel]:
     """All kernels of a file."""
     pieces = _SECTION.split(compiled.sass)[1:]
     symbols, texts = pieces[::2], pieces[1::2]
     said = dict(re.findall(r"Compiling entry function '(\S+)'(.*?)(?=Compiling entry|\Z)", compiled.log, re.DOTALL))
     entries = dict(re.findall(r"\.entry (\w+)(.*?^\})", compiled.ptx, re.DOTALL | re.MULTILINE))
+    files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"(.*?)"', compiled.ptx, re.MULTILINE))
     assert said.keys() == entries.keys() == set(symbols), compiled.source
     return [
         Kernel(
@@ -268,6 +279,7 @@ def kernels(compiled: Compiled) -> list[Kernel]:
             threads=_number(r"\.maxntid (\d+)", entries[symbol]),
             resident=_number(r"\.minnctapersm (\d+)", entries[symbol]),
             ptx=entries[symbol],
+            fused=list(_fused(entries[symbol], files)),
         )
         for symbol, name, text in zip(symbols, demangle(symbols), texts, strict=True)
     ]
