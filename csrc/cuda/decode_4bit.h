@@ -35,9 +35,12 @@ BNBOPS_DEVICE void copy_nested_codebook(Weight4bit& weight, float (&to)[kCodeboo
   weight.nested_codebook = to;
 }
 
-// The block that an element belongs to. Block sizes are powers of two.
+// Block sizes are powers of two.
+BNBOPS_DEVICE int log_of_blocksize(const Weight4bit& weight) { return __ffsll(weight.blocksize) - 1; }
+
+// The block that an element belongs to.
 BNBOPS_DEVICE int64_t block_of(const Weight4bit& weight, int64_t element) {
-  return element >> (__ffsll(weight.blocksize) - 1);
+  return element >> log_of_blocksize(weight);
 }
 
 // The codes of elements `first` ... `first` + 7, of which `count` exist; `first` is even.
@@ -102,7 +105,7 @@ class Scales {
  public:
   BNBOPS_DEVICE Scales(const Weight4bit& weight, int64_t first)
       : weight_(weight),
-        log_blocksize_(__ffsll(weight.blocksize) - 1),
+        log_blocksize_(log_of_blocksize(weight)),
         block_(first >> log_blocksize_),
         absmax_(weight.absmax == nullptr ? nullptr : weight.absmax + block_),
         rest_(static_cast<unsigned>(first & (weight.blocksize - 1))) {}
