@@ -1,7 +1,7 @@
 """Compiles the kernel files as the build does, for one architecture each, and keeps what the compiler says.
 
-The commands are CMake's own for the library: only the architectures and the kind of output differ. What is compiled
-once stays in build/, under a name made of the contents of all that it depends on; other processes wait for it.
+The commands are CMake's own for the library: only the architectures differ. What is compiled once stays in build/,
+under a name made of the contents of all that it depends on; other processes wait for it.
 """
 
 import gzip
@@ -127,8 +127,9 @@ def _compile(source: Path, command: list[str], output: Path) -> None:
     with tempfile.TemporaryDirectory(dir=FOLDER) as name:
         folder = Path(name)
         keep = ["-keep", "-keep-dir", folder]
-        log = run(*command, *keep, "-Xptxas=-v", "-cubin", source, "-o", folder / "kernels.cubin", cwd=folder)
-        sass = run(nvdisasm(), "-c", "-gi", folder / "kernels.cubin")
+        log = run(*command, *keep, "-Xptxas=-v", "-c", source, "-o", folder / "kernels.o", cwd=folder)
+        (cubin,) = folder.glob("*.cubin")
+        sass = run(nvdisasm(), "-c", "-gi", cubin)
         result = folder / "result"
         result.mkdir()
         (result / "log").write_text(log)
