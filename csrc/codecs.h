@@ -101,21 +101,30 @@ template <class Lanes>
 struct DynamicTables {
   typename Lanes::Table32 boundary;
   typename Lanes::Table16 slope, offset;
-  BNBOPS_HD explicit DynamicTables(const DynamicEncoder& e) : boundary(e.boundary), slope(e.slope), offset(e.offset) {}
+  BNBOPS_HD constexpr explicit DynamicTables(const DynamicEncoder& e)
+      : boundary(e.boundary), slope(e.slope), offset(e.offset) {}
 };
 
-// Number of the nearest magnitude to x * inverse, counted as above; for the signed map with the sign of x. x must be
-// finite, and not negative for the unsigned map.
-template <class Lanes, bool kSigned>
-BNBOPS_HD typename Lanes::Int nearest_magnitude(typename Lanes::Float x, typename Lanes::Float inverse,
-                                                const DynamicTables<Lanes>& tables) {
-  const auto a = Lanes::fma(kSigned ? Lanes::abs(x) : x, inverse, Lanes::splat(kShift));
+// Where a - 2^-31 lies among the magnitudes, counted as above: rounded, the number of the nearest one. A constant for
+// lanes of those.
+template <class Lanes>
+BNBOPS_HD constexpr typename Lanes::Float place_among_magnitudes(typename Lanes::Float a,
+                                                                 const DynamicTables<Lanes>& tables) {
   const auto boundary = tables.boundary[Lanes::template shift_right<23>(Lanes::as_int(a))];
   const auto decade = Lanes::increment_if_not_less(Lanes::as_int(boundary), a, boundary);
   const auto slope = tables.slope[decade], offset = tables.offset[decade];
   // A decade of n magnitudes has offset 8/9 n - 1/2, so this is 2n - 1; it binds in no other decade.
   const auto last = Lanes::fma(offset, Lanes::splat(2.25F), Lanes::splat(0.125F));
-  const auto k = Lanes::min(Lanes::fma(a, slope, offset), last);
+  return Lanes::min(Lanes::fma(a, slope, offset), last);
+}
+
+// Number of the nearest magnitude to x * inverse; for the signed map with the sign of x. x must be finite, and not
+// negative for the unsigned map.
+template <class Lanes, bool kSigned>
+BNBOPS_HD typename Lanes::Int nearest_magnitude(typename Lanes::Float x, typename Lanes::Float inverse,
+                                                const DynamicTables<Lanes>& tables) {
+  const auto a = Lanes::fma(kSigned ? Lanes::abs(x) : x, inverse, Lanes::splat(kShift));
+  const auto k = place_among_magnitudes(a, tables);
   return kSigned ? Lanes::round_with_sign(k, x) : Lanes::round(k);
 }
 

@@ -1,4 +1,4 @@
-// Encoding to a dynamic map by one look-up, made of the arithmetic of codecs.h: the same codes by fewer instructions.
+// Encoding to a dynamic map by one look-up, made by the arithmetic of codecs.h: the same codes by fewer instructions.
 //
 // The code is a staircase over a = |x| * inverse + 2^-31. A bucket holds the a that agree in exponent and some bits of
 // fraction, enough that no bucket has two steps. Its entry is such that
@@ -11,24 +11,53 @@
 
 namespace bnbops::cuda {
 
-constexpr float float_of_normal_bits(uint32_t bits) {
-  double x = 1 + static_cast<double>(bits & 0x7FFFFFU) / (1 << 23);
-  for (uint32_t exponent = bits >> 23; exponent < 127; ++exponent) x /= 2;
-  return static_cast<float>(x);
-}
+// Lanes of constants, with what place_among_magnitudes needs.
+struct ConstantLanes {
+  struct Float {
+    double value;
+    uint32_t bits;  // known of what is not computed
+  };
+  using Int = uint32_t;
 
-// What nearest_magnitude of codecs.h makes of `a`, 2^-31 <= a <= 1, as a constant: fp64 rounds neither its products nor
-// its sums.
-constexpr int magnitude_of(uint32_t bits, const DynamicEncoder& encoder) {
-  const uint32_t boundary = encoder.boundary[(bits >> 23) - kSmallestOctave];
-  const uint32_t decade = boundary % 16 + (bits >= boundary);
-  const double slope = encoder.slope[decade], offset = encoder.offset[decade];
-  const auto last = static_cast<float>(offset * 2.25 + 0.125);
-  auto k = static_cast<float>(float_of_normal_bits(bits) * slope + offset);
-  if (k > last) k = last;
-  const int below = static_cast<int>(k);
-  const float rest = k - static_cast<float>(below);
-  return rest > 0.5F || (rest == 0.5F && below % 2 != 0) ? below + 1 : below;
+  static constexpr Float of_normal_bits(uint32_t bits) {
+    double x = 1 + static_cast<double>(bits & 0x7FFFFFU) / (1 << 23);
+    for (uint32_t exponent = bits >> 23; exponent < 127; ++exponent) x /= 2;
+    for (uint32_t exponent = bits >> 23; exponent > 127; --exponent) x *= 2;
+    return {x, bits};
+  }
+
+  struct Table32 {
+    const uint32_t* bits;
+    constexpr explicit Table32(const uint32_t* table) : bits(table) {}
+    constexpr Float operator[](Int i) const { return of_normal_bits(bits[i % 32]); }
+  };
+  struct Table16 {
+    const float* values;
+    constexpr explicit Table16(const float* table) : values(table) {}
+    constexpr Float operator[](Int i) const { return {values[i % 16], 0}; }
+  };
+
+  static constexpr Float splat(float x) { return {x, 0}; }
+  // One rounding: in fp64 these products and sums are exact.
+  static constexpr Float fma(Float a, Float b, Float c) { return {static_cast<float>(a.value * b.value + c.value), 0}; }
+  static constexpr Float min(Float a, Float b) { return a.value < b.value ? a : b; }
+  static constexpr Int as_int(Float x) { return x.bits; }
+  template <int kBits>
+  static constexpr Int shift_right(Int i) {
+    return i >> kBits;
+  }
+  static constexpr Int increment_if_not_less(Int i, Float a, Float b) { return i + (a.value >= b.value); }
+  // To nearest, ties to even.
+  static constexpr int round(Float x) {
+    const int below = static_cast<int>(x.value);
+    const double rest = x.value - below;
+    return rest > 0.5 || (rest == 0.5 && below % 2 != 0) ? below + 1 : below;
+  }
+};
+
+// The number of the magnitude for 2^-31 <= a <= 1, of which these are the bits.
+constexpr int magnitude_of(uint32_t bits, const DynamicTables<ConstantLanes>& tables) {
+  return ConstantLanes::round(place_among_magnitudes(ConstantLanes::of_normal_bits(bits), tables));
 }
 
 // Of the magnitudes of a map; for the signed one, they have the codes of positive elements.
@@ -52,16 +81,17 @@ constexpr CodeTable<kSigned> make_code_table(const DynamicEncoder& encoder) {
   using Table = CodeTable<kSigned>;
   constexpr uint32_t kWidth = 1U << Table::kBucketBits;
   Table table{};
+  const DynamicTables<ConstantLanes> tables(encoder);
   uint32_t first = static_cast<uint32_t>(kSmallestOctave) << 23;
-  int k = magnitude_of(first, encoder);
+  int k = magnitude_of(first, tables);
   for (uint32_t& entry : table.entry) {
     constexpr uint32_t kOne = 127U << 23;
     const uint32_t end = first + kWidth;
-    const int next = first >= kOne ? k : magnitude_of(end, encoder);
+    const int next = first >= kOne ? k : magnitude_of(end, tables);
     uint32_t low = first, high = end;  // k holds at `low`, `next` from `high` on
     while (next != k && high - low > 1) {
       const uint32_t middle = (low + high) / 2;
-      (magnitude_of(middle, encoder) == k ? low : high) = middle;
+      (magnitude_of(middle, tables) == k ? low : high) = middle;
     }
     const uint32_t code = static_cast<uint32_t>(next + (kSigned ? 127 : -1));
     entry = (code << 24) - ((next == k ? first : high) << Table::kLift);
