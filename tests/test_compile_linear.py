@@ -82,8 +82,8 @@ def test_the_graphs() -> None:
 linear_4bit = bnbops.linear_4bit.default
 linear_int8 = bnbops.linear_int8.default
 return torch.float32[5, 8]
-return torch.uint8[48, 1]
 return torch.uint8[48, 32]
+return torch.uint8[48, 1]
 return torch.int8[8, 48]
 return torch.float32[1]
 return torch.float32[1]
