@@ -23,6 +23,10 @@ from bnbops.estimate import estimate
 PARTS = ("paper", "overhead")
 RANKS = (8, 64, 256, 1024)
 TENSORS = (10, 100, 1000, 10_000)
+COMPILED, FUSED_DTENSORS = (
+    100,
+    1000,
+)  # at most: compiling takes long for more, and torch's first step with DTensors does
 GB = 1e9
 
 # ---- on paper --------------------------------------------------------------------------------------------------
@@ -145,7 +149,7 @@ def fused(params: list[Tensor]) -> torch.optim.Optimizer:
 def step_of(make: Make, params: list[nn.Parameter], compiled: bool = False) -> Callable[[], object]:
     """A step that has been taken once."""
     optimizer = make(params)
-    step = bnbops.compiled_train_step(optimizer.step, optimizer, backend="aot_eager") if compiled else optimizer.step
+    step = bnbops.compiled_train_step(optimizer.step, optimizer) if compiled else optimizer.step
     step()
     return step
 
@@ -164,9 +168,11 @@ def overhead(count: int, rounds: int, mesh: Any) -> list[dict[str, Any]]:
     made: dict[str, tuple[Callable[[], object], list[nn.Parameter]]] = {}
     for name, make in plain.items():
         for suffix, on in (("", None), (", DTensors", mesh)):
+            if on is not None and make is fused and count > FUSED_DTENSORS:
+                continue
             tensors = params(count, on)
             made[name + suffix] = step_of(make, tensors), tensors
-    if count <= 1000:  # torch traces a step tensor by tensor
+    if count <= COMPILED:
         tensors = params(count)
         made["bnbops AdamW8bit, compiled"] = step_of(eight_bit, tensors, compiled=True), tensors
     expected = torch.cat([whole(param) for param in made["torch AdamW, fused"][1]])
