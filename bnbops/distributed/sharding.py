@@ -46,8 +46,20 @@ def _mesh(arguments: Arguments) -> DeviceMesh:
     return next(value.device_mesh for value in arguments.values() if isinstance(value, DTensor))
 
 
-def _local(value: Any) -> Any:
-    return value.to_local() if isinstance(value, DTensor) else value
+def _local(arguments: Arguments) -> Arguments:
+    """The arguments with this rank's part of every DTensor."""
+    return {name: value.to_local() if isinstance(value, DTensor) else value for name, value in arguments.items()}
+
+
+def _check_alike(
+    op: OpOverload, arguments: Arguments, names: Sequence[str], like: str, placements: tuple[Placement, ...]
+) -> None:
+    """Refuses scales that are placed otherwise than the codes that they belong to."""
+    for name in names:
+        tensor = arguments.get(name)
+        if tensor is not None and _placements(op, name, tensor, _mesh(arguments)) != placements:
+            found = list(tensor.placements) if isinstance(tensor, DTensor) else "a plain tensor"
+            _refuse(op, f"{name} must be placed as {like} is, {list(placements)}, got {found}")
 
 
 def _result(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:
@@ -59,10 +71,8 @@ def _result(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], s
 
 def _whole(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
     """Parts with equally many rows as a DTensor."""
-    parts = _parts(mesh, placements)
-    return _result(
-        tensor, mesh, placements, (tensor.shape[0] * parts, *tensor.shape[1:]) if parts > 1 else tensor.shape
-    )
+    parts, shape = _parts(mesh, placements), tensor.shape
+    return _result(tensor, mesh, placements, (shape[0] * parts, *shape[1:]) if parts > 1 else shape)
 
 
 def _moved(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
@@ -99,7 +109,7 @@ def _quantize(op: OpOverload, arguments: Arguments) -> tuple[DTensor, DTensor]:
     A, blocksize, mesh = arguments["A"], arguments["blocksize"], _mesh(arguments)
     placements = _placements(op, "A", A, mesh)
     _check_flat(op, "A", A.shape, mesh, placements, blocksize)
-    codes, absmax = op(**{name: _local(value) for name, value in arguments.items()})
+    codes, absmax = op(**_local(arguments))
     return _whole(codes, mesh, placements), _whole(absmax, mesh, placements)
 
 
@@ -107,9 +117,8 @@ def _dequantize_blockwise(op: OpOverload, arguments: Arguments) -> DTensor:
     A, mesh = arguments["A"], _mesh(arguments)
     placements = _placements(op, "A", A, mesh)
     _check_flat(op, "A", A.shape, mesh, placements, arguments["blocksize"])
-    if _placements(op, "absmax", arguments["absmax"], mesh) != placements:
-        _refuse(op, f"absmax must be placed as A is, {list(placements)}")
-    return _result(op(**{name: _local(value) for name, value in arguments.items()}), mesh, placements, A.shape)
+    _check_alike(op, arguments, ["absmax"], "A", placements)
+    return _result(op(**_local(arguments)), mesh, placements, A.shape)
 
 
 # ---- quantized weights -----------------------------------------------------------------------------------------
@@ -127,36 +136,36 @@ class _Weight:
 
 def _weight_4bit(op: OpOverload, arguments: Arguments, name: str = "weight") -> _Weight:
     """The 4-bit weight among an operator's arguments."""
-    mesh, codes, shape = _mesh(arguments), arguments[name], tuple(arguments["shape"])
-    placements, blocksize = _placements(op, name, codes, mesh), arguments["blocksize"]
-    scales = {key: arguments[key] for key in ("absmax", "nested_absmax") if arguments.get(key) is not None}
-    for key, tensor in scales.items():
-        if _placements(op, key, tensor, mesh) != placements:
-            _refuse(op, f"{key} must be placed as {name} is, {list(placements)}, got {_describe(tensor)}")
-    local_shape = list(shape)
-    if any(not placement.is_replicate() for placement in placements):
-        in_rows = len(shape) == 2 and codes.shape[0] == arguments["absmax"].shape[0] == shape[0]
-        if any(placement not in (Replicate(), Shard(0), *[Shard(1)] * in_rows) for placement in placements):
-            _refuse(op, f"{name} may be Replicate, Shard(0) or, a matrix in rows, Shard(1), got {list(placements)}")
-        rows, columns = ([p if p == Shard(dim) else Replicate() for p in placements] for dim in (0, 1))
-        if not in_rows or shape[1] % blocksize:
-            _check_flat(op, name, shape, mesh, rows, blocksize)
-        cut = _parts(mesh, columns)
-        if cut > 1 and shape[1] % (cut * blocksize):
+    mesh, shape = _mesh(arguments), tuple(arguments["shape"])
+    placements = _placements(op, name, arguments[name], mesh)
+    _check_alike(op, arguments, ["absmax", "nested_absmax"], name, placements)
+    if all(placement.is_replicate() for placement in placements):
+        local_shape = list(shape)
+    else:
+        local_shape = _local_shape(op, arguments, name, placements)
+    return _Weight(mesh, placements, shape, _local(arguments) | {"shape": local_shape})
+
+
+def _local_shape(op: OpOverload, arguments: Arguments, name: str, placements: tuple[Placement, ...]) -> list[int]:
+    """The shape of this rank's part of a 4-bit weight. Refuses parts without whole blocks."""
+    mesh, codes, blocksize, shape = _mesh(arguments), arguments[name], arguments["blocksize"], list(arguments["shape"])
+    in_rows = len(shape) == 2 and codes.shape[0] == arguments["absmax"].shape[0] == shape[0]
+    if any(placement not in (Replicate(), Shard(0), *[Shard(1)] * in_rows) for placement in placements):
+        _refuse(op, f"{name} may be Replicate, Shard(0) or, a matrix in rows, Shard(1), got {list(placements)}")
+    rows, columns = ([p if p == Shard(dim) else Replicate() for p in placements] for dim in (0, 1))
+    if not in_rows or shape[1] % blocksize:
+        _check_flat(op, name, shape, mesh, rows, blocksize)
+    local_shape, cut, local = list(shape), _parts(mesh, columns), codes.to_local()
+    if cut > 1:
+        if shape[1] % (cut * blocksize):
             _refuse(op, f"{name} has rows of {shape[1]}, which {cut} ranks cannot share in blocks of {blocksize}")
-        if cut > 1:
-            local_shape[1] = shape[1] // cut
-        local = codes.to_local()
-        local_shape[0] = local.numel() * local.element_size() * 2 // math.prod(local_shape[1:])
-        blocks, per_scale = math.prod(local_shape) // blocksize, arguments.get("nested_blocksize", 256)
-        if "nested_absmax" in scales and (shape[0] % _parts(mesh, placements) or blocks % per_scale):
-            _refuse(op, f"ranks share the blocks of {per_scale} scales of {name}; replicate it or quantize it singly")
-    local = {key: _local(value) for key, value in arguments.items()} | {"shape": local_shape}
-    return _Weight(mesh, placements, shape, local)
-
-
-def _describe(tensor: Tensor) -> str:
-    return str(list(tensor.placements)) if isinstance(tensor, DTensor) else "a plain tensor"
+        local_shape[1] = shape[1] // cut
+    local_shape[0] = local.numel() * local.element_size() * 2 // math.prod(local_shape[1:])
+    blocks, per_scale = math.prod(local_shape) // blocksize, arguments.get("nested_blocksize", 256)
+    nested = arguments.get("nested_absmax") is not None
+    if nested and (shape[0] % _parts(mesh, placements) or blocks % per_scale):
+        _refuse(op, f"ranks share the blocks of {per_scale} scales of {name}; replicate it or quantize it singly")
+    return local_shape
 
 
 def _weight_int8(op: OpOverload, arguments: Arguments) -> _Weight:
@@ -165,9 +174,8 @@ def _weight_int8(op: OpOverload, arguments: Arguments) -> _Weight:
     placements = _placements(op, "weight", weight, mesh)
     if any(placement not in (Replicate(), Shard(0)) for placement in placements):
         _refuse(op, f"weight may be Replicate or Shard(0), since a row has one scale, got {list(placements)}")
-    if _placements(op, "scale", scale := arguments["scale"], mesh) != placements:
-        _refuse(op, f"scale must be placed as weight is, {list(placements)}, got {_describe(scale)}")
-    return _Weight(mesh, placements, tuple(weight.shape), {key: _local(value) for key, value in arguments.items()})
+    _check_alike(op, arguments, ["scale"], "weight", placements)
+    return _Weight(mesh, placements, tuple(weight.shape), _local(arguments))
 
 
 def _dequantize_4bit(op: OpOverload, arguments: Arguments) -> DTensor:
