@@ -17,7 +17,7 @@ from bnbops.__main__ import main
 from bnbops.estimate import Bytes, Estimate, estimate, optimizers
 from bnbops.optim import AdamW, AdamW8bit
 from bnbops.optim.manager import GlobalOptimManager
-from bnbops.optim.state import local
+from bnbops.sharded import local
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))  # where Python looks when it runs the scripts

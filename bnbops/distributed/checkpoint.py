@@ -38,7 +38,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from bnbops.optim.checkpoint import CheckpointedOptimizer
-from bnbops.optim.state import UNPAGED, is_sharded
+from bnbops.optim.state import UNPAGED
+from bnbops.sharded import is_sharded
 
 _CHECKSUMS = "checksums.json"
 _CHUNK = 2**24

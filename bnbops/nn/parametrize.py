@@ -25,8 +25,8 @@ from bnbops.nn.scales_4bit import (
     take_statistics,
     tensors_of,
 )
-from bnbops.optim.state import is_sharded
 from bnbops.quant_state import QuantState
+from bnbops.sharded import is_sharded
 
 __all__ = ["Bnb4bitParametrization", "replace_parameter_4bit", "replace_parameter_4bit_prequantized"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bnbops.matmul_int8 import quantize_weight
 from bnbops.nn.plain_state import of_quantized_layer, of_whole_layer
 from bnbops.nn.scale_bits import from_bits, to_bits
-from bnbops.optim.state import is_sharded
+from bnbops.sharded import is_sharded
 
 
 def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:

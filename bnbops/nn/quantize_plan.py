@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from bnbops.nn.params_8bit import Int8Module
 from bnbops.nn.weight_4bit import Weight4bit
-from bnbops.optim.state import is_sharded
+from bnbops.sharded import is_sharded
 
 FORMATS = ("nf4", "fp4", "int8")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights that can be quantized

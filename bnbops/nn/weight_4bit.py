@@ -28,8 +28,8 @@ from bnbops.nn.scales_4bit import (
     take_statistics,
     tensors_of,
 )
-from bnbops.optim.state import is_sharded
 from bnbops.quant_state import QuantState
+from bnbops.sharded import is_sharded
 
 _PREFIX = "weight_"
 

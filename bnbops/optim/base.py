@@ -18,8 +18,9 @@ from bnbops.optim.options import COMMON_CHECKS, Check, as_numbers, common_defaul
 from bnbops.optim.overrides import Overrides
 from bnbops.optim.paged import PagedMemory
 from bnbops.optim.parallel import check_param
-from bnbops.optim.state import Allocate, local, missing_tensors
+from bnbops.optim.state import Allocate, missing_tensors
 from bnbops.optim.unified import UnifiedMemory
+from bnbops.sharded import local
 
 
 class Optimizer(CheckpointedOptimizer):

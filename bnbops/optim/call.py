@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bnbops.optim.norms import whole_squared_norms
 from bnbops.optim.parallel import local_grad
-from bnbops.optim.state import NORMS_KEPT, absmax_name, is_sharded, local
+from bnbops.optim.state import NORMS_KEPT, absmax_name
+from bnbops.sharded import is_sharded, local
 
 
 class Plan(NamedTuple):

@@ -21,7 +21,8 @@ from torch.nn.functional import pad
 
 from bnbops.codebooks import create_dynamic_map
 from bnbops.functional import dequantize_blockwise, quantize_blockwise
-from bnbops.optim.state import BLOCKSIZE, absmax_name, absmax_shape, is_sharded, shards_whole_blocks
+from bnbops.optim.state import BLOCKSIZE, absmax_name, absmax_shape, shards_whole_blocks
+from bnbops.sharded import is_sharded
 
 if TYPE_CHECKING:
     from bnbops.optim.base import Optimizer

@@ -14,7 +14,7 @@ from bnbops.optim.norms import trust_ratio, whole_squared_norms
 from bnbops.optim.options import CommonAndPaged, non_negative, require, takes_common_keywords
 from bnbops.optim.precision import variant
 from bnbops.optim.sgd import MOMENTUM_CHECKS, check_nesterov, momentum_options
-from bnbops.optim.state import is_sharded
+from bnbops.sharded import is_sharded
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbops.optim.state import is_sharded
+from bnbops.sharded import is_sharded
 
 _LARGEST = torch.finfo(torch.float32).max
 

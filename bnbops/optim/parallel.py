@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bnbops.optim.state import is_sharded
+from bnbops.sharded import is_sharded
 
 
 def check_param(param: Tensor) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+
+from bnbops.sharded import is_sharded, local
 
 BLOCKSIZE = 256
 NORMS_KEPT = 100  # of gradients, for percentile clipping
@@ -76,20 +77,6 @@ def shards_whole_blocks(param: Tensor) -> bool:
         return False
     columns, scales = param.shape[1], absmax_shape(param.shape)[1]
     return -(columns // -ranks) * math.prod(param.shape[2:]) == -(scales // -ranks) * BLOCKSIZE
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor. The import costs a second, so plain tensors do not get that far."""
-    if type(tensor) is Tensor or type(tensor) is Parameter or not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor; a plain tensor as it is."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def _zeros(

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bnbops
 from bnbops.distributed import Traffic, traffic
 from bnbops.estimate import estimate
-from bnbops.optim.state import local
+from bnbops.sharded import local
 from ranks import run_on_ranks
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
