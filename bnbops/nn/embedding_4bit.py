@@ -53,9 +53,9 @@ class Embedding4bit(Weight4bit, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """The dequantized rows of the indices."""
-        absmax, blocksize, quant_type, nested = self._arguments()
+        weight, absmax, blocksize, quant_type, nested = self._arguments()
         return torch.ops.bnbops.embedding_4bit(
-            input, self.weight, absmax, self._shape, blocksize, quant_type, self.dtype, **nested
+            input, weight, absmax, self._shape, blocksize, quant_type, self.dtype, **nested
         )
 
     def extra_repr(self) -> str:

@@ -67,11 +67,11 @@ class Linear4bit(Weight4bit, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x @ weight.T + bias`, the weight dequantized on the fly. Changes nothing of the module."""
-        absmax, blocksize, quant_type, nested = self._arguments()
+        weight, absmax, blocksize, quant_type, nested = self._arguments()
         dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         out = torch.ops.bnbops.linear_4bit(
-            x.to(dtype), self.weight, absmax, bias, self._shape, blocksize, quant_type, **nested
+            x.to(dtype), weight, absmax, bias, self._shape, blocksize, quant_type, **nested
         )
         return out if self.compute_dtype is None else out.to(x.dtype)
 

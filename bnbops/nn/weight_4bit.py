@@ -94,21 +94,22 @@ class Weight4bit(nn.Module):
             raise RuntimeError(f"the weight of this {type(self).__name__} is quantized; load or assign a new one")
         super().reset_parameters()
 
-    def _arguments(self) -> tuple[Tensor, int, str, dict[str, Any]]:
-        """absmax, blocksize, quant_type and the nested arguments of an operator."""
+    def _arguments(self) -> tuple[Tensor, Tensor, int, str, dict[str, Any]]:
+        """The weight, absmax, blocksize, quant_type and the nested arguments of an operator."""
         if self._format is None:
             raise RuntimeError(
                 f"the weight of this {type(self).__name__} is not quantized yet: load its float weights, then call "
                 f'.to(device) on it (for example .to("cpu")), and shard it, if at all, only then'
             )
-        if self.weight.dtype != self.quant_storage:
+        weight = self.weight  # read once: data_parallel gathers it at each read
+        if weight.dtype != self.quant_storage:
             raise RuntimeError(
                 f"the packed weight of this {type(self).__name__} has been cast from {self.quant_storage} to "
-                f"{self.weight.dtype}: choose quant_storage=torch.uint8, which neither casts of a sharded model nor "
+                f"{weight.dtype}: choose quant_storage=torch.uint8, which neither casts of a sharded model nor "
                 "FSDP's mixed precision touch, or their dtype"
             )
         absmax, nested = as_arguments(scales_of(self, _PREFIX), self._format)
-        return absmax, self._format.blocksize, self._format.quant_type, nested
+        return weight, absmax, self._format.blocksize, self._format.quant_type, nested
 
     def _describe_4bit(self) -> str:
         weight, format = self.weight, self._format
