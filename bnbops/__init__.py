@@ -6,17 +6,22 @@ load_operators(__path__)
 has_cuda = load_cuda_operators(__path__)
 
 from bnbops import distributed, functional, meta_kernels, nn, optim  # noqa: E402
+from bnbops.alias import install_as_bitsandbytes, uninstall_as_bitsandbytes  # noqa: E402
 from bnbops.matmul_int8 import MatmulLtState, matmul  # noqa: E402
 from bnbops.multiply_4bit import matmul_4bit  # noqa: E402
 
 __version__ = "0.1.0"
+features = {"multi_backend"}  # as bitsandbytes tells that it is not for CUDA alone
+supported_torch_devices = {"cpu", "cuda"} if has_cuda else {"cpu"}
 __all__ = [
     "MatmulLtState",
     "__version__",
     "compiled_train_step",
     "distributed",
+    "features",
     "functional",
     "has_cuda",
+    "install_as_bitsandbytes",
     "isa",
     "library_path",
     "matmul",
@@ -24,6 +29,8 @@ __all__ = [
     "meta_kernels",
     "nn",
     "optim",
+    "supported_torch_devices",
+    "uninstall_as_bitsandbytes",
 ]
 
 isa()  # a wrong BNBOPS_ISA fails here, not in the middle of training

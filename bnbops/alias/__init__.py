@@ -1,0 +1,50 @@
+"""bnbops under bitsandbytes' name, for libraries that import bitsandbytes."""
+
+from __future__ import annotations
+
+import sys
+
+from bnbops.alias import finder
+
+_installed = False
+
+
+def install_as_bitsandbytes() -> None:
+    """Lets `import bitsandbytes` give bnbops, in this process, until `uninstall_as_bitsandbytes()`.
+
+    For libraries that know bitsandbytes only: Transformers, PEFT, TRL and Accelerate then quantize, train and save
+    with bnbops, unmodified. Call it first; libraries that were imported before, without a bitsandbytes, are told. A
+    bitsandbytes that is installed, but not imported, is shadowed. Calling it again does nothing.
+
+    Raises:
+        ImportError: the real bitsandbytes is imported already.
+    """
+    global _installed
+    if _installed:
+        return
+    module = sys.modules.get(finder.NAME)
+    if module is not None and not finder.is_ours(module):
+        raise ImportError(
+            f"bitsandbytes is already imported, from {getattr(module, '__file__', None)}: call "
+            "bnbops.install_as_bitsandbytes() before anything imports it, in the first lines of the program",
+            name=finder.NAME,
+        )
+    from bnbops.alias import names, repair
+
+    _installed = True
+    finder.install()
+    names.rename()
+    repair.announce()
+
+
+def uninstall_as_bitsandbytes() -> None:
+    """Undoes `install_as_bitsandbytes()`. Does nothing where it was not called."""
+    global _installed
+    if not _installed:
+        return
+    from bnbops.alias import names, repair
+
+    _installed = False
+    names.restore()
+    finder.uninstall()
+    repair.withdraw()
