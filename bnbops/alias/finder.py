@@ -1,7 +1,7 @@
-"""Finds `bitsandbytes` and its submodules in bnbops, and answers for its metadata.
+"""Finds `bitsandbytes` and its modules in bnbops, and answers for its metadata.
 
-This file imports neither torch nor bnbops, and runs before `bnbops/__init__.py` where the environment variable
-BNBOPS_INSTALL_AS_BITSANDBYTES is set (bnbops.pth): such a process only loads them when it imports bitsandbytes.
+This file imports neither torch nor bnbops: bnbops.pth runs it when Python starts, where the environment variable
+BNBOPS_INSTALL_AS_BITSANDBYTES is 1. Such a process loads bnbops when it first imports bitsandbytes, not before.
 """
 
 from __future__ import annotations
@@ -9,43 +9,35 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from importlib.metadata import Distribution, DistributionFinder
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 
 NAME = "bitsandbytes"
 VERSION = "0.50.2"  # the release whose interface bnbops follows
+PACKAGE = "bnbops.alias.bitsandbytes"
 
-# Modules that bnbops has under another name. Others have the same name in both.
+# bitsandbytes' modules that have another name in bnbops; the others have the same one.
 RENAMED = {
-    "nn.modules": "nn",
     "autograd": "alias.autograd",
     "autograd._functions": "alias.autograd",
+    "nn.modules": "nn",
     "optim.optimizer": "alias.optimizer",
     "utils": "alias.utils",
 }
+# Those that bnbops does not have, and why.
 MISSING = {
-    "_ops": "bnbops' operators are torch.ops.bnbops.*",
-    "backends": "bnbops' operators are torch.ops.bnbops.*",
-    "cextension": "bnbops has no ctypes library: its operators are torch.ops.bnbops.*",
-    "consts": "it describes bitsandbytes' own library files",
-    "cuda_specs": "bnbops leaves CUDA's versions to torch.version.cuda",
+    "_ops": "the operators are torch.ops.bnbops.*",
+    "backends": "the operators are torch.ops.bnbops.*",
+    "cextension": "there is no ctypes library; the operators are torch.ops.bnbops.*",
+    "consts": "it describes bitsandbytes' own files",
+    "cuda_specs": "torch.version.cuda and torch.cuda.get_device_capability() tell as much",
     "diagnostics": "use `python -m bnbops`",
 }
-
-# What to do after a module of another library was loaded, by its name: "module:function" of bnbops, called with it.
-AFTER = {"transformers.integrations.bitsandbytes": "bnbops.alias.converters:add"}
-
-_FOLDER = Path(__file__).parent
-
-
-def renamed(fullname: str) -> str:
-    """The name in bnbops of bitsandbytes' submodule."""
-    name = fullname.removeprefix(f"{NAME}.")
-    return f"bnbops.{RENAMED.get(name, name)}"
+COMPLETED = "transformers.integrations.bitsandbytes"  # by bnbops.alias.converters, after its import
 
 
 class Finder(DistributionFinder):
@@ -53,73 +45,82 @@ class Finder(DistributionFinder):
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname == NAME:
-            # bnbops' folder, too: pkgutil lists its modules.
-            return importlib.util.spec_from_file_location(
-                NAME, _FOLDER / "package.py", submodule_search_locations=[str(_FOLDER.parent)]
-            )
-        if fullname in AFTER:
-            return self._followed(fullname, path, target)
-        if not fullname.startswith(f"{NAME}."):
-            return None
-        name = fullname.removeprefix(f"{NAME}.")
-        if why := MISSING.get(name.partition(".")[0]):
-            raise ModuleNotFoundError(f"bnbops, installed as bitsandbytes, has no {fullname}: {why}", name=fullname)
-        spec = importlib.util.find_spec(renamed(fullname))
-        if spec is None:
-            return None
-        return ModuleSpec(
-            fullname, _SameModule(), origin=spec.origin, is_package=spec.submodule_search_locations is not None
-        )
-
-    def _followed(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
-        """Another finder's spec, whose loader does what `AFTER` says."""
-        specs = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
-        spec = next((spec for spec in specs if spec is not None), None)
-        if spec is not None:
-            spec.loader.exec_module = _then(spec.loader.exec_module, AFTER[fullname])
-        return spec
+            origin = str(Path(__file__).with_name("bitsandbytes.py"))
+            return ModuleSpec(NAME, _SameModule(), origin=origin, is_package=True)
+        if fullname.startswith(f"{NAME}."):
+            return _submodule(fullname)
+        if fullname == COMPLETED:
+            others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+            return _completed(next(filter(None, others), None))
+        return None
 
     def find_distributions(self, context: DistributionFinder.Context | None = None) -> Iterator[Distribution]:
-        if context is None or context.name in (None, NAME):
+        if context is None or context.name is None or context.name.lower() == NAME:
             yield _Distribution()
 
 
+def ours(fullname: str) -> str:
+    """The name in bnbops of a module of bitsandbytes."""
+    if fullname == NAME:
+        return PACKAGE
+    name = fullname.removeprefix(f"{NAME}.")
+    return f"bnbops.{RENAMED.get(name, name)}"
+
+
+def _submodule(fullname: str) -> ModuleSpec | None:
+    why = MISSING.get(fullname.split(".")[1])
+    if why is not None:
+        raise ModuleNotFoundError(f"bnbops, installed as bitsandbytes, has no {fullname}: {why}", name=fullname)
+    spec = importlib.util.find_spec(ours(fullname))
+    if spec is None:
+        return None
+    is_package = spec.submodule_search_locations is not None
+    return ModuleSpec(fullname, _SameModule(), origin=spec.origin, is_package=is_package)
+
+
 class _SameModule(Loader):
-    """Gives bnbops' module another name in sys.modules, and nothing else: the module is not loaded twice."""
+    """Loads bnbops' module under its own name, and gives it a second one: no module is there twice."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        module = importlib.import_module(renamed(spec.name))
-        spec.loader_state = module.__spec__, module.__loader__
+        module = importlib.import_module(ours(spec.name))
+        spec.loader_state = module.__spec__  # importlib will put `spec` in its place
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__, module.__loader__ = module.__spec__.loader_state
+        second, module.__spec__ = module.__spec__, module.__spec__.loader_state
+        if second.name == NAME:
+            from bnbops.alias import install_as_bitsandbytes
 
-    def get_code(self, fullname: str) -> object:
-        """For `python -m`."""
-        return importlib.util.find_spec(renamed(fullname)).loader.get_code(renamed(fullname))
+            install_as_bitsandbytes()  # which was not called, where bnbops.pth brought the finder
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        """For `python -m bitsandbytes`."""
+        return importlib.util.find_spec(ours(fullname)).loader.get_code(ours(fullname))
 
 
-def _then(execute: Callable[[ModuleType], None], function: str) -> Callable[[ModuleType], None]:
+def _completed(spec: ModuleSpec | None) -> ModuleSpec | None:
+    """`spec`, whose loader runs the module as before, and completes it then."""
+    execute = getattr(spec and spec.loader, "exec_module", None)
+
     def exec_module(module: ModuleType) -> None:
         execute(module)
         if FINDER in sys.meta_path:
-            where, _, name = function.partition(":")
-            getattr(importlib.import_module(where), name)(module)
+            from bnbops.alias import converters
 
-    return exec_module
+            converters.add(module)
+
+    if execute is not None:
+        spec.loader.exec_module = exec_module
+    return spec
 
 
 class _Distribution(Distribution):
     def read_text(self, filename: str) -> str | None:
-        if filename == "METADATA":
-            return (
-                f"Metadata-Version: 2.1\nName: {NAME}\nVersion: {VERSION}\nSummary: bnbops under bitsandbytes' name\n"
-            )
-        return f"{NAME}\n" if filename == "top_level.txt" else None
+        texts = {"METADATA": f"Metadata-Version: 2.1\nName: {NAME}\nVersion: {VERSION}\n", "top_level.txt": f"{NAME}\n"}
+        return texts.get(filename)
 
     def locate_file(self, path: str) -> Path:
-        return _FOLDER / path
+        return Path(__file__).parent / path
 
 
 FINDER = Finder()
@@ -131,17 +132,17 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Removes the finder, all modules' second names, and what their import left in the parents."""
+    """Removes the finder, the modules' second names, and what importing by these has set in their parents."""
     if FINDER in sys.meta_path:
         sys.meta_path.remove(FINDER)
-    for fullname in [name for name in sys.modules if name.partition(".")[0] == NAME]:
-        parent, _, child = fullname.rpartition(".")
-        own = getattr(sys.modules.get(parent), "__name__", NAME)
-        if own != NAME and f"{own}.{child}" not in sys.modules:
+    names = [name for name in sys.modules if name.partition(".")[0] == NAME]
+    for parent, _, child in (name.rpartition(".") for name in names):
+        own = ours(parent)
+        if parent.partition(".")[0] == NAME and own != PACKAGE and f"{own}.{child}" not in sys.modules:
             vars(sys.modules[own]).pop(child, None)
-    for fullname in [name for name in sys.modules if name.partition(".")[0] == NAME]:
-        del sys.modules[fullname]
+    for name in names:
+        del sys.modules[name]
 
 
 def is_ours(module: ModuleType) -> bool:
-    return getattr(module, "__file__", None) == str(_FOLDER / "package.py")
+    return module.__name__ == PACKAGE

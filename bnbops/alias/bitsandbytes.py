@@ -1,13 +1,13 @@
-"""What `import bitsandbytes` gives: bnbops under that name, with the version whose interface it follows."""
+"""What `import bitsandbytes` gives: bnbops, but with the version of the interface that it follows."""
 
 from typing import Any
 
 import bnbops
 from bnbops import MatmulLtState, features, functional, matmul, matmul_4bit, nn, optim, supported_torch_devices
-from bnbops.alias import finder, install_as_bitsandbytes
+from bnbops.alias import finder
 
 __version__ = finder.VERSION
-__path__ = bnbops.__path__
+__path__ = bnbops.__path__  # a package; the finder knows where its modules are
 __all__ = [
     "MatmulLtState",
     "features",
@@ -18,8 +18,6 @@ __all__ = [
     "optim",
     "supported_torch_devices",
 ]
-
-install_as_bitsandbytes()  # nothing was, where an environment variable brought the finder
 
 
 def __getattr__(name: str) -> Any:
