@@ -117,6 +117,28 @@ def test_weights_that_are_assigned():
         assert torch.equal(module.SCB, data.half().abs().amax(1).float())
 
 
+def test_weights_of_another_shape():
+    """A checkpoint of another size: refused, and the layer is as it was."""
+    module, other = layer(), Linear8bitLt(40, 32, has_fp16_weights=False).to("cpu")
+    before = module(inputs(5))
+    with pytest.raises(
+        ValueError, match=r"quantized weight has shape \[32, 40\], but this Linear8bitLt needs \[24, 40\]"
+    ):
+        module.weight = other.weight
+    assert torch.equal(module(inputs(5)), before)
+
+
+def test_float_weights_made_anew_stay_float():
+    """Transformers makes the weight of a layer to be trained from the attributes of the one that it replaces."""
+    module, value = Linear8bitLt(40, 24, has_fp16_weights=True, threshold=3.0), torch.randn(24, 40)
+    expected = copy.deepcopy(module)
+    with torch.no_grad():
+        expected.weight.copy_(value)
+    module.weight = Int8Params(value, requires_grad=False, **vars(module.weight)).to("cpu")
+    assert torch.equal(module.weight, value) and list(module.state_dict()) == ["weight", "bias"]
+    assert torch.equal(module(inputs(5)), expected(inputs(5)))
+
+
 def test_tied_weights():
     """One parameter in two modules: one set of scales, also in a copy."""
     for quantize_first in ([], ["embedding"], ["embedding", "head"]):

@@ -147,8 +147,11 @@ class Int8Module(nn.Module):
         """Makes the float weight an Int8Params, unless it is to be trained: torch.compile does not trace gradients of
         parameters that have a class of their own."""
         self.has_fp16_weights = has_fp16_weights
+        self._shape = tuple(self.weight.shape)
         self.register_parameter("weight_scale", None)
-        if not has_fp16_weights:
+        if has_fp16_weights:
+            self.weight.has_fp16_weights = True  # Transformers makes an Int8Params with the attributes of this one
+        else:
             self.weight = Int8Params(self.weight.data, requires_grad=False)
 
     @property
@@ -184,11 +187,20 @@ class Int8Module(nn.Module):
         return weight, scales
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in torch. A new weight brings its scales with it."""
+        """As in torch. A new weight brings its scales with it.
+
+        Raises:
+            ValueError: a quantized weight of another shape, or with more or fewer scales than rows.
+        """
         if name == "weight" and isinstance(param, Int8Params) and param.SCB is not None:
             rows, scales = param.shape[0], param.SCB.numel()
             if rows != scales:
                 raise ValueError(f"the weight has {rows} rows, but its SCB has {scales} scales")
+            if tuple(param.shape) != self._shape:
+                raise ValueError(
+                    f"the quantized weight has shape {list(param.shape)}, but this {type(self).__name__} needs "
+                    f"{list(self._shape)}"
+                )
         super().register_parameter(name, param)
         if name == "weight" and isinstance(param, Int8Params):
             self.weight_scale = None
