@@ -58,15 +58,29 @@ class Bnb4bitParametrization(nn.Module):
     def forward(self, packed: Tensor) -> Tensor:
         """The parameter in its shape and dtype."""
         if self._readers == 0 or torch.compiler.is_compiling():
-            return self._dequantize(packed)
+            return self.dequantize(packed)
         if self._value is None:
-            self._value = self._dequantize(packed)
+            self._value = self.dequantize(packed)
         return self._value
 
-    def _dequantize(self, packed: Tensor) -> Tensor:
+    def dequantize(self, packed: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The parameter in its shape, and in `dtype` or its own."""
         absmax, nested = as_arguments(scales_of(self, ""), self.format)
-        shape, dtype, blocksize, quant_type, _ = self.format
-        return torch.ops.bnbops.dequantize_4bit(packed, absmax, blocksize, quant_type, shape, dtype, **nested)
+        shape, own_dtype, blocksize, quant_type, _ = self.format
+        return torch.ops.bnbops.dequantize_4bit(
+            packed, absmax, blocksize, quant_type, shape, dtype or own_dtype, **nested
+        )
+
+    def quantize(self, data: Tensor) -> tuple[Tensor, QuantState]:
+        """Floats as this parametrization would hold them."""
+        nested = self.nested_absmax is not None
+        return quantize_4bit(
+            data, None, None, self.format.blocksize, nested, self.format.quant_type, self.quant_storage
+        )
+
+    def packed(self, original: Tensor) -> Tensor:
+        """The codes that are held as bytes, in their storage dtype."""
+        return original.detach().view(-1).view(self.quant_storage)
 
     def start_reading(self) -> None:
         self._readers += 1
@@ -197,8 +211,7 @@ def _save_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, local
         return
     for key in names.values():
         state_dict.pop(key, None)
-    packed = original.detach().view(-1).view(parametrization.quant_storage)
-    save(state_dict, prefix + name, packed, parametrization.quant_state)
+    save(state_dict, prefix + name, parametrization.packed(original), parametrization.quant_state)
 
 
 def _load_hook(
@@ -231,7 +244,7 @@ def _load_hook(
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             error_msgs.append(f"{key}: {error}")
         else:
-            _hold(original, parametrization, packed, state, local_metadata.get("assign_to_params_buffers", False))
+            replace(original, parametrization, packed, state, local_metadata.get("assign_to_params_buffers", False))
     tensors = {"original": original.original} | scales_of(parametrization, "")
     for role, own_name in _own_names(prefix, name, index).items():
         if role in tensors:
@@ -255,15 +268,15 @@ def _loaded(
             f"expected a float parameter of shape {list(format.shape)}, or a packed one with its quantization state, "
             f"got {data.dtype} of shape {list(data.shape)}"
         )
-    nested = parametrization.nested_absmax is not None
-    return quantize_4bit(data, None, None, format.blocksize, nested, format.quant_type, parametrization.quant_storage)
+    return parametrization.quantize(data)
 
 
 @torch.no_grad()
-def _hold(
+def replace(
     holder: nn.Module, parametrization: Bnb4bitParametrization, packed: Tensor, state: QuantState, assign: bool
 ) -> None:
-    """In place where the tensors fit."""
+    """Makes `holder`, a ParametrizationList, hold other codes and their scales: in place where the tensors fit, or with
+    `assign` the given tensors themselves."""
     format, new, held = Format.of(state), tensors_of(state), scales_of(parametrization, "")
     parametrization.quant_storage = packed.dtype
     if format == parametrization.format and new.keys() == held.keys() and not assign and not holder.original.is_meta:

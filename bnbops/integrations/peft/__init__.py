@@ -1,0 +1,26 @@
+"""PEFT on bnbops: `import bnbops.integrations.peft`, and adapters of bnbops' layers train, merge and unmerge.
+
+The import registers the layers with PEFT (`register`), for `get_peft_model`, `PeftModel.from_pretrained` and
+`load_adapter` alike; `unregister` takes that back. No bitsandbytes is needed.
+
+What it replaces in PEFT: `_create_new_module` of `LoraModel`, `AdaLoraModel` and `IA3Model`, so that they know bnbops'
+layers; `dequantize_module_weight`, with which DoRA reads a weight; and `create_loraplus_optimizer`, which imports
+bitsandbytes for 8-bit optimizers. All else is as before, for layers and optimizers that are not bnbops', too.
+"""
+
+from bnbops.integrations.requirements import require
+
+require("peft", "0.21", "bnbops.integrations.peft")
+
+from bnbops.integrations.peft.dispatch import register, unregister  # noqa: E402
+from bnbops.integrations.peft.layers import (  # noqa: E402
+    AdaLoraLinear,
+    IA3Linear,
+    LoraEmbedding,
+    LoraLinear,
+    LoraParameter,
+)
+
+__all__ = ["AdaLoraLinear", "IA3Linear", "LoraEmbedding", "LoraLinear", "LoraParameter", "register", "unregister"]
+
+register()

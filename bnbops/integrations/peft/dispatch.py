@@ -1,0 +1,125 @@
+"""Which layer an adapter gets, and the places in PEFT that ask."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from copy import copy
+from typing import Any
+
+import peft
+from peft.import_utils import is_bnb_available
+from peft.optimizers import loraplus
+from peft.tuners.adalora import AdaLoraModel
+from peft.tuners.ia3 import IA3Model
+from peft.tuners.lora import LoraModel, dora, layer, variants
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from bnbops.integrations.peft.layers import (
+    AdaLoraLinear,
+    IA3Linear,
+    LoraEmbedding,
+    LoraLinear,
+    LoraParameter,
+    is_parametrized_4bit,
+)
+from bnbops.nn.params_8bit import Int8Module
+from bnbops.nn.requantize import dequantized_weight, is_quantized
+from bnbops.nn.weight_4bit import Weight4bit
+from bnbops.optim import GlobalOptimManager
+
+
+def _layer_class(base: nn.Module, parameter_name: str | None, linear: type, embedding: type | None) -> type | None:
+    """The class for a base layer; None: PEFT knows it.
+
+    Raises:
+        ValueError: nothing fits.
+    """
+    quantized = isinstance(base, Weight4bit | Int8Module)
+    if parameter_name is not None:
+        if quantized and parameter_name == "weight":
+            raise ValueError(
+                f"target_parameters names the weight of a {type(base).__name__}, which is packed: name the module in "
+                "target_modules instead"
+            )
+        return LoraParameter if is_parametrized_4bit(base, parameter_name) else None
+    if not quantized:
+        return None
+    found = linear if isinstance(base, nn.Linear) else embedding
+    if found is None:
+        raise ValueError(f"{linear.__doc__.split(' of ')[0]} cannot adapt a {type(base).__name__}, only linear layers")
+    return found
+
+
+def _creating(original: Callable[..., nn.Module], linear: type, embedding: type | None) -> staticmethod:
+    """`_create_new_module` of one of PEFT's models, which knows bnbops' layers first."""
+
+    @functools.wraps(original)
+    def create(config: Any, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        custom = getattr(config, "_custom_modules", None) or ()
+        layer = None
+        if not any(isinstance(base, kind) for kind in custom):
+            layer = _layer_class(base, kwargs.get("parameter_name"), linear, embedding)
+        if layer is None:
+            if not is_bnb_available():  # with the flags some of PEFT's methods take it for granted
+                kwargs.update({flag: False for flag in ("loaded_in_4bit", "loaded_in_8bit") if flag in kwargs})
+            return original(config, adapter_name, target, *args, **kwargs)
+        config = copy(config)
+        config.fan_in_fan_out = False  # of GPT-2's Conv1D; quantized they are linear layers
+        return layer(target, adapter_name, config=config, **kwargs)
+
+    return staticmethod(create)
+
+
+def _dequantizing(original: Callable[[nn.Module], Tensor]) -> Callable[[nn.Module], Tensor]:
+    """`dequantize_module_weight`, with which DoRA reads a weight."""
+
+    @functools.wraps(original)
+    def dequantize_module_weight(module: nn.Module) -> Tensor:
+        return dequantized_weight(module) if is_quantized(module) else original(module)
+
+    return dequantize_module_weight
+
+
+def _making_loraplus(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`create_loraplus_optimizer`, which gives embeddings 32-bit state through bitsandbytes' manager."""
+
+    @functools.wraps(original)
+    def create_loraplus_optimizer(model: nn.Module, optimizer_cls: type, **kwargs: Any) -> Any:
+        if not optimizer_cls.__module__.startswith("bnbops."):
+            return original(model, optimizer_cls, **kwargs)
+        manager = GlobalOptimManager.get_instance()
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                manager.register_module_override(module, "weight", {"optim_bits": 32})
+        # a function: PEFT imports bitsandbytes for classes of certain names
+        return original(model, lambda groups, **options: optimizer_cls(groups, **options), **kwargs)
+
+    return create_loraplus_optimizer
+
+
+_PATCHES: list[tuple[Any, str, Callable[[Any], Any]]] = [
+    (LoraModel, "_create_new_module", lambda f: _creating(f, LoraLinear, LoraEmbedding)),
+    (AdaLoraModel, "_create_new_module", lambda f: _creating(f, AdaLoraLinear, None)),
+    (IA3Model, "_create_new_module", lambda f: _creating(f, IA3Linear, None)),
+    *((module, "dequantize_module_weight", _dequantizing) for module in (dora, layer, variants)),
+    *((module, "create_loraplus_optimizer", _making_loraplus) for module in (loraplus, peft.optimizers)),
+]
+_originals: list[tuple[Any, str, Any]] = []
+
+
+def register() -> None:
+    """Lets PEFT adapt bnbops' layers, in this process. Importing `bnbops.integrations.peft` does it; twice is once."""
+    if _originals:
+        return
+    for owner, name, make in _PATCHES:
+        _originals.append((owner, name, vars(owner)[name]))
+        setattr(owner, name, make(getattr(owner, name)))
+
+
+def unregister() -> None:
+    """Makes PEFT what it was. Models that have adapters keep them, and their layers work, except DoRA's."""
+    while _originals:
+        setattr(*_originals.pop())

@@ -1,0 +1,230 @@
+"""PEFT's layers around quantized ones: PEFT's own, but for what touches the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from peft.tuners import adalora, ia3, lora
+from peft.tuners.lora.layer import ParamWrapper, _LoraFactorsProxy, _LoraParameterProxy
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from bnbops.nn.parametrize import Bnb4bitParametrization, replace
+from bnbops.nn.requantize import check_finite, dequantized_weight, is_quantized, requantized_weight
+
+
+def is_parametrized_4bit(module: Any, name: str) -> bool:
+    """Whether a parameter is dequantized where it is read."""
+    return parametrize.is_parametrized(module, name) and isinstance(
+        module.parametrizations[name][0], Bnb4bitParametrization
+    )
+
+
+class MergesQuantized:
+    """Merges and unmerges adapters of a quantized base layer. Mixed into a PEFT layer before its class.
+
+    PEFT merges into a float copy of the weight, in fp32, which is then quantized with the settings of the base layer.
+    All merged adapters go into the weight as it was before any of them, in one go, so each rounding happens once. That
+    weight is kept, in its quantized format, and put back by `unmerge`.
+    """
+
+    _float_base: SimpleNamespace | None = None  # stands for the base layer while PEFT merges
+    _original: Any = None  # the weight, and the bias, from before merging
+
+    def get_base_layer(self) -> Any:
+        return super().get_base_layer() if self._float_base is None else self._float_base
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As in PEFT, and nothing has changed after an error.
+
+        Raises:
+            ValueError: the merged weight has NaN or infinite values; with `safe_merge` the message names the adapter.
+        """
+        if not self._is_quantized():
+            super().merge(safe_merge, adapter_names)  # PEFT's copy; or the base layer was dequantized
+            return
+        names = check_adapters_to_merge(self, adapter_names)
+        if not names:
+            return
+        merged, held = list(self.merged_adapters), self._held()
+        try:
+            self.merged_adapters = []
+            self._put(held if self._original is None else self._original)
+            with self._as_float() as base:
+                super().merge(safe_merge, [*merged, *names])
+            added = len(self.merged_adapters) > len(merged)
+            original = self._held()
+            self._put(self._requantized(base) if added else held)
+            self._original = original if added or merged else None
+        except Exception:
+            self._put(held)
+            self.merged_adapters = merged
+            raise
+
+    def unmerge(self) -> None:
+        """Puts the weight back that was there before merging, bit by bit.
+
+        Raises:
+            RuntimeError: adapters were merged before the base layer was quantized, so there is no such weight.
+        """
+        if not self._is_quantized() or not self.merged:
+            super().unmerge()
+            return
+        if self._original is None:
+            raise RuntimeError(
+                f"{', '.join(self.merged_adapters)} cannot be unmerged: merged before the base layer was quantized, "
+                "so its weight without adapters is not known; load the model again"
+            )
+        self._put(self._original)
+        self._original, self.merged_adapters = None, []
+
+    @contextmanager
+    def _as_float(self) -> Iterator[SimpleNamespace]:
+        self._float_base = self._dequantized()
+        try:
+            yield self._float_base
+        finally:
+            self._float_base = None
+
+    # ---- the weight of the base layer, as its module holds it ------------------------------------------------------
+
+    def _is_quantized(self) -> bool:
+        return is_quantized(self.get_base_layer())
+
+    def _held(self) -> Any:
+        base = self.get_base_layer()
+        return base.weight, None if getattr(base, "bias", None) is None else base.bias.data
+
+    def _put(self, held: Any) -> None:
+        base, (weight, bias) = self.get_base_layer(), held
+        base.weight = weight.to(base.weight.device)  # the model may have been moved since
+        if bias is not None:
+            base.bias.data = bias.to(base.bias.device)
+
+    def _dequantized(self) -> SimpleNamespace:
+        base = self.get_base_layer()
+        bias = None if getattr(base, "bias", None) is None else nn.Parameter(base.bias.detach().clone())
+        return SimpleNamespace(weight=nn.Parameter(dequantized_weight(base, torch.float32)), bias=bias)
+
+    def _requantized(self, floats: SimpleNamespace) -> Any:
+        base = self.get_base_layer()
+        bias = None if floats.bias is None else floats.bias.data.to(base.bias.dtype)
+        return requantized_weight(base, floats.weight.data), bias
+
+
+class _Lora(MergesQuantized):
+    """What LoRA layers of all kinds share."""
+
+    _variants: tuple[tuple[str, ...], ...] = ((),)  # that neither change the weight nor read it by its name
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], Any]:
+        return {names: variant for names, variant in super().lora_variants.items() if names in self._variants}
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: lora.LoraConfig, **kwargs: Any) -> None:
+        """As in PEFT.
+
+        Raises:
+            ValueError: an initialization that puts part of the weight into the adapter.
+        """
+        init = config.init_lora_weights
+        if init not in (True, False, "gaussian", "eva", "orthogonal"):
+            raise ValueError(
+                f"init_lora_weights={init!r} splits the weight of the base layer, which is quantized: initialize the "
+                "adapter on the float model, then quantize that"
+            )
+        if init == "orthogonal" and self._is_quantized():  # the adapter gets the dtype of the weight
+            with self._as_float():
+                super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
+            return
+        super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
+
+
+class LoraLinear(_Lora, lora.Linear):
+    """LoRA, rsLoRA, DoRA, aLoRA or Arrow of a `Linear4bit` or a `Linear8bitLt`."""
+
+    _variants = ((), ("use_dora",), ("alora_invocation_tokens",), ("arrow_config",))
+
+
+class LoraEmbedding(_Lora, lora.Embedding):
+    """LoRA of an `Embedding4bit` or `Embedding8bit`."""
+
+
+class LoraParameter(_Lora, ParamWrapper):
+    """LoRA of a parameter that is parametrized in 4 bits, such as the experts of a mixture (`target_parameters`)."""
+
+    def get_param(self) -> Tensor:
+        """As in PEFT, but while the parameter is quantized of its shape, dtype and device only: to read it would
+        dequantize it."""
+        if not self._is_quantized():
+            return super().get_param()
+        holder, parametrization = self._parametrization()
+        empty = torch.empty((), dtype=parametrization.format.dtype, device=holder.original.device)
+        return empty.expand(parametrization.format.shape)
+
+    @contextmanager
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        """As in PEFT, whose own neither removes what it adds to a parametrization, nor is content with one read."""
+        names = [name for name in active_adapters if name in self.lora_A]
+        if not names or not self._is_quantized():
+            with super()._activate_lora(active_adapters):
+                yield
+            return
+        holder, _ = self._parametrization()
+        before = len(holder)
+        holder.extend([self._delta(name) for name in names])
+        try:
+            with parametrize.cached():
+                yield
+        finally:
+            del holder[before:]
+
+    def _delta(self, name: str) -> nn.Module:
+        if self.num_experts > 1:
+            return _LoraFactorsProxy(*self.get_delta_factors(name))
+        return _LoraParameterProxy(self.get_delta_weight(name))
+
+    # ---- the parameter, as its parametrization holds it ------------------------------------------------------------
+
+    def _parametrization(self) -> tuple[parametrize.ParametrizationList, Bnb4bitParametrization]:
+        holder = self.get_base_layer().parametrizations[self.parameter_name]
+        return holder, holder[0]
+
+    def _is_quantized(self) -> bool:
+        return self._float_base is None and is_parametrized_4bit(self.get_base_layer(), self.parameter_name)
+
+    def _held(self) -> Any:
+        holder, parametrization = self._parametrization()
+        return parametrization.packed(holder.original), parametrization.quant_state
+
+    def _put(self, held: Any) -> None:
+        (holder, parametrization), (packed, state) = self._parametrization(), held
+        device = holder.original.device
+        state.to(device)
+        replace(holder, parametrization, packed.to(device), state, assign=True)
+
+    def _dequantized(self) -> SimpleNamespace:
+        holder, parametrization = self._parametrization()
+        weight = parametrization.dequantize(holder.original, torch.float32)
+        return SimpleNamespace(**{self.parameter_name: nn.Parameter(weight)})
+
+    def _requantized(self, floats: SimpleNamespace) -> Any:
+        _, parametrization = self._parametrization()
+        data = getattr(floats, self.parameter_name).data
+        check_finite(data)
+        packed, state = parametrization.quantize(data)
+        state.dtype = parametrization.format.dtype
+        return packed, state
+
+
+class AdaLoraLinear(MergesQuantized, adalora.SVDLinear):
+    """AdaLoRA of a `Linear4bit` or a `Linear8bitLt`."""
+
+
+class IA3Linear(MergesQuantized, ia3.Linear):
+    """(IA)^3 of a `Linear4bit` or a `Linear8bitLt`."""
