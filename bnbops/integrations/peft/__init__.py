@@ -4,8 +4,9 @@ The import registers the layers with PEFT (`register`), for `get_peft_model`, `P
 `load_adapter` alike; `unregister` takes that back. No bitsandbytes is needed.
 
 What it replaces in PEFT: `_create_new_module` of `LoraModel`, `AdaLoraModel` and `IA3Model`, so that they know bnbops'
-layers; `dequantize_module_weight`, with which DoRA reads a weight; and `create_loraplus_optimizer`, which imports
-bitsandbytes for 8-bit optimizers. All else is as before, for layers and optimizers that are not bnbops', too.
+layers; `_inject_parameters`, so that `target_parameters` finds experts in 4 bits; `dequantize_module_weight`, with
+which DoRA reads a weight; and `create_loraplus_optimizer`, which imports bitsandbytes for 8-bit optimizers. Layers and
+optimizers that are not bnbops' get what they got before.
 """
 
 from bnbops.integrations.requirements import require
@@ -18,9 +19,9 @@ from bnbops.integrations.peft.layers import (  # noqa: E402
     IA3Linear,
     LoraEmbedding,
     LoraLinear,
-    LoraParameter,
+    ParamWrapper,
 )
 
-__all__ = ["AdaLoraLinear", "IA3Linear", "LoraEmbedding", "LoraLinear", "LoraParameter", "register", "unregister"]
+__all__ = ["AdaLoraLinear", "IA3Linear", "LoraEmbedding", "LoraLinear", "ParamWrapper", "register", "unregister"]
 
 register()

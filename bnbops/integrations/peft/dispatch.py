@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import copy
 from typing import Any
 
@@ -13,7 +14,9 @@ from peft.optimizers import loraplus
 from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.ia3 import IA3Model
 from peft.tuners.lora import LoraModel, dora, layer, variants
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.integrations import init_empty_weights
+from peft.utils.other import _get_submodules
 from torch import Tensor, nn
 
 from bnbops.integrations.peft.layers import (
@@ -21,7 +24,7 @@ from bnbops.integrations.peft.layers import (
     IA3Linear,
     LoraEmbedding,
     LoraLinear,
-    LoraParameter,
+    ParamWrapper,
     is_parametrized_4bit,
 )
 from bnbops.nn.params_8bit import Int8Module
@@ -43,7 +46,7 @@ def _layer_class(base: nn.Module, parameter_name: str | None, linear: type, embe
                 f"target_parameters names the weight of a {type(base).__name__}, which is packed: name the module in "
                 "target_modules instead"
             )
-        return LoraParameter if is_parametrized_4bit(base, parameter_name) else None
+        return ParamWrapper if is_parametrized_4bit(base, parameter_name) else None
     if not quantized:
         return None
     found = linear if isinstance(base, nn.Linear) else embedding
@@ -71,6 +74,47 @@ def _creating(original: Callable[..., nn.Module], linear: type, embedding: type 
         return layer(target, adapter_name, config=config, **kwargs)
 
     return staticmethod(create)
+
+
+def _injecting(original: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """`_inject_parameters`, which follows `target_parameters`: for parametrized ones it knows full names only, nests
+    them in another order than float ones, so that their adapters do not fit each other, and has no second adapter."""
+
+    @functools.wraps(original)
+    def inject(
+        self: BaseTuner, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        targets, found = set(peft_config.target_parameters), []
+        for path, name in _parameters_4bit(model):
+            key = f"{path}.{name}"
+            if not any(key == target or key.endswith(f".{target}") for target in targets):
+                continue
+            parent, target, attribute = _get_submodules(model, path)
+            wrapper = target
+            while isinstance(wrapper, ParamWrapper) and wrapper.parameter_name != name:
+                wrapper = wrapper.base_layer
+            if isinstance(wrapper, ParamWrapper):
+                target = wrapper
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._create_and_replace(
+                    peft_config, adapter_name, target, attribute, parent, current_key=key, parameter_name=name
+                )
+            found.append(key)
+        others = copy(peft_config)
+        others.target_parameters = [target for target in targets if target not in found]
+        return found + original(self, others, model, adapter_name, low_cpu_mem_usage)
+
+    return inject
+
+
+def _parameters_4bit(model: nn.Module) -> list[tuple[str, str]]:
+    """Module and name of each parameter that is parametrized in 4 bits, wrappers of it left out of the path."""
+    return [
+        (path.replace(".base_layer", ""), name)
+        for path, module in model.named_modules()
+        for name in getattr(module, "parametrizations", ())
+        if is_parametrized_4bit(module, name)
+    ]
 
 
 def _dequantizing(original: Callable[[nn.Module], Tensor]) -> Callable[[nn.Module], Tensor]:
@@ -104,6 +148,7 @@ _PATCHES: list[tuple[Any, str, Callable[[Any], Any]]] = [
     (LoraModel, "_create_new_module", lambda f: _creating(f, LoraLinear, LoraEmbedding)),
     (AdaLoraModel, "_create_new_module", lambda f: _creating(f, AdaLoraLinear, None)),
     (IA3Model, "_create_new_module", lambda f: _creating(f, IA3Linear, None)),
+    (BaseTuner, "_inject_parameters", _injecting),
     *((module, "dequantize_module_weight", _dequantizing) for module in (dora, layer, variants)),
     *((module, "create_loraplus_optimizer", _making_loraplus) for module in (loraplus, peft.optimizers)),
 ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft.tuners import adalora, ia3, lora
-from peft.tuners.lora.layer import ParamWrapper, _LoraFactorsProxy, _LoraParameterProxy
+from peft.tuners.lora import layer as lora_layer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -155,8 +155,9 @@ class LoraEmbedding(_Lora, lora.Embedding):
     """LoRA of an `Embedding4bit` or `Embedding8bit`."""
 
 
-class LoraParameter(_Lora, ParamWrapper):
-    """LoRA of a parameter that is parametrized in 4 bits, such as the experts of a mixture (`target_parameters`)."""
+class ParamWrapper(_Lora, lora_layer.ParamWrapper):
+    """LoRA of a parameter that is parametrized in 4 bits, such as the experts of a mixture (`target_parameters`). PEFT
+    knows the class by its name."""
 
     def get_param(self) -> Tensor:
         """As in PEFT, but while the parameter is quantized of its shape, dtype and device only: to read it would
@@ -186,8 +187,8 @@ class LoraParameter(_Lora, ParamWrapper):
 
     def _delta(self, name: str) -> nn.Module:
         if self.num_experts > 1:
-            return _LoraFactorsProxy(*self.get_delta_factors(name))
-        return _LoraParameterProxy(self.get_delta_weight(name))
+            return lora_layer._LoraFactorsProxy(*self.get_delta_factors(name))
+        return lora_layer._LoraParameterProxy(self.get_delta_weight(name))
 
     # ---- the parameter, as its parametrization holds it ------------------------------------------------------------
 
