@@ -297,6 +297,23 @@ def test_a_head_tied_to_the_embedding_stays_tied() -> None:
         quantize_(model, skip=())
 
 
+@pytest.mark.parametrize("quant", FORMATS)
+def test_a_head_and_its_embedding_share_a_quantized_weight_if_both_are_asked_for(quant: str) -> None:
+    model, apart = net(tied=True), net()
+    apart.load_state_dict(model.state_dict())
+    quantize_(model, quant, embeddings=True, skip=())
+    quantize_(apart, quant, embeddings=True, skip=())
+    assert model.lm_head.weight is model.embed.weight
+    scales = "weight_scale" if quant == "int8" else "weight_absmax"
+    assert getattr(model.lm_head, scales) is getattr(model.embed, scales)
+    assert torch.equal(model(TOKENS), apart(TOKENS))
+    assert torch.equal(copy.deepcopy(model).to(torch.bfloat16).to(torch.float32).embed(TOKENS), apart.embed(TOKENS))
+
+    again = quantize_(on_meta(lambda: Net(tied=True)), quant, embeddings=True, skip=())
+    again.load_state_dict(apart.state_dict(), assign=True)
+    assert torch.equal(again(TOKENS), apart(TOKENS))
+
+
 @pytest.mark.parametrize("share", ["parameter", "memory"])
 @pytest.mark.parametrize("quant", FORMATS)
 def test_linears_that_share_a_weight_share_the_quantized_one(quant: str, share: str) -> None:

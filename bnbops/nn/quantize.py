@@ -5,26 +5,17 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from bnbops.functional import quantize_4bit
-from bnbops.matmul_int8 import quantize_weight
-from bnbops.nn.embedding_4bit import Embedding4bit
-from bnbops.nn.embedding_8bit import Embedding8bit
-from bnbops.nn.linear_4bit import Linear4bit
-from bnbops.nn.linear_8bit import Linear8bitLt
 from bnbops.nn.materialize import Change, Sources, check_sources, load_others, read
-from bnbops.nn.parametrize import replace_parameter_4bit, replace_parameter_4bit_prequantized
-from bnbops.nn.params_4bit import Params4bit
-from bnbops.nn.params_8bit import Int8Module, Int8Params
-from bnbops.nn.quantize_plan import SHARDED, Place, QuantizationPlan, Skip, places_by_tensor, quantization_plan
-from bnbops.nn.scales_4bit import check_settings
+from bnbops.nn.params_8bit import Int8Module
+from bnbops.nn.quantize_format import QuantizationFormat
+from bnbops.nn.quantize_plan import SHARDED, QuantizationPlan, Skip, places_by_tensor, quantization_plan
+from bnbops.nn.quantized_layers import find, quantize_weight
 from bnbops.nn.weight_4bit import Weight4bit
-from bnbops.nn.weight_source import empty, open_state
+from bnbops.nn.weight_source import open_state
 
 State = Mapping[str, Tensor] | str | os.PathLike[str]
 
@@ -48,10 +39,11 @@ def quantize_(
     """Converts a model's linear layers to 4 or 8 bits, in place, one after the other.
 
     Every plain `nn.Linear` becomes a `Linear4bit` or `Linear8bitLt` that keeps its bias, its mode and its forward and
-    backward hooks. `quantization_plan` tells beforehand what will be converted and what will be left. Left are: what
-    `skip` names; what is quantized already; subclasses of `nn.Linear`; weights that are computed, parametrized,
-    of another dtype than fp32, bf16 and fp16, or shared with anything that cannot share a quantized one. Layers that
-    share their weight share it afterwards. A warning names linear layers that are left for other reasons than `skip`.
+    backward hooks, and so does Transformers' `Conv1D`, a linear layer. `quantization_plan` tells beforehand what will
+    be converted and what will be left. Left are: what `skip` names; what is quantized already; subclasses of
+    `nn.Linear`; weights that are computed, parametrized, of another dtype than fp32, bf16 and fp16, or shared with
+    anything that cannot share a quantized one. Layers that share their weight share it afterwards. A warning names
+    linear layers that are left for other reasons than `skip`.
 
     With `state` the weights come from there, one at a time: only the quantized ones stay, so that a model on the meta
     device takes little more memory than it has in the end. A model on the meta device without `state` gets quantized
@@ -92,7 +84,7 @@ def quantize_(
     call goes on with the rest. With `state` the model is as it was.
     """
     plan = quantization_plan(model, quant, skip=skip, embeddings=embeddings, experts=experts)
-    format = _Format(quant, double_quant, blocksize, compute_dtype, quant_storage, float(threshold))
+    format = QuantizationFormat(quant, double_quant, blocksize, compute_dtype, quant_storage, float(threshold))
     sources = None if state is None else open_state(state)
     device = None if device is None else torch.device(device)
     names = _check(model, plan, format, sources)
@@ -101,7 +93,7 @@ def quantize_(
     if sources is not None:
         changes += load_others(model, sources, {name for group in names for name in group}, device)
     for group in _with_progress(names, quant, progress):
-        change = _convert(model, group, format, sources, device)
+        change = quantize_weight(model, group, _read(model, group, format, sources, device), format)
         if sources is None:
             change()  # at once, which frees the float weight
             del change
@@ -113,7 +105,9 @@ def quantize_(
     return model if device is None else model.to(device)
 
 
-def _check(model: nn.Module, plan: QuantizationPlan, format: _Format, sources: Sources | None) -> list[list[str]]:
+def _check(
+    model: nn.Module, plan: QuantizationPlan, format: QuantizationFormat, sources: Sources | None
+) -> list[list[str]]:
     """Finds out what may go wrong. Returns the names of the weights to convert: names, since to hold a weight would
     keep its memory; a list for each, since a shared one has several."""
     format.check()
@@ -133,9 +127,20 @@ def _check(model: nn.Module, plan: QuantizationPlan, format: _Format, sources: S
     return [[place.name for place in places] for places in groups]
 
 
-def _find(model: nn.Module, name: str) -> Place:
-    path, _, attribute = name.rpartition(".")
-    return Place(path, model.get_submodule(path), attribute)
+def _read(
+    model: nn.Module,
+    names: list[str],
+    format: QuantizationFormat,
+    sources: Sources | None,
+    device: torch.device | None,
+) -> Tensor:
+    """The float weight."""
+    tensor = find(model, names[0]).tensor
+    if sources is None:
+        return tensor.data if device is None else tensor.data.to(device)
+    data = read(names, sources, tensor, device, transient=True)
+    format.check_values(names[0], data)
+    return data
 
 
 def _with_progress(names: list[list[str]], quant: str, progress: bool) -> Iterable[list[str]]:
@@ -148,61 +153,6 @@ def _with_progress(names: list[list[str]], quant: str, progress: bool) -> Iterab
     return tqdm(names, desc=f"quantize to {quant}", unit="weight")
 
 
-# ---- one weight ----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def _convert(
-    model: nn.Module, names: list[str], format: _Format, sources: Sources | None, device: torch.device | None
-) -> Change:
-    """Quantizes a weight. The change that is returned puts it where the float one is, under all its names."""
-    places = [_find(model, name) for name in names]
-    first = places[0]
-    if sources is None:
-        data = first.tensor.data if device is None else first.tensor.data.to(device)
-    else:
-        data = read(names, sources, first.tensor, device, transient=True)
-        format.check_values(first.name, data)
-    if first.kind == "expert":
-        return _expert_change(first, data, format)
-    weight = format.parameter(data)
-    layers = {place.module: format.layer(place) for place in places}
-    for layer in layers.values():
-        layer.weight = weight
-
-    def change() -> None:
-        for place in places:
-            _keep(place.module, layers[place.module])
-            model.set_submodule(place.path, layers[place.module])
-
-    return change
-
-
-def _keep(old: nn.Module, new: nn.Module) -> None:
-    """The bias, the mode, the hooks on calls, and what a user has attached to the layer."""
-    if isinstance(old, nn.Linear):
-        new.bias = old.bias
-    new.training = old.training
-    for name, value in vars(old).items():
-        hooks = "hook" in name and ("forward" in name or "backward" in name)
-        if hooks or name not in vars(new):
-            vars(new)[name] = value  # the very dict of hooks, so that their handles can remove them
-
-
-def _expert_change(place: Place, data: Tensor, format: _Format) -> Change:
-    module, name = place.module, place.attribute
-    options = {"compress_statistics": format.double_quant, "quant_type": format.quant, "blocksize": format.blocksize}
-    if data.is_meta:
-        return partial(replace_parameter_4bit, module, name, **options)
-    packed, state = quantize_4bit(data.contiguous(), quant_storage=format.quant_storage, **options)
-
-    def change() -> None:
-        setattr(module, name, nn.Parameter(packed, requires_grad=False))
-        replace_parameter_4bit_prequantized(module, name, state.as_dict(), packed.device)
-
-    return change
-
-
 def _avoid_fast_paths(model: nn.Module) -> None:
     """torch's encoder layers hand the weights of their linear layers to a kernel that takes them for floats."""
     for module in model.modules():
@@ -211,94 +161,3 @@ def _avoid_fast_paths(model: nn.Module) -> None:
         if any(isinstance(part, Weight4bit | Int8Module) for part in module.modules()):
             module.use_nested_tensor = False  # an encoder's
             module.activation_relu_or_gelu = 0  # a layer's: "unknown", which rules the kernel out
-
-
-# ---- the options ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Format:
-    """The options, and the layers that they make."""
-
-    quant: str
-    double_quant: bool
-    blocksize: int
-    compute_dtype: torch.dtype | None
-    quant_storage: torch.dtype
-    threshold: float
-
-    def check(self) -> None:
-        """The constructor of a layer knows the rules."""
-        if self.quant == "int8":
-            fours = {"double_quant": True, "blocksize": 64, "compute_dtype": None, "quant_storage": torch.uint8}
-            if extra := [name for name, default in fours.items() if getattr(self, name) != default]:
-                raise ValueError(
-                    f"{', '.join(extra)}: not for int8, which has one scale a row and no options but threshold"
-                )
-            if not self.threshold >= 0:
-                raise ValueError(f"threshold must not be negative or NaN, got {self.threshold}")
-        elif self.threshold != 6.0:
-            raise ValueError(f"threshold is an option of int8, not of {self.quant}")
-        self.linear(nn.Linear(64, 64, device="meta"))
-
-    def check_weight(self, place: Place) -> None:
-        """The rules that depend on its size."""
-        if self.quant != "int8":
-            try:
-                check_settings(place.tensor.shape, self.blocksize, self.quant, self.quant_storage)
-            except ValueError as error:
-                raise ValueError(f"{place.name} cannot be quantized: {error}") from None
-
-    def check_values(self, name: str, weight: Tensor) -> None:
-        """Quantization would make something else of NaN and infinity, and int8 goes by way of fp16."""
-        limit = torch.finfo(torch.float16 if self.quant == "int8" else weight.dtype).max
-        if not max(abs(bound) for bound in torch.stack(torch.aminmax(weight)).tolist()) <= limit:
-            raise ValueError(f"{name} has a value that is NaN, infinite or beyond {limit:g}, so it cannot be quantized")
-
-    def parameter(self, data: Tensor) -> nn.Parameter:
-        """The quantized weight."""
-        if self.quant != "int8":
-            weight = Params4bit(
-                data,
-                blocksize=self.blocksize,
-                compress_statistics=self.double_quant,
-                quant_type=self.quant,
-                quant_storage=self.quant_storage,
-            )
-            return weight._quantize(data.device)  # also on the meta device, where .to() does not
-        if data.is_cpu:
-            data = empty(data.shape, torch.float16, transient=True).copy_(data)
-        codes, scales = quantize_weight(data.contiguous())
-        return Int8Params(codes, requires_grad=False, SCB=scales)
-
-    def layer(self, place: Place) -> nn.Module:
-        """What replaces the module, on the meta device, without weight and bias."""
-        return self.linear(place.module) if place.kind == "linear" else self.embedding(place.module)
-
-    def linear(self, old: nn.Linear) -> nn.Linear:
-        sizes = old.in_features, old.out_features, False
-        if self.quant == "int8":
-            return Linear8bitLt(*sizes, has_fp16_weights=False, threshold=self.threshold, device="meta")
-        compressed = {"compress_statistics": self.double_quant, "blocksize": self.blocksize}
-        return Linear4bit(
-            *sizes,
-            compute_dtype=self.compute_dtype,
-            quant_type=self.quant,
-            quant_storage=self.quant_storage,
-            device="meta",
-            **compressed,
-        )
-
-    def embedding(self, old: nn.Embedding) -> nn.Embedding:
-        sizes, kept = (old.num_embeddings, old.embedding_dim), {"dtype": old.weight.dtype, "device": "meta"}
-        if self.quant == "int8":
-            return Embedding8bit(*sizes, **kept)
-        return Embedding4bit(
-            *sizes,
-            quant_type=self.quant,
-            quant_storage=self.quant_storage,
-            padding_idx=old.padding_idx,
-            compress_statistics=self.double_quant,
-            blocksize=self.blocksize,
-            **kept,
-        )

@@ -20,6 +20,8 @@ FORMATS = ("nf4", "fp4", "int8")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights that can be quantized
 SHARDED = "its weight is sharded (a DTensor): quantize the model first, then call fully_shard"
 
+_CONV1D = ("transformers.pytorch_utils", "Conv1D")
+
 Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
 Rule = Callable[["Place"], str | None]  # the reason to leave a weight
 
@@ -42,7 +44,7 @@ class Place(NamedTuple):
     @property
     def kind(self) -> str | None:
         """What `quantize_` may take the tensor for."""
-        if self.attribute == "weight" and isinstance(self.module, nn.Linear):
+        if self.attribute == "weight" and (isinstance(self.module, nn.Linear) or is_conv1d(self.module)):
             return "linear"
         if self.attribute == "weight" and isinstance(self.module, nn.Embedding):
             return "embedding"
@@ -53,9 +55,19 @@ class Place(NamedTuple):
         return "expert" if named and own and three else None
 
     @property
+    def transposed(self) -> bool:
+        """Whether it is `[in, out]`; linear layers hold `[out, in]`."""
+        return self.kind == "linear" and is_conv1d(self.module)
+
+    @property
     def subject(self) -> str:
         """What is converted: the module, or the expert parameter alone."""
         return self.name if self.kind == "expert" else self.path
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is Transformers' linear layer of GPT-2, whose weight is transposed."""
+    return any((base.__module__, base.__qualname__) == _CONV1D for base in type(module).__mro__)
 
 
 @dataclass(frozen=True)
@@ -92,10 +104,14 @@ def quantization_plan(
 
     Arguments and errors: as `bnbops.nn.quantize_`.
     """
-    _check_model(model, quant)
+    check_model(model, quant)
+    return plan_by_rule(model, quant, skip_rule(model, skip), embeddings, experts)
+
+
+def plan_by_rule(model: nn.Module, quant: str, asked: Rule, embeddings: bool, experts: bool) -> QuantizationPlan:
+    """As `quantization_plan`; `asked` has the reasons why weights are to be left."""
     kinds = {"linear", *(["embedding"] if embeddings else []), *(["expert"] if experts else [])}
     candidates = [place for place in _places(model) if place.kind in kinds]
-    asked = _skip_rule(model, skip)
     obstacles = {place: asked(place) or _obstacle(place, quant) for place in candidates}
     shared = places_by_tensor(model)
 
@@ -143,7 +159,7 @@ def _places(model: nn.Module) -> Iterator[Place]:
             yield Place(path, module, attribute)
 
 
-def _check_model(model: nn.Module, quant: str) -> None:
+def check_model(model: nn.Module, quant: str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a module, got {type(model).__name__}")
     if quant not in FORMATS:
@@ -158,7 +174,8 @@ def _check_model(model: nn.Module, quant: str) -> None:
 # ---- reasons to leave a weight -------------------------------------------------------------------------------------
 
 
-def _skip_rule(model: nn.Module, skip: Skip | None) -> Rule:
+def skip_rule(model: nn.Module, skip: Skip | None) -> Rule:
+    """The reasons that `skip` gives."""
     if skip is None:
         heads = _output_embeddings(model)
 
@@ -169,27 +186,27 @@ def _skip_rule(model: nn.Module, skip: Skip | None) -> Rule:
     if callable(skip):
         return lambda place: "skip says so" if skip(place.subject, place.module) else None
     patterns = [skip] if isinstance(skip, str) else list(skip)
-    names = [name for place in _places(model) for name in _with_prefixes(place.name)]
+    names = [name for place in _places(model) for name in with_prefixes(place.name)]
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"skip holds names and patterns, or is a function; got {pattern!r} in it")
-        if not _matches(names, pattern):
+        if not matches(names, pattern):
             raise ValueError(f"skip: nothing in the model is called {pattern!r}")
 
     def reason(place: Place) -> str | None:
-        hit = next((pattern for pattern in patterns if _matches(_with_prefixes(place.subject), pattern)), None)
+        hit = next((pattern for pattern in patterns if matches(with_prefixes(place.subject), pattern)), None)
         return None if hit is None else f"skip has {hit!r}"
 
     return reason
 
 
-def _with_prefixes(name: str) -> list[str]:
+def with_prefixes(name: str) -> list[str]:
     """The name, and those of all modules around it."""
     parts = name.split(".")
     return [".".join(parts[: end + 1]) for end in range(len(parts))]
 
 
-def _matches(names: Iterable[str], pattern: str) -> bool:
+def matches(names: Iterable[str], pattern: str) -> bool:
     """Whether a name, or its end after a dot, is what the pattern describes."""
     return any(fnmatchcase(f".{name}", f"*.{pattern}") for name in names)
 
@@ -236,18 +253,21 @@ def _obstacle(place: Place, quant: str) -> str | None:
 
 
 def _module_obstacle(module: nn.Module) -> str | None:
-    plain = nn.Linear if isinstance(module, nn.Linear) else nn.Embedding
+    plain = "Embedding" if isinstance(module, nn.Embedding) else "Conv1D" if is_conv1d(module) else "Linear"
     if is_parametrized(module):
         return "it is parametrized"
-    if type(module) is not plain:
-        return f"it is a {type(module).__name__}, not a plain {plain.__name__}"
+    if (
+        type(module) not in (nn.Linear, nn.Embedding)
+        and (type(module).__module__, type(module).__qualname__) != _CONV1D
+    ):
+        return f"it is a {type(module).__name__}, not a plain {plain}"
     if "forward" in vars(module):
         return "its forward has been replaced"
     if module._parameters.keys() - {"bias"} != {"weight"} or module._buffers or module._modules:
         return "it holds more than a weight and a bias, or computes its weight"
     if module._state_dict_hooks or module._state_dict_pre_hooks or module._load_state_dict_pre_hooks:
         return "it has hooks on its state dict"
-    if plain is nn.Embedding and module.max_norm is not None:
+    if plain == "Embedding" and module.max_norm is not None:
         return "its max_norm changes rows that are looked up"
     return None
 
@@ -256,7 +276,8 @@ def _fits(other: Place, place: Place) -> bool:
     """Whether two places of one tensor can hold one quantized weight."""
     a, b = other.tensor, place.tensor
     same = a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
-    return same and other.kind == place.kind != "expert"
+    kinds = {other.kind, place.kind}
+    return same and kinds <= {"linear", "embedding"} and other.transposed == place.transposed
 
 
 def _class_name(place: Place, quant: str) -> str:

@@ -171,7 +171,7 @@ def quant_state(module: nn.Module, prefix: str, format: Format) -> QuantState:
 
 # ---- state dicts, with bitsandbytes' keys ----------------------------------------------------------------------
 
-_STATISTICS = (
+STATISTICS = (
     *("absmax", "quant_map", "nested_absmax", "nested_quant_map"),
     *(f"quant_state.bitsandbytes__{quant_type}" for quant_type in QuantState.valid_quant_types),
 )
@@ -186,5 +186,5 @@ def save(destination: dict[str, Any], key: str, packed: Tensor, state: QuantStat
 
 def take_statistics(state_dict: dict[str, Any], key: str) -> dict[str, Tensor]:
     """Removes from the dict, and returns by name, what belongs to the packed weight `key`."""
-    found = [name for name in _STATISTICS if f"{key}.{name}" in state_dict]
+    found = [name for name in STATISTICS if f"{key}.{name}" in state_dict]
     return {name: state_dict.pop(f"{key}.{name}") for name in found}
