@@ -1,0 +1,137 @@
+"""Operations in Transformers' loading of weights: each tensor as it comes from its file becomes a quantized layer.
+
+Layers are replaced where their weight arrives, not before. So a layer whose weight the checkpoint lacks, such as a new
+classification head, stays a float one that Transformers initializes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+
+from bnbops.nn.quantize_plan import Place
+from bnbops.nn.quantized_layers import find, hold_quantized, quantize_weight
+from bnbops.nn.scales_4bit import STATISTICS
+from bnbops.sharded import is_sharded
+
+if TYPE_CHECKING:
+    from bnbops.integrations.transformers.quantizer import BnbOpsHfQuantizer
+
+_STATISTICS_INT8 = ("SCB", "weight_format")
+
+
+class _Operation(ConversionOps):
+    def __init__(self, quantizer: BnbOpsHfQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Operation:
+        """Transformers copies operations for each tensor; the quantizer stays one."""
+        copy = type(self).__new__(type(self))
+        vars(copy).update(vars(self))
+        return copy
+
+    def _put(self, model: nn.Module, name: str, missing_keys: set[str] | None, make: Any, *arguments: Any) -> None:
+        """Replaces what holds the weight `name`, and what shares it. A failure is kept for the end of loading: an
+        exception here would reach users as a line in Transformers' report."""
+        names = self.quantizer.sharers(name)
+        try:
+            if is_sharded(find(model, name).tensor):
+                raise ValueError("its weight is sharded, which is not supported while a model loads")
+            make(model, names, *arguments, self.quantizer.format)()
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            self.quantizer.problems[name] = str(error)
+        else:
+            self.quantizer.quantized.update(names)
+        for each in names:
+            _mark_initialized(find(model, each).module)
+            if missing_keys is not None:
+                missing_keys.discard(each)
+
+
+class Quantize(_Operation):
+    """Quantizes a float tensor of the checkpoint."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        model: nn.Module | None = None,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        others = {}
+        for name in list(input_dict):
+            value = _single(input_dict.pop(name))
+            if not self.quantizer.param_needs_quantization(model, name):
+                others[name] = value
+            elif value.shape != find(model, name).tensor.shape:
+                self.quantizer.leave(name)  # Transformers knows what to do about other shapes
+                others[name] = value
+            else:
+                self.quantizer.merged.add(tuple(source_patterns))
+                self._put(model, name, missing_keys, self._quantize, value)
+        return others
+
+    def _quantize(self, model: nn.Module, names: list[str], value: Tensor, format: Any) -> Any:
+        format.check_values(names[0], value)
+        return quantize_weight(model, names, value, format)
+
+
+class Deserialize(_Operation):
+    """Puts codes and scales of a quantized checkpoint in the place of a float weight, if that is what it holds."""
+
+    dtype: torch.dtype | None = None  # of the weight if it is a float one
+
+    def __init__(self, quantizer: BnbOpsHfQuantizer, own: str) -> None:
+        super().__init__(quantizer)
+        self.own = own  # what the weight itself is called among the sources
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        full_layer_name: str,
+        model: nn.Module | None = None,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        tensors = {name.removeprefix(f"{self.own}."): _single(input_dict.pop(name)) for name in list(input_dict)}
+        weight, place = tensors.pop(self.own, None), find(model, full_layer_name)
+        if not tensors and (place.kind is None or weight.is_floating_point()):
+            return {full_layer_name: weight.to(self.dtype) if weight.is_floating_point() else weight}
+        self._put(model, full_layer_name, missing_keys, self._hold, place, weight, tensors)
+        return {}
+
+    @staticmethod
+    def _hold(model: nn.Module, names: list[str], place: Place, weight: Any, statistics: Any, format: Any) -> Any:
+        if place.kind is None:
+            raise ValueError(f"it is quantized, but a {type(place.module).__name__} cannot hold a quantized weight")
+        if weight is None:
+            raise ValueError(f"there are scales ({', '.join(sorted(statistics))}), but no codes")
+        if not statistics:
+            raise ValueError(f"there are codes ({weight.dtype} {list(weight.shape)}), but no scales")
+        return hold_quantized(model, names, weight, statistics, format)
+
+
+def weight_converters(quantizer: BnbOpsHfQuantizer, model: nn.Module) -> list[WeightConverter]:
+    """What loads quantized weights, by bitsandbytes' names."""
+    statistics = {"weight": [*(f"weight.{name}" for name in STATISTICS), *_STATISTICS_INT8]}
+    for path, module in model.named_modules():
+        for place in (Place(path, module, attribute) for attribute in module._parameters):
+            if place.kind == "expert":
+                own = ".".join(place.name.split(".")[-2:])
+                statistics[own] = [f"{own}.{name}" for name in STATISTICS]
+    return [WeightConverter([*names, own], own, [Deserialize(quantizer, own)]) for own, names in statistics.items()]
+
+
+def _single(value: Any) -> Tensor:
+    return value[0] if isinstance(value, list) else value
+
+
+def _mark_initialized(module: nn.Module) -> None:
+    """Keeps Transformers from drawing what is quantized anew."""
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if not tensor.is_floating_point():
+            tensor._is_hf_initialized = True
