@@ -22,10 +22,11 @@ from bnbops import functional, nn, optim
 from bnbops.alias import finder
 
 ROOT = Path(__file__).parents[2]
+# But the integrations, whose import registers them with other libraries.
 MODULES = sorted(
     ".".join(path.relative_to(ROOT / "bnbops").with_suffix("").parts).removesuffix(".__init__")
     for path in (ROOT / "bnbops").rglob("*.py")
-    if path != ROOT / "bnbops" / "__init__.py"
+    if path.parts[len(ROOT.parts) + 1] not in ("__init__.py", "integrations")
 )
 # The modules of bitsandbytes 0.50.2, and names that other libraries take from them.
 FAMILIES = ("Adagrad", "Adam", "AdamW", "AdEMAMix", "LAMB", "LARS", "Lion", "RMSprop", "SGD")
@@ -130,7 +131,7 @@ def test_versions(as_bitsandbytes):
     assert as_bitsandbytes.__version__ == importlib.metadata.version("bitsandbytes") == "0.50.2"
     assert bnbops.__version__ == importlib.metadata.version("bnbops") != "0.50.2"
     assert importlib.metadata.version("BitsAndBytes") == "0.50.2"
-    assert importlib.metadata.packages_distributions()["bitsandbytes"] == ["bitsandbytes"]
+    assert importlib.metadata.distribution("bitsandbytes").read_text("top_level.txt") == "bitsandbytes\n"
     assert importlib.metadata.metadata("bitsandbytes")["Name"] == "bitsandbytes"
     assert importlib.metadata.requires("bitsandbytes") is importlib.metadata.files("bitsandbytes") is None
 
