@@ -99,9 +99,10 @@ def recorded(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
 def assert_multiplies(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, config: BitsAndBytesConfig) -> None:
     """`y` is `x @ weight.T + bias`, in float64, but for the roundings that a layer does.
 
-    With half an ulp, u, for each rounding: 4 bits round the input, the weight and the bias to the compute dtype c, the sum of k
-    products to fp32, k times, and the output to c, then to the dtype of x. 8 bits round each element of the input, but for columns
-    of outliers, by half a step of its row, absmax / 127, before, and k is 1: the products are integers.
+    With half an ulp, u, for each rounding: 4 bits round the input, the weight and the bias to the compute dtype, the
+    sum of k products to fp32, k times, and the output to the compute dtype, then to that of x. 8 bits round each
+    element of the input, but for columns of outliers, by half a step of its row, absmax / 127; the products are
+    integers.
     """
     k, compute = weight.shape[1], x.dtype if config.load_in_8bit else config.bnb_4bit_compute_dtype
     x2, w = x.reshape(-1, k), weight.double()

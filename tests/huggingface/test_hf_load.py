@@ -3,10 +3,9 @@
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from bnbops.nn import Linear4bit, Linear8bitLt
-from hf_cases import saved, tiny_gpt2, tiny_llama, token_batch
+from hf_cases import saved, tiny_llama, token_batch
 from hf_reference import (
     CASES,
     FAMILIES,
