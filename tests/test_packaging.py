@@ -70,9 +70,17 @@ def new_python(tmp_path_factory) -> Callable[[str], Path]:
 def installed(wheel, new_python) -> tuple[Path, Path]:
     """The Python of an environment that the wheel is installed in, and its site-packages."""
     python = new_python("installed")
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", wheel, cwd=wheel.parent)
-    (site_packages,) = python.parents[1].glob("lib/python*/site-packages")
-    return python, site_packages
+    pip(python, "install", "--no-index", "--no-deps", wheel)
+    return python, site_packages_of(python)
+
+
+def pip(python: Path, *arguments: str | Path) -> None:
+    run(sys.executable, "-m", "pip", "--python", python, *arguments, cwd=python.parent)
+
+
+def site_packages_of(python: Path) -> Path:
+    (folder,) = python.parents[1].glob("lib/python*/site-packages")
+    return folder
 
 
 def test_sdist_has_all_sources(build):
@@ -92,7 +100,8 @@ def test_wheel_is_for_any_python_3(wheel):
 def test_wheel_has_everything_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if not name.endswith("/")}
-    assert {name.split("/")[0] for name in names} == {"bnbops", f"bnbops-{bnbops.__version__}.dist-info"}
+    metadata = f"bnbops-{bnbops.__version__}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"bnbops", "bnbops.pth", metadata}
     sources = {f"bnbops/{path.relative_to(ROOT / 'bnbops')}" for path in (ROOT / "bnbops").rglob("*.py")}
     sources |= {f"bnbops/meta_kernels/{path.name}" for path in (ROOT / "meta_kernels").glob("*.py")}
     assert {name for name in names if name.startswith("bnbops/")} == {*sources, LIBRARY}
@@ -127,6 +136,34 @@ def test_self_check_passes_where_it_was_installed(installed, tmp_path):
     output = run(installed[0], "-m", "bnbops", cwd=tmp_path, env={})
     assert output.startswith(f"bnbops {bnbops.__version__}, torch {torch.__version__}")
     assert "all operators are right" in output
+
+
+AS_BITSANDBYTES = {"BNBOPS_INSTALL_AS_BITSANDBYTES": "1"}
+
+
+def test_environment_variable_gives_processes_a_bitsandbytes(installed, tmp_path):
+    """Such as one that gets an optimizer's class by its name there."""
+    unpickle = "import pickle; print(pickle.loads(b'cbitsandbytes.optim.adamw\\nAdamW8bit\\n.'))"
+    said = run(installed[0], "-c", unpickle, cwd=tmp_path, env=AS_BITSANDBYTES)
+    assert said == "<class 'bitsandbytes.optim.adamw.AdamW8bit'>\n"
+    assert "all operators are right" in run(installed[0], "-m", "bitsandbytes", cwd=tmp_path, env=AS_BITSANDBYTES)
+    assert "No module named 'bitsandbytes'" in run(installed[0], "-c", unpickle, cwd=tmp_path, env={}, check=False)
+
+
+def test_start_of_python_loads_nothing(installed, tmp_path):
+    """Of bnbops, that is, but for the finder where the variable is set."""
+    script = "import sys; print(*sorted({'bnbops.alias.finder', 'bnbops', 'torch'} & {*sys.modules}))"
+    assert run(installed[0], "-c", script, cwd=tmp_path, env={}) == "\n"
+    assert run(installed[0], "-c", script, cwd=tmp_path, env=AS_BITSANDBYTES) == "bnbops.alias.finder\n"
+
+
+def test_pip_removes_all_that_it_installed(wheel, new_python):
+    python = new_python("removed")
+    before = {*site_packages_of(python).iterdir()}
+    pip(python, "install", "--no-index", "--no-deps", wheel)
+    assert site_packages_of(python) / "bnbops.pth" in {*site_packages_of(python).iterdir()} - before
+    pip(python, "uninstall", "--yes", "bnbops")
+    assert {*site_packages_of(python).iterdir()} == before
 
 
 # ---- with or without CUDA kernels ------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What `import bitsandbytes` gives: bnbops, but with the version of the interface that it follows."""
 
+from pathlib import Path
 from typing import Any
 
 import bnbops
@@ -7,7 +8,7 @@ from bnbops import MatmulLtState, features, functional, matmul, matmul_4bit, nn,
 from bnbops.alias import finder
 
 __version__ = finder.VERSION
-__path__ = bnbops.__path__  # a package; the finder knows where its modules are
+__path__ = [str(Path(bnbops.__file__).parent)]  # a package, whose modules pkgutil lists; the finder needs no path
 __all__ = [
     "MatmulLtState",
     "features",

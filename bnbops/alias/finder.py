@@ -50,8 +50,9 @@ class Finder(DistributionFinder):
         if fullname.startswith(f"{NAME}."):
             return _submodule(fullname)
         if fullname == COMPLETED:
-            others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
-            return _completed(next(filter(None, others), None))
+            others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+            found = (finder.find_spec(fullname, path, target) for finder in others)
+            return _completed(next(filter(None, found), None))
         return None
 
     def find_distributions(self, context: DistributionFinder.Context | None = None) -> Iterator[Distribution]:

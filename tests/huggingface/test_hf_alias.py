@@ -112,6 +112,7 @@ def test_all_ways_to_import(as_bitsandbytes):
     assert names["Linear4bit"] is nn.Linear4bit and names["AdamW8bit"] is optim.AdamW8bit
     listed = {module.name for module in pkgutil.iter_modules(as_bitsandbytes.__path__, "bitsandbytes.")}
     assert {"bitsandbytes.nn", "bitsandbytes.optim", "bitsandbytes.functional"} <= listed
+    assert "bitsandbytes.bnbops" not in listed  # beside the package, in an editable install
     assert names["bnb"].compiled_train_step is bnbops.compiled_train_step  # all that bnbops has, lazily as there
     with pytest.raises(AttributeError, match="nowhere"):
         _ = names["bnb"].nowhere
