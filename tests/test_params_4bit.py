@@ -226,6 +226,18 @@ def test_written_to_the_parameters_directly():
     assert differing(layer.state_dict(), expected.state_dict()) == []
 
 
+@pytest.mark.parametrize("quantized", (False, True))
+def test_marks_of_a_plain_parameter_are_kept(quantized):
+    """Transformers marks the tensors that it has loaded, and draws the others anew."""
+    layer = linear(quantized=quantized)
+    data = layer.weight.data.clone() if quantized else weight()
+    for value in (data, weight()):
+        plain = nn.Parameter(value, requires_grad=False)
+        plain.loaded = True
+        layer.weight = plain
+        assert type(layer.weight) is Params4bit and layer.weight.loaded and torch.equal(layer.weight, value)
+
+
 def test_offloading():
     """accelerate: every parameter to the meta device, and each back for a call."""
     layer = linear()

@@ -143,8 +143,13 @@ class Weight4bit(nn.Module):
         if type(param) is not nn.Parameter or not isinstance(held, Params4bit):
             return param
         if param.is_floating_point() and tuple(param.shape) == self._shape:
-            return held._float(param.data, param.requires_grad)
-        return held._with(param.data) if held.bnb_quantized else param
+            new = held._float(param.data, param.requires_grad)
+        elif held.bnb_quantized:
+            new = held._with(param.data)
+        else:
+            return param
+        vars(new).update(vars(param))  # Transformers marks what it has loaded, and draws the others anew
+        return new
 
     def _adopt(self, weight: Params4bit) -> None:
         """Takes the scales that the weight brings along; a tied weight's from the module that has them."""
