@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -180,7 +180,8 @@ class ParamWrapper(_Lora, lora_layer.ParamWrapper):
         before = len(holder)
         holder.extend([self._delta(name) for name in names])
         try:
-            with parametrize.cached():
+            # what is compiled reads once anyway, and must not leave tensors in torch's cache
+            with nullcontext() if torch.compiler.is_compiling() else parametrize.cached():
                 yield
         finally:
             del holder[before:]
