@@ -22,6 +22,8 @@ FORMATS = {
     "int8": None,
 }
 
+integration.unregister()  # which the import has registered; other tests are of PEFT as it is
+
 
 @pytest.fixture(autouse=True)
 def _registered() -> Iterator[None]:

@@ -6,18 +6,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, optimizers, prepare_model_for_kbit_training
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    optimizers,
+    prepare_model_for_kbit_training,
+)
 from torch import Tensor, nn
 
 import bnbops
 import bnbops.integrations.peft as integration
 from bnbops.nn.requantize import dequantized_weight
-from hf_cases import tiny_llama, tiny_mixtral, token_batch
+from hf_cases import tiny_gpt2, tiny_llama, tiny_mixtral, token_batch
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 EXPERTS = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
 EXPERTS["target_parameters"] += ["mlp.experts.down_proj"]
 TOKENS = token_batch()
+
+integration.unregister()  # which the import has registered; other tests are of PEFT as it is
 
 
 @pytest.fixture(autouse=True)
@@ -148,6 +158,42 @@ def test_loraplus_has_two_rates_and_needs_no_bitsandbytes() -> None:
     losses = train(model, optimizer)
     assert losses[-1] < losses[0] - 0.1
     assert "bitsandbytes" not in sys.modules
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+@pytest.mark.parametrize("method", ["ia3", "adalora"])
+def test_other_methods_on_models_that_say_how_they_were_loaded(quant: str, method: str) -> None:
+    """Without bitsandbytes PEFT's own refuse such models."""
+    model = llama(quant)
+    setattr(model, "is_loaded_in_8bit" if quant == "int8" else "is_loaded_in_4bit", True)
+    options = {"target_modules": ["v_proj", "lm_head"], "task_type": "CAUSAL_LM"}  # quantized, and not
+    config = {
+        "ia3": IA3Config(**options, feedforward_modules=[]),
+        "adalora": AdaLoraConfig(**options, init_r=4, target_r=2, tinit=1, tfinal=1, total_step=10),
+    }[method]
+    model = get_peft_model(model, config)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    losses = train(model, bnbops.optim.AdamW8bit(trained, lr=3e-2))
+    assert losses[-1] < losses[0] - 0.05
+    out = logits(model)
+    model = model.merge_and_unload()
+    assert (logits(model) - out).norm() < 0.2 * out.norm()
+    assert type(model.model.layers[0].self_attn.v_proj).__module__.startswith("bnbops")
+    assert model.is_loaded_in_8bit if quant == "int8" else model.is_loaded_in_4bit
+
+
+def test_gpt2_whose_layers_were_transposed() -> None:
+    model = bnbops.nn.quantize_(tiny_gpt2(), progress=False)
+    config = LoraConfig(r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    model = randomize(get_peft_model(model, config))
+    layer = model.base_model.model.transformer.h[0].attn.c_attn
+    assert isinstance(layer, integration.LoraLinear) and (layer.in_features, layer.out_features) == (64, 192)
+    expected = dequantized_weight(layer.base_layer) + layer.get_delta_weight("default")
+    out = logits(model)
+    layer.merge()
+    assert (dequantized_weight(layer.base_layer) - expected).norm() < 0.11 * expected.norm()
+    layer.unmerge()
+    assert torch.equal(logits(model), out)
 
 
 # ---- experts ---------------------------------------------------------------------------------------------------

@@ -4,9 +4,9 @@ The import registers the layers with PEFT (`register`), for `get_peft_model`, `P
 `load_adapter` alike; `unregister` takes that back. No bitsandbytes is needed.
 
 What it replaces in PEFT: `_create_new_module` of `LoraModel`, `AdaLoraModel` and `IA3Model`, so that they know bnbops'
-layers; `_inject_parameters`, so that `target_parameters` finds experts in 4 bits; `dequantize_module_weight`, with
-which DoRA reads a weight; and `create_loraplus_optimizer`, which imports bitsandbytes for 8-bit optimizers. Layers and
-optimizers that are not bnbops' get what they got before.
+layers, and what else of the latter two asks for bitsandbytes; `_inject_parameters`, so that `target_parameters` finds
+experts in 4 bits; `dequantize_module_weight`, with which DoRA reads a weight; and `create_loraplus_optimizer`, which
+imports bitsandbytes for 8-bit optimizers. Layers and optimizers that are not bnbops' get what they got before.
 """
 
 from bnbops.integrations.requirements import require

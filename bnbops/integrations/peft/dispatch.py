@@ -66,14 +66,27 @@ def _creating(original: Callable[..., nn.Module], linear: type, embedding: type 
         if not any(isinstance(base, kind) for kind in custom):
             layer = _layer_class(base, kwargs.get("parameter_name"), linear, embedding)
         if layer is None:
-            if not is_bnb_available():  # with the flags some of PEFT's methods take it for granted
-                kwargs.update({flag: False for flag in ("loaded_in_4bit", "loaded_in_8bit") if flag in kwargs})
             return original(config, adapter_name, target, *args, **kwargs)
         config = copy(config)
         config.fan_in_fan_out = False  # of GPT-2's Conv1D; quantized they are linear layers
         return layer(target, adapter_name, config=config, **kwargs)
 
     return staticmethod(create)
+
+
+def _unflagged(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that asks for bitsandbytes, or refuses to merge, if the model has one of Transformers' flags."""
+
+    @functools.wraps(original)
+    def call(self: BaseTuner, *args: Any, **kwargs: Any) -> Any:
+        attributes, names = vars(self.model), ("is_loaded_in_4bit", "is_loaded_in_8bit")
+        flags = {} if is_bnb_available() else {name: attributes.pop(name) for name in names if name in attributes}
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            attributes.update(flags)
+
+    return call
 
 
 def _injecting(original: Callable[..., list[str]]) -> Callable[..., list[str]]:
@@ -148,6 +161,9 @@ _PATCHES: list[tuple[Any, str, Callable[[Any], Any]]] = [
     (LoraModel, "_create_new_module", lambda f: _creating(f, LoraLinear, LoraEmbedding)),
     (AdaLoraModel, "_create_new_module", lambda f: _creating(f, AdaLoraLinear, None)),
     (IA3Model, "_create_new_module", lambda f: _creating(f, IA3Linear, None)),
+    (AdaLoraModel, "_create_and_replace", _unflagged),
+    (IA3Model, "_create_and_replace", _unflagged),
+    (IA3Model, "_unload_and_optionally_merge", _unflagged),
     (BaseTuner, "_inject_parameters", _injecting),
     *((module, "dequantize_module_weight", _dequantizing) for module in (dora, layer, variants)),
     *((module, "create_loraplus_optimizer", _making_loraplus) for module in (loraplus, peft.optimizers)),
