@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
+from bnbops.nn.params_8bit import Int8Module
 from bnbops.nn.quantize_plan import Place
 from bnbops.nn.quantized_layers import find, hold_quantized, quantize_weight
 from bnbops.nn.scales_4bit import STATISTICS
+from bnbops.nn.weight_4bit import Weight4bit
 from bnbops.sharded import is_sharded
 
 if TYPE_CHECKING:
@@ -46,7 +49,7 @@ class _Operation(ConversionOps):
         else:
             self.quantizer.quantized.update(names)
         for each in names:
-            _mark_initialized(find(model, each).module)
+            _mark_initialized(find(model, each))
             if missing_keys is not None:
                 missing_keys.discard(each)
 
@@ -130,8 +133,15 @@ def _single(value: Any) -> Tensor:
     return value[0] if isinstance(value, list) else value
 
 
-def _mark_initialized(module: nn.Module) -> None:
-    """Keeps Transformers from drawing what is quantized anew."""
-    for tensor in [*module.parameters(), *module.buffers()]:
-        if not tensor.is_floating_point():
-            tensor._is_hf_initialized = True
+def _mark_initialized(place: Place) -> None:
+    """Keeps Transformers from drawing anew what is quantized."""
+    module, name = place.module, place.attribute
+    if is_parametrized(module, name):
+        module = module.parametrizations[name]
+        tensors = [*module.parameters(), *module.buffers()]
+    elif isinstance(module, Weight4bit | Int8Module):
+        tensors = [tensor for key, tensor in [*module.named_parameters(), *module.named_buffers()] if key != "bias"]
+    else:
+        tensors = [place.tensor]  # a failure: it stays as it is
+    for tensor in tensors:
+        tensor._is_hf_initialized = True
