@@ -9,16 +9,9 @@ from typing import Any
 
 def add(module: ModuleType) -> None:
     """To `transformers.integrations.bitsandbytes`."""
-
-    class AsHeld(module.ConversionOps):
-        """A layer's state dict has the tensors of the checkpoint already, under their names."""
-
-        def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, Any]:
-            return input_dict
-
     for converter in _converters(module):
         if "reverse_op" not in vars(converter):
-            converter.reverse_op = _Reverse(lambda self: AsHeld())
+            converter.reverse_op = _Reverse(_as_held)
 
 
 def remove(module: ModuleType) -> None:
@@ -28,7 +21,17 @@ def remove(module: ModuleType) -> None:
 
 
 class _Reverse(property):
-    pass
+    """Ours, not Transformers' own."""
+
+
+def _as_held(converter: object) -> object:
+    class AsHeld(type(converter).__base__):
+        """A layer's state dict has the checkpoint's tensors, under their names."""
+
+        def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, Any]:
+            return input_dict
+
+    return AsHeld()
 
 
 def _converters(module: ModuleType) -> list[type]:
