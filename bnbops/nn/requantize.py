@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from bnbops.nn.params_4bit import Params4bit
 from bnbops.nn.params_8bit import Int8Module, Int8Params
 from bnbops.nn.weight_4bit import Weight4bit
+from bnbops.sharded import is_sharded
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -23,7 +24,15 @@ def dequantized_weight(module: Weight4bit | Int8Module, dtype: torch.dtype | Non
     Args:
         module: one that `is_quantized`.
         dtype: by default that of the weight before it was quantized; fp32 for 8 bits, which do not keep it.
+
+    Raises:
+        RuntimeError: the weight is sharded, and not gathered at the moment.
     """
+    if is_sharded(module.weight):
+        raise RuntimeError(
+            f"the weight of this {type(module).__name__} is sharded: call unshard() on the module that fully_shard was "
+            "given, and reshard() afterwards; to merge adapters, load the model into one process"
+        )
     if isinstance(module, Weight4bit):
         weight, absmax, blocksize, quant_type, nested = module._arguments()
         dtype = module._format.dtype if dtype is None else dtype

@@ -310,6 +310,30 @@ def test_conv1d_options_do_not_reach_a_layer_that_was_one() -> None:
     assert config.fan_in_fan_out
 
 
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_a_shared_weight_is_merged_for_the_adapted_layer_alone(format: str) -> None:
+    base, other = linear(format, bias=False), linear(format, bias=False)
+    other.weight = base.weight
+    plain = other(INPUT)
+    model, layer = adapt(base)
+    before, out = state_bytes(model), model(INPUT)
+    layer.merge()
+    assert torch.equal(other(INPUT), plain) and not torch.equal(base(INPUT), plain)
+    layer.unmerge()
+    assert base.weight is other.weight
+    assert_same(state_bytes(model), before)
+    assert torch.equal(model(INPUT), out) and torch.equal(other(INPUT), plain)
+
+
+def test_copies_of_merged_models_unmerge() -> None:
+    model, layer = adapt(linear("nf4"))
+    out = model(INPUT)
+    layer.merge()
+    merged, copy = model(INPUT), deepcopy(model)
+    copy.base_model.model.layer.unmerge()
+    assert torch.equal(copy(INPUT), out) and torch.equal(model(INPUT), merged)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_models_and_merging_in_fp32(dtype: torch.dtype) -> None:
     model, layer = adapt(linear("nf4", dtype=dtype))

@@ -16,11 +16,13 @@ from peft import (
     prepare_model_for_kbit_training,
 )
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import bnbops
 import bnbops.integrations.peft as integration
+from bnbops.integrations.transformers import BnbOpsConfig
 from bnbops.nn.requantize import dequantized_weight
-from hf_cases import tiny_gpt2, tiny_llama, tiny_mixtral, token_batch
+from hf_cases import saved, tiny_gpt2, tiny_llama, tiny_mixtral, token_batch
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 EXPERTS = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
@@ -132,6 +134,31 @@ def test_merge_and_unload_gives_quantized_layers(quant: str) -> None:
     assert torch.equal(logits(fresh), merged)
 
 
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_merging_into_floats_loses_nothing(quant: str, tmp_path: Path) -> None:
+    folder = saved(tiny_llama(), tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BnbOpsConfig(quant))
+    model = randomize(get_peft_model(model, LoraConfig(**LORA)))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    expected = dequantized_weight(layer.base_layer) + layer.get_delta_weight("default")
+    model.dequantize()
+    out = logits(model)
+    model = model.merge_and_unload()
+    assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert torch.allclose(model.model.layers[0].self_attn.q_proj.weight, expected, atol=1e-6)
+    assert torch.allclose(logits(model), out, atol=1e-4)
+
+
+def test_disabling_adapters_takes_merged_ones_out() -> None:
+    model = llama()
+    plain = logits(model)
+    model = randomize(get_peft_model(model, LoraConfig(**LORA)))
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+    assert not any(layer.merged for layer in model.modules() if isinstance(layer, integration.LoraLinear))
+
+
 def test_modules_to_save_and_trained_biases() -> None:
     config = LoraConfig(**LORA, bias="lora_only", modules_to_save=["lm_head"])
     model = get_peft_model(bnbops.nn.quantize_(tiny_llama(attention_bias=True), progress=False), config)
@@ -182,8 +209,10 @@ def test_other_methods_on_models_that_say_how_they_were_loaded(quant: str, metho
     assert model.is_loaded_in_8bit if quant == "int8" else model.is_loaded_in_4bit
 
 
-def test_gpt2_whose_layers_were_transposed() -> None:
-    model = bnbops.nn.quantize_(tiny_gpt2(), progress=False)
+def test_gpt2_whose_layers_were_transposed(tmp_path: Path) -> None:
+    """Quantized they are not; dequantized they are again."""
+    folder = saved(tiny_gpt2(), tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BnbOpsConfig())
     config = LoraConfig(r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, task_type="CAUSAL_LM")
     model = randomize(get_peft_model(model, config))
     layer = model.base_model.model.transformer.h[0].attn.c_attn
@@ -194,6 +223,11 @@ def test_gpt2_whose_layers_were_transposed() -> None:
     assert (dequantized_weight(layer.base_layer) - expected).norm() < 0.11 * expected.norm()
     layer.unmerge()
     assert torch.equal(logits(model), out)
+    model.dequantize()
+    model = model.merge_and_unload()
+    assert type(model.transformer.h[0].attn.c_attn).__name__ == "Conv1D"
+    assert torch.allclose(model.transformer.h[0].attn.c_attn.weight, expected.T, atol=1e-6)
+    assert torch.allclose(logits(model), out, atol=1e-4)
 
 
 # ---- experts ---------------------------------------------------------------------------------------------------

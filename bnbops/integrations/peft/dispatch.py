@@ -67,8 +67,6 @@ def _creating(original: Callable[..., nn.Module], linear: type, embedding: type 
             layer = _layer_class(base, kwargs.get("parameter_name"), linear, embedding)
         if layer is None:
             return original(config, adapter_name, target, *args, **kwargs)
-        config = copy(config)
-        config.fan_in_fan_out = False  # of GPT-2's Conv1D; quantized they are linear layers
         return layer(target, adapter_name, config=config, **kwargs)
 
     return staticmethod(create)

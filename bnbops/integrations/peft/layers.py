@@ -13,6 +13,7 @@ from peft.tuners.lora import layer as lora_layer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
 
 from bnbops.nn.parametrize import Bnb4bitParametrization, replace
 from bnbops.nn.requantize import check_finite, dequantized_weight, is_quantized, requantized_weight
@@ -38,6 +39,15 @@ class MergesQuantized:
 
     def get_base_layer(self) -> Any:
         return super().get_base_layer() if self._float_base is None else self._float_base
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the weight is transposed: not while it is quantized, but that of a dequantized `Conv1D` is."""
+        return isinstance(self.get_base_layer(), Conv1D)
+
+    @fan_in_fan_out.setter
+    def fan_in_fan_out(self, configured: bool) -> None:
+        """PEFT sets what the configuration says of the float model."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As in PEFT, and nothing has changed after an error.
