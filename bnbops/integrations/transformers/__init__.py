@@ -17,7 +17,9 @@ from bnbops.integrations.transformers.quantizer import BnbOpsHfQuantizer, regist
 register()
 
 # Modules with what else is exported, imported on first use: they bring in the Trainer.
-_LAZY: dict[str, str] = {}
+_LAZY: dict[str, str] = {
+    "keep_embeddings_in_32_bits": "embeddings",
+}
 
 __all__ = ["BnbOpsConfig", "BnbOpsHfQuantizer", "load_bitsandbytes_checkpoints", *_LAZY]
 
