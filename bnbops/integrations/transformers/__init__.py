@@ -18,6 +18,8 @@ register()
 
 # Modules with what else is exported, imported on first use: they bring in the Trainer.
 _LAZY: dict[str, str] = {
+    "CompiledStep": "trainer",
+    "CompiledTrainer": "trainer",
     "keep_embeddings_in_32_bits": "embeddings",
 }
 
