@@ -37,7 +37,8 @@ MISSING = {
     "cuda_specs": "torch.version.cuda and torch.cuda.get_device_capability() tell as much",
     "diagnostics": "use `python -m bnbops`",
 }
-COMPLETED = "transformers.integrations.bitsandbytes"  # by bnbops.alias.converters, after its import
+# Modules of other libraries, and those of bnbops.alias that complete them, after their import.
+COMPLETED = {"accelerate.utils.offload": "offload", "transformers.integrations.bitsandbytes": "converters"}
 
 
 class Finder(DistributionFinder):
@@ -49,7 +50,7 @@ class Finder(DistributionFinder):
             return ModuleSpec(NAME, _SameModule(), origin=origin, is_package=True)
         if fullname.startswith(f"{NAME}."):
             return _submodule(fullname)
-        if fullname == COMPLETED:
+        if fullname in COMPLETED:
             others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
             found = (finder.find_spec(fullname, path, target) for finder in others)
             return _completed(next(filter(None, found), None))
@@ -99,6 +100,11 @@ class _SameModule(Loader):
         return importlib.util.find_spec(ours(fullname)).loader.get_code(ours(fullname))
 
 
+def completion(fullname: str) -> ModuleType:
+    """What completes a module of another library, by its `add`, and undoes it, by its `remove`."""
+    return importlib.import_module(f"bnbops.alias.{COMPLETED[fullname]}")
+
+
 def _completed(spec: ModuleSpec | None) -> ModuleSpec | None:
     """`spec`, whose loader runs the module as before, and completes it then."""
     execute = getattr(spec and spec.loader, "exec_module", None)
@@ -106,9 +112,7 @@ def _completed(spec: ModuleSpec | None) -> ModuleSpec | None:
     def exec_module(module: ModuleType) -> None:
         execute(module)
         if FINDER in sys.meta_path:
-            from bnbops.alias import converters
-
-            converters.add(module)
+            completion(module.__name__).add(module)
 
     if execute is not None:
         spec.loader.exec_module = exec_module

@@ -8,7 +8,7 @@ import sys
 from types import ModuleType
 from typing import TypeVar
 
-from bnbops.alias import converters, finder
+from bnbops.alias import finder
 
 T = TypeVar("T")
 
@@ -42,14 +42,14 @@ def announce() -> None:
     for module, names in _loaded(_CLASSES):
         if not all(hasattr(module, name) for name in names):
             importlib.reload(module)
-    if finder.COMPLETED in sys.modules:
-        converters.add(sys.modules[finder.COMPLETED])
+    for module, _ in _loaded(finder.COMPLETED):
+        finder.completion(module.__name__).add(module)
 
 
 def withdraw() -> None:
     """Tells them that it has gone. There may be a real one, which was shadowed."""
-    if finder.COMPLETED in sys.modules:
-        converters.remove(sys.modules[finder.COMPLETED])
+    for module, _ in _loaded(finder.COMPLETED):
+        finder.completion(module.__name__).remove(module)
     _ask_again()
 
 

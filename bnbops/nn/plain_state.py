@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+
+from bnbops.nn.scale_bits import to_bits
+from bnbops.nn.scales_4bit import NAMES, of_entries
 
 
 def plain_state_dict(model: nn.Module) -> dict[str, Any]:
@@ -22,6 +26,18 @@ def plain_state_dict(model: nn.Module) -> dict[str, Any]:
     for path, module in model.named_modules(remove_duplicate=False):
         nn.Module._save_to_state_dict(module, state, f"{path}." if path else "", keep_vars=False)
     return state
+
+
+def registered(name: str, read: Callable[[str], Tensor]) -> Tensor | None:
+    """A quantized layer's scales by the name that it registers, of bitsandbytes' entries; None for other names.
+
+    Raises:
+        KeyError: from `read`, which gives an entry by its name.
+    """
+    path, found, own = name.rpartition("weight_")
+    if found and own == "scale":
+        return to_bits(read(f"{path}SCB")).view(-1)
+    return of_entries(f"{path}weight", read)[own] if found and own in NAMES else None
 
 
 def of_whole_layer(key: str, weight: Tensor, held: Tensor) -> str:

@@ -15,8 +15,9 @@ A module registers, each name with a prefix of its own:
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -188,3 +189,18 @@ def take_statistics(state_dict: dict[str, Any], key: str) -> dict[str, Tensor]:
     """Removes from the dict, and returns by name, what belongs to the packed weight `key`."""
     found = [name for name in STATISTICS if f"{key}.{name}" in state_dict]
     return {name: state_dict.pop(f"{key}.{name}") for name in found}
+
+
+def of_entries(key: str, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """The tensors to register, by name, of what belongs to the packed weight `key`; `read` gives an entry by its name.
+
+    Raises:
+        KeyError: there is nothing.
+    """
+    entries = {}
+    for name in STATISTICS:
+        with contextlib.suppress(KeyError):
+            entries[name] = read(f"{key}.{name}")
+    if not entries:
+        raise KeyError(key)
+    return tensors_of(QuantState.from_dict(entries, device="cpu"))

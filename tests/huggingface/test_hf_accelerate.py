@@ -1,14 +1,19 @@
 """Accelerate on quantized models: loading, preparing, offloading."""
 
 import copy
+import importlib
+import sys
 
+import accelerate
 import pytest
 import torch
 from accelerate import Accelerator, cpu_offload, disk_offload, dispatch_model, init_empty_weights
+from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import BnbQuantizationConfig, load_and_quantize_model, offload_state_dict
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import bnbops
 from bnbops.nn import Linear4bit, Linear8bitLt, plain_state_dict
 from hf_cases import saved, tiny_llama, token_batch
 from hf_reference import config, quantized
@@ -141,29 +146,61 @@ def assert_offloaded(model, expected, name="model.layers.1.mlp.up_proj"):
 
 @each_format
 @pytest.mark.parametrize("buffers", (False, True))
-def test_cpu_offload_with_plain_tensors(llama, case, buffers):
-    model = loaded(llama, case)
-    state = plain_state_dict(model)
-    model = cpu_offload(model, CPU, state_dict=state, offload_buffers=buffers)
-    assert_offloaded(model, loaded(llama, case))
+def test_cpu_offload(llama, case, buffers):
+    model, expected = cpu_offload(loaded(llama, case), CPU, offload_buffers=buffers), loaded(llama, case)
+    assert_offloaded(model, expected)
+    remove_hook_from_module(model, recurse=True)
+    assert_same(model, expected)
 
 
 @each_format
-def test_disk_offload_of_plain_tensors(llama, case, tmp_path):
-    model = loaded(llama, case)
-    offload_state_dict(tmp_path, plain_state_dict(model))
-    assert_offloaded(disk_offload(model, str(tmp_path), CPU), loaded(llama, case))
+def test_disk_offload(llama, case, tmp_path):
+    model, expected = disk_offload(loaded(llama, case), str(tmp_path), CPU), loaded(llama, case)
+    assert_offloaded(model, expected)
 
 
 @each_format
-def test_dispatch_some_layers_from_disk(llama, case, tmp_path):
-    model = loaded(llama, case)
-    offload_state_dict(tmp_path, plain_state_dict(model))
+def test_dispatch_some_layers_to_disk(llama, case, tmp_path):
     parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
     places = dict.fromkeys(parts, CPU) | {"model.layers.1": "disk"}
-    model = dispatch_model(model, places, main_device=CPU, offload_dir=str(tmp_path))
+    model = dispatch_model(loaded(llama, case), places, main_device=CPU, offload_dir=str(tmp_path))
     assert_offloaded(model, loaded(llama, case))
     assert not model.model.layers[0].mlp.up_proj.weight.is_meta
+
+
+def test_offloaded_names_that_are_not_there(llama):
+    """A state dict without a layer's entries: the name that is missing, as without quantized layers."""
+    for case in ("nf4", "int8"):
+        model, gone = loaded(llama, case), "model.layers.1.mlp.up_proj."
+        state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(gone)}
+        with pytest.raises(KeyError, match=f"{gone}weight"):
+            cpu_offload(model, CPU, state_dict=state)(token_batch())
+
+
+def test_offloading_is_completed_whenever_it_is_imported(monkeypatch):
+    name = "accelerate.utils.offload"
+    before = importlib.import_module(name)
+    monkeypatch.setattr(accelerate.utils, "offload", before)  # restored afterwards
+    monkeypatch.delitem(sys.modules, name)
+    after = importlib.import_module(name)
+    maps = [module.PrefixedDataset({"layer.SCB": torch.ones(2)}, "layer.") for module in (before, after)]
+    assert before is not after and all(named["weight_scale"].dtype == torch.int32 for named in maps)
+    bnbops.uninstall_as_bitsandbytes()
+    with pytest.raises(KeyError, match=r"layer\.weight_scale"):
+        _ = maps[1]["weight_scale"]
+    bnbops.alias.offload.remove(before)
+    assert "weight_scale" not in maps[0]
+
+
+@each_format
+def test_offload_of_plain_tensors(llama, case, tmp_path):
+    """Without the alias, too: the state dict by the names that layers register has all that Accelerate looks for."""
+    expected = loaded(llama, case)
+    models = [copy.deepcopy(expected) for _ in range(2)]
+    offload_state_dict(tmp_path, plain_state_dict(expected))
+    bnbops.uninstall_as_bitsandbytes()
+    assert_offloaded(cpu_offload(models[0], CPU, state_dict=plain_state_dict(expected)), expected)
+    assert_offloaded(disk_offload(models[1], str(tmp_path), CPU), expected)
 
 
 @each_kind
