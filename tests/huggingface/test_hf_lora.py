@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import bnbops
+import bnbops.integrations.peft as integration
 from hf_cases import saved, tiny_llama, token_batch
 
+integration.unregister()  # which the import has registered
 pytestmark = pytest.mark.usefixtures("as_bitsandbytes")
 
 FORMATS = {
@@ -182,3 +184,19 @@ def test_adapters_on_disk(load: Callable, format: str, method: str, tmp_path: Pa
     model.save_pretrained(tmp_path)
     assert PeftConfig.from_pretrained(tmp_path).peft_type == model.active_peft_config.peft_type
     assert torch.equal(logits(PeftModel.from_pretrained(load(format), tmp_path)), out)
+
+
+def test_with_both_the_layers_are_those_of_the_integration(load: Callable) -> None:
+    integration.register()
+    try:
+        model = randomize(get_peft_model(load("4 bits"), METHODS["dora"]()))
+    finally:
+        integration.unregister()
+    assert {type(layer) for layer in layers(model).values()} == {integration.LoraLinear}
+    before, out = frozen(model), logits(model)
+    model.merge_adapter()
+    assert not equal(frozen(model), before)
+    model.unmerge_adapter()
+    assert equal(frozen(model), before)
+    model.merge_and_unload()
+    assert not torch.equal(logits(model.base_model.model), out)

@@ -247,6 +247,7 @@ def test_a_broken_adapter_is_not_merged(format: str) -> None:
 def test_what_was_merged_before_quantization_cannot_be_unmerged() -> None:
     torch.manual_seed(0)
     model, layer = adapt(Linear4bit(IN, OUT, quant_type="nf4"))
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["layer"]))
     expected = layer.base_layer.weight.data + delta(layer)
     layer.merge()
     assert close(layer.base_layer.weight, expected)
@@ -254,6 +255,23 @@ def test_what_was_merged_before_quantization_cannot_be_unmerged() -> None:
     assert layer.base_layer.weight.bnb_quantized
     with pytest.raises(RuntimeError, match="merged before the base layer was quantized"):
         layer.unmerge()
+    with pytest.raises(RuntimeError, match="merged before"), pytest.warns(UserWarning):
+        layer.merge(adapter_names=["second"])
+
+
+def test_adapters_that_a_layer_does_not_have_merge_nothing() -> None:
+    model, layer = adapt(linear("nf4"))
+    before = state_bytes(model)
+    layer.merge(adapter_names=["elsewhere"])
+    assert_same(state_bytes(model), before)
+    assert not layer.merged
+    layer.merge()
+    merged = state_bytes(model)
+    with pytest.warns(UserWarning):
+        layer.merge(adapter_names=["elsewhere"])
+    assert_same(state_bytes(model), merged)
+    layer.unmerge()
+    assert_same(state_bytes(model), before)
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])

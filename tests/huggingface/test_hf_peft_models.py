@@ -176,12 +176,19 @@ def test_modules_to_save_and_trained_biases() -> None:
 
 
 def test_loraplus_has_two_rates_and_needs_no_bitsandbytes() -> None:
-    model = get_peft_model(llama(), LoraConfig(**LORA))
-    optimizer = optimizers.create_loraplus_optimizer(model, bnbops.optim.AdamW8bit, lr=1e-2, loraplus_lr_ratio=4)
+    model = get_peft_model(llama(), LoraConfig(**LORA, modules_to_save=["embed_tokens"]))
+    options = {"lr": 1e-2, "loraplus_lr_ratio": 4, "min_8bit_size": 64}
+    optimizer = optimizers.create_loraplus_optimizer(model, bnbops.optim.AdamW8bit, **options)
     assert type(optimizer) is bnbops.optim.AdamW8bit
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    optimizer.init_state()
     for name, parameter in model.named_parameters():
-        assert rates.get(id(parameter)) == (4e-2 if "lora_B" in name else 1e-2 if "lora_A" in name else None), name
+        embedding = "embed_tokens.modules_to_save" in name
+        rate = 4e-2 if "lora_B" in name else 1e-2 if "lora_A" in name or embedding else None
+        assert rates.get(id(parameter)) == rate, name
+        if rate is not None:
+            dtypes = {value.dtype for value in optimizer.state[parameter].values()}
+            assert (torch.uint8 in dtypes) != embedding, name
     losses = train(model, optimizer)
     assert losses[-1] < losses[0] - 0.1
     assert "bitsandbytes" not in sys.modules

@@ -54,6 +54,7 @@ class MergesQuantized:
 
         Raises:
             ValueError: the merged weight has NaN or infinite values; with `safe_merge` the message names the adapter.
+            RuntimeError: other adapters were merged before the base layer was quantized; or its weight is sharded.
         """
         if not self._is_quantized():
             super().merge(safe_merge, adapter_names)  # PEFT's copy; or the base layer was dequantized
@@ -61,20 +62,22 @@ class MergesQuantized:
         names = check_adapters_to_merge(self, adapter_names)
         if not names:
             return
-        merged, held = list(self.merged_adapters), self._held()
+        merged, held, original = list(self.merged_adapters), self._held(), self._before_merging()
         try:
+            self._put(original)
             self.merged_adapters = []
-            self._put(held if self._original is None else self._original)
             with self._as_float() as base:
                 super().merge(safe_merge, [*merged, *names])
-            added = len(self.merged_adapters) > len(merged)
-            original = self._held()
+            added = not set(names).isdisjoint(self.merged_adapters)
             self._put(self._requantized(base) if added else held)
-            self._original = original if added or merged else None
-        except Exception:
+        except BaseException:
             self._put(held)
             self.merged_adapters = merged
             raise
+        if added:
+            self._original = original
+        else:  # this layer has none of them
+            self.merged_adapters = merged
 
     def unmerge(self) -> None:
         """Puts the weight back that was there before merging, bit by bit.
@@ -85,13 +88,16 @@ class MergesQuantized:
         if not self._is_quantized() or not self.merged:
             super().unmerge()
             return
-        if self._original is None:
-            raise RuntimeError(
-                f"{', '.join(self.merged_adapters)} cannot be unmerged: merged before the base layer was quantized, "
-                "so its weight without adapters is not known; load the model again"
-            )
-        self._put(self._original)
+        self._put(self._before_merging())
         self._original, self.merged_adapters = None, []
+
+    def _before_merging(self) -> Any:
+        if self.merged and self._original is None:
+            raise RuntimeError(
+                f"{', '.join(self.merged_adapters)}: merged before the base layer was quantized, so its weight without "
+                "adapters is not known; load the model again"
+            )
+        return self._original if self.merged else self._held()
 
     @contextmanager
     def _as_float(self) -> Iterator[SimpleNamespace]:
@@ -194,7 +200,8 @@ class ParamWrapper(_Lora, lora_layer.ParamWrapper):
             with nullcontext() if torch.compiler.is_compiling() else parametrize.cached():
                 yield
         finally:
-            del holder[before:]
+            for i in range(before, len(holder)):
+                delattr(holder, str(i))  # `del holder[i]` renews the dict of modules: recompiles
 
     def _delta(self, name: str) -> nn.Module:
         if self.num_experts > 1:
