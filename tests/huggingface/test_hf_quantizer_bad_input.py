@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from bnbops.integrations.transformers import BnbOpsConfig
-from hf_cases import saved, tiny_llama
+from hf_cases import saved, tiny_gpt2, tiny_llama
 
 KEY = "model.layers.0.mlp.up_proj.weight"
 
@@ -131,6 +131,11 @@ def test_a_gpu_that_is_not_there(floats: Path, device_map: object) -> None:
         load(floats, "nf4", device_map=device_map)
 
 
+def test_a_device_without_kernels(floats: Path) -> None:
+    with pytest.raises(ValueError, match="has 'xpu:0', but bnbops computes on CPUs and CUDA GPUs only"):
+        load(floats, "nf4", device_map={"": "xpu:0"})
+
+
 def test_the_disk(floats: Path) -> None:
     with pytest.raises(ValueError, match="puts modules on the disk, from where quantized layers cannot be computed"):
         load(floats, "nf4", device_map={"model": "cpu", "lm_head": "disk"})
@@ -221,6 +226,30 @@ def test_codes_of_another_shape(quantized: Callable[[str], Path]) -> None:
         load(edited(quantized("nf4"), other("down_proj")))
     with pytest.raises(ValueError, match=rf"{KEY}: expected int8 codes \[128, 64\], got torch\.int8 \[64, 128\]"):
         load(edited(quantized("int8"), other("down_proj")))
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_two_values_for_a_tied_weight(quant: str, tmp_path: Path) -> None:
+    """One is enough, and two may be there if they are equal."""
+    table, head = "transformer.wte.weight", "lm_head.weight"
+    folder = saved(tiny_gpt2(), tmp_path / "float")
+    expected = load(folder, quant, embeddings=True, skip=[])
+    packed = saved(expected, tmp_path / "quantized")
+    suffixes = [key.removeprefix("transformer.wte") for key in load_file(packed / "model.safetensors") if "wte" in key]
+
+    def double(state: dict[str, torch.Tensor]) -> None:
+        state.update({f"lm_head{suffix}": state[f"transformer.wte{suffix}"].clone() for suffix in suffixes})
+
+    edited(folder, lambda state: state.update({head: state[table].clone()}))
+    for model in (load(folder, quant, embeddings=True, skip=[]), load(edited(packed, double))):
+        assert model.lm_head.weight is model.transformer.wte.weight
+        assert torch.equal(model.lm_head.weight, expected.lm_head.weight)
+
+    message = "(lm_head|wte).weight: it is tied to .*, but the checkpoint has another value for it"
+    with pytest.raises(ValueError, match=message):
+        load(edited(folder, lambda state: state[head][3].neg_()), quant, embeddings=True, skip=[])
+    with pytest.raises(ValueError, match=message):
+        load(edited(packed, lambda state: state[head][3].add_(1)))
 
 
 def test_a_float_checkpoint_that_is_called_quantized(tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ class _Operation(ConversionOps):
             if is_sharded(find(model, name).tensor):
                 raise ValueError("its weight is sharded, which is not supported while a model loads")
             make(model, names, *arguments, self.quantizer.format)()
+        except torch.OutOfMemoryError:
+            raise
         except KeyError as error:
             self.quantizer.problems[name] = f"there is no {error.args[0]}"
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
@@ -58,6 +60,16 @@ class _Operation(ConversionOps):
             _mark_initialized(find(model, each))
             if missing_keys is not None:
                 missing_keys.discard(each)
+
+    def _compare(self, model: nn.Module, name: str, codes: Tensor) -> None:
+        """Of a weight that has come before, by another name that it is tied to."""
+        held = find(model, name).tensor.data
+        if not torch.equal(codes.reshape(-1).view(torch.uint8), held.reshape(-1).view(torch.uint8)):
+            others = ", ".join(self.quantizer.sharers(name)[1:])
+            self.quantizer.problems[name] = (
+                f"it is tied to {others}, but the checkpoint has another value for it: load the model with "
+                "tie_word_embeddings=False in its config, or without embeddings=True"
+            )
 
 
 class Quantize(_Operation):
@@ -76,6 +88,8 @@ class Quantize(_Operation):
             value = _single(input_dict.pop(name))
             if not self.quantizer.param_needs_quantization(model, name):
                 others[name] = value
+            elif name in self.quantizer.quantized:
+                self._compare(model, name, self.quantizer.format.parameter(value).data)
             elif value.shape != find(model, name).tensor.shape:
                 self.quantizer.leave(name)  # Transformers knows what to do about other shapes
                 others[name] = value
@@ -113,7 +127,10 @@ class Deserialize(_Operation):
         tensors = {name.removeprefix(f"{self.own}."): _single(input_dict.pop(name)) for name in list(input_dict)}
         weight, place = tensors.pop(self.own, None), find(model, full_layer_name)
         if not tensors and (place.kind is None or weight.is_floating_point()):
-            return {full_layer_name: weight.to(self.dtype) if weight.is_floating_point() else weight}
+            return {full_layer_name: weight.to(self.dtype or weight.dtype) if weight.is_floating_point() else weight}
+        if weight is not None and full_layer_name in self.quantizer.quantized:
+            self._compare(model, full_layer_name, weight)
+            return {}
         self._put(model, full_layer_name, missing_keys, self._hold, place, weight, tensors)
         return {}
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from bnbops._library import cuda_library
 from bnbops.integrations.transformers.config import METHOD, BnbOpsConfig
 from bnbops.integrations.transformers.conversion import Deserialize, Quantize, weight_converters
 from bnbops.integrations.transformers.models import dequantize_, number_of_parameters, without_tied_copies
@@ -61,6 +62,10 @@ class BnbOpsHfQuantizer(HfQuantizer):
             kind = "cuda" if isinstance(place, int) else torch.device(place).type
             if kind == "cuda" and not torch.cuda.is_available():
                 raise ValueError(f'the device map has {place!r}, but this torch sees no GPU: pass device_map="cpu"')
+            if kind == "cuda":
+                cuda_library()
+            elif kind != "cpu":
+                raise ValueError(f"the device map has {place!r}, but bnbops computes on CPUs and CUDA GPUs only")
 
     # ---- before weights are loaded -------------------------------------------------------------------------------
 
