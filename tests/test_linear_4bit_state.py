@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 import bnbops.functional as F
 from bnbops.nn import Embedding4bit, Linear4bit, Params4bit
 from bnbops.optim import AdamW8bit
-from conftest import GOLDEN
 from layer_cases_4bit import (
     IN,
     OUT,
@@ -29,7 +29,7 @@ from layer_cases_4bit import (
 )
 from reference.quantize_4bit import assert_product
 
-GOLDEN_LAYERS = sorted(path.name for path in GOLDEN.glob("w4_[nf]*.safetensors"))
+GOLDEN_LAYERS = sorted(path.name for path in Path(__file__).parent.glob("golden/w4_[nf]*.safetensors"))
 golden_layers = pytest.mark.parametrize("name", GOLDEN_LAYERS)
 nestings = pytest.mark.parametrize("nested", [False, True], ids=["single", "nested"])
 assigns = pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
