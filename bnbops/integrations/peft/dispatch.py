@@ -30,7 +30,6 @@ from bnbops.integrations.peft.layers import (
 from bnbops.nn.params_8bit import Int8Module
 from bnbops.nn.requantize import dequantized_weight, is_quantized
 from bnbops.nn.weight_4bit import Weight4bit
-from bnbops.optim import GlobalOptimManager
 
 
 def _layer_class(base: nn.Module, parameter_name: str | None, linear: type, embedding: type | None) -> type | None:
@@ -145,10 +144,9 @@ def _making_loraplus(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_loraplus_optimizer(model: nn.Module, optimizer_cls: type, **kwargs: Any) -> Any:
         if not optimizer_cls.__module__.startswith("bnbops."):
             return original(model, optimizer_cls, **kwargs)
-        manager = GlobalOptimManager.get_instance()
-        for module in model.modules():
-            if isinstance(module, nn.Embedding):
-                manager.register_module_override(module, "weight", {"optim_bits": 32})
+        from bnbops.integrations.transformers import keep_embeddings_in_32_bits  # here: it needs a later Transformers
+
+        keep_embeddings_in_32_bits(model)
         # a function: PEFT imports bitsandbytes for classes of certain names
         return original(model, lambda groups, **options: optimizer_cls(groups, **options), **kwargs)
 
