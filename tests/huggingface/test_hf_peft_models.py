@@ -216,6 +216,17 @@ def test_other_methods_on_models_that_say_how_they_were_loaded(quant: str, metho
     assert model.is_loaded_in_8bit if quant == "int8" else model.is_loaded_in_4bit
 
 
+def test_alora_acts_from_its_invocation_on() -> None:
+    tokens = TOKENS.clone()
+    tokens[:, 8:10] = torch.tensor([7, 9])
+    model = randomize(get_peft_model(llama(), LoraConfig(**LORA, alora_invocation_tokens=[7, 9])))
+    with torch.no_grad():
+        out = model(input_ids=tokens).logits
+        with model.disable_adapter():
+            changed = (out != model(input_ids=tokens).logits).any(-1)
+    assert not changed[:, :8].any() and changed[:, 8:].all()
+
+
 def test_gpt2_whose_layers_were_transposed(tmp_path: Path) -> None:
     """Quantized they are not; dequantized they are again."""
     folder = saved(tiny_gpt2(), tmp_path)

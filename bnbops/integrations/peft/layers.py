@@ -162,9 +162,9 @@ class _Lora(MergesQuantized):
 
 
 class LoraLinear(_Lora, lora.Linear):
-    """LoRA, rsLoRA, DoRA, aLoRA or Arrow of a `Linear4bit` or a `Linear8bitLt`."""
+    """LoRA, rsLoRA, DoRA or aLoRA of a `Linear4bit` or a `Linear8bitLt`."""
 
-    _variants = ((), ("use_dora",), ("alora_invocation_tokens",), ("arrow_config",))
+    _variants = ((), ("use_dora",), ("alora_invocation_tokens",))
 
 
 class LoraEmbedding(_Lora, lora.Embedding):
