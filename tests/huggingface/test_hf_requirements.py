@@ -1,6 +1,8 @@
 """Messages of `require` for libraries that are missing or too old."""
 
 import importlib.metadata
+import subprocess
+import sys
 
 import pytest
 
@@ -30,3 +32,27 @@ def test_a_missing_library_is_named():
         importlib.metadata.version("no-such-library")
     with pytest.raises(ImportError, match=r"needs no-such-library 1.0 or later, which is not installed: pip install"):
         require("no-such-library", "1.0", "Anything")
+
+
+def test_an_old_transformers_is_refused_at_import(monkeypatch):
+    import bnbops.integrations.transformers as module
+
+    monkeypatch.setattr(requirements, "version", lambda package: "4.57.1")
+    message = r"bnbops\.integrations\.transformers: bnbops needs transformers 5\.23 or later, found 4\.57\.1"
+    with pytest.raises(ImportError, match=message):
+        importlib.reload(module)
+
+
+IMPORTS = """
+import sys
+import bnbops
+others = {"transformers", "peft", "trl", "accelerate", "safetensors", "datasets", "bitsandbytes"}
+assert not others & sys.modules.keys(), others & sys.modules.keys()
+import bnbops.integrations.transformers
+assert not {"transformers.trainer", "peft", "trl", "datasets", "bitsandbytes"} & sys.modules.keys()
+"""
+
+
+def test_nothing_is_imported_unasked():
+    result = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
