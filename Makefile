@@ -7,9 +7,11 @@ PY := $(VENV)/bin/python
 CUDA_TORCH ?= torch==2.14.1
 CUDA_ARCHITECTURES ?=
 CUDA_VENV := .venv-cuda
+# For bench-hf: what bnbops is compared with, which it would stand in for if it were in the same environment.
+BITSANDBYTES_VENV := .venv-bitsandbytes
 SOURCES := pyproject.toml bnbops/codebooks.py $(shell find csrc -type f)
 
-.PHONY: demo demo-fsdp test test-cuda-sanitize test-cuda-link test-gpu lint bench clean
+.PHONY: demo demo-fsdp test test-cuda-sanitize test-cuda-link test-gpu lint bench bench-hf clean
 
 demo: $(VENV)/installed
 	$(PY) examples/train_gpt.py --out demo-out
@@ -54,6 +56,17 @@ bench: $(VENV)/installed
 	$(PY) benchmarks/quantize.py
 	$(PY) benchmarks/linear.py
 
+# Models of Transformers with bnbops and with bitsandbytes; writes docs/huggingface_numbers.md. ARGS=--quick is a trial.
+ARGS ?= --write
+bench-hf: $(VENV)/installed $(BITSANDBYTES_VENV)/installed
+	$(PY) benchmarks/huggingface.py --bitsandbytes $(BITSANDBYTES_VENV)/bin/python $(ARGS)
+
+$(BITSANDBYTES_VENV)/installed:
+	$(PYTHON) -m venv $(BITSANDBYTES_VENV)
+	$(BITSANDBYTES_VENV)/bin/python -m pip install --quiet "$(TORCH)" bitsandbytes==0.50.2 \
+	  "transformers>=5.23,<6" "peft>=0.21,<0.22" "accelerate>=1.15,<2"
+	touch $@
+
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet "$(TORCH)" numpy
@@ -73,4 +86,4 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) build dist demo-out
+	rm -rf $(VENV) $(CUDA_VENV) $(BITSANDBYTES_VENV) build dist demo-out
