@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import bnbops
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -25,9 +27,12 @@ def test_snippets_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module = types.ModuleType(f"snippets_{page.stem}")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # the compiler looks globals up there
-    for line, code in snippets(page):
-        # Padding makes a traceback point at the page's own line.
-        exec(compile("\n" * (line - 1) + code, str(page), "exec"), vars(module))
+    try:
+        for line, code in snippets(page):
+            # Padding makes a traceback point at the page's own line.
+            exec(compile("\n" * (line - 1) + code, str(page), "exec"), vars(module))
+    finally:
+        bnbops.uninstall_as_bitsandbytes()  # for the next test, if a page stops halfway
 
 
 def test_pages_have_snippets():
