@@ -131,7 +131,7 @@ def test_inductor_comes_close(tmp_path: Path) -> None:
     for ours, theirs in zip(logged(compiled), logged(plain), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
     for ours, theirs in zip(compiled.model.parameters(), plain.model.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+        assert (ours - theirs).norm() < 1e-3 * theirs.norm()
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals
