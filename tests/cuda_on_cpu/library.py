@@ -16,14 +16,13 @@ KERNELS = f"lib{NAMESPACE}.so"
 
 def build(sanitizer: str | None = None, product: str = KERNELS) -> Path:
     """The shared library, or another product, built if it is not up to date. `sanitizer`: "address" (with undefined
-    behaviour) or "thread". Concurrent callers wait for one another."""
-    folder = ROOT / "build" / (f"{NAMESPACE}-{sanitizer}" if sanitizer else NAMESPACE)
+    behavior) or "thread". Concurrent callers wait for one another."""
+    folder, path = ROOT / "build" / NAMESPACE, f"{sanitizer or 'plain'}/{product}"
     folder.mkdir(parents=True, exist_ok=True)
-    options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DSANITIZE={sanitizer or ''}"]
     with FileLock(folder / "lock"):
-        _run("cmake", "-S", HERE, "-B", folder, "-G", "Ninja", *options)
-        _run("cmake", "--build", folder, "--target", product)
-    return folder / product
+        _run("cmake", "-S", HERE, "-B", folder, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}")
+        _run("cmake", "--build", folder, "--target", path)
+    return folder / path
 
 
 def _run(*command: str | Path) -> None:
