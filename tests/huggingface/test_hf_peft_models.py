@@ -248,6 +248,18 @@ def test_gpt2_whose_layers_were_transposed(tmp_path: Path) -> None:
     assert torch.allclose(logits(model), out, atol=1e-4)
 
 
+def test_dora_of_gpt2_turns_with_the_dequantized_weight(tmp_path: Path) -> None:
+    """On square layers, too, where no shape tells."""
+    folder = saved(tiny_gpt2(), tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BnbOpsConfig())
+    config = LoraConfig(r=4, target_modules=["c_proj"], use_dora=True, fan_in_fan_out=True, task_type="CAUSAL_LM")
+    model = randomize(get_peft_model(model, config))
+    out = logits(model)
+    model.dequantize()
+    assert torch.allclose(logits(model), out, atol=1e-4)
+    assert torch.allclose(logits(model.merge_and_unload(safe_merge=True)), out, atol=1e-4)
+
+
 # ---- experts ---------------------------------------------------------------------------------------------------
 
 

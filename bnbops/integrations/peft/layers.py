@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft.tuners import adalora, ia3, lora
 from peft.tuners.lora import layer as lora_layer
+from peft.tuners.lora import variants
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -165,6 +166,36 @@ class LoraLinear(_Lora, lora.Linear):
     """LoRA, rsLoRA, DoRA or aLoRA of a `Linear4bit` or a `Linear8bitLt`."""
 
     _variants = ((), ("use_dora",), ("alora_invocation_tokens",))
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], Any]:
+        return super().lora_variants | {("use_dora",): _Dora}
+
+
+class _Dora(variants.DoraLinearVariant):
+    """PEFT notes how the weight lies when an adapter is made; that of a `Conv1D` turns when it is dequantized."""
+
+    @staticmethod
+    def forward(module: LoraLinear, active_adapter: str, *args: Any, **kwargs: Any) -> Tensor:
+        _turn(module, active_adapter)
+        return variants.DoraLinearVariant.forward(module, active_adapter, *args, **kwargs)
+
+    @staticmethod
+    def merge_safe(module: LoraLinear, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        _turn(module, active_adapter)
+        return variants.DoraLinearVariant.merge_safe(module, active_adapter, orig_weight)
+
+    @staticmethod
+    def merge_unsafe(module: LoraLinear, active_adapter: str, orig_weight: Tensor) -> None:
+        _turn(module, active_adapter)
+        variants.DoraLinearVariant.merge_unsafe(module, active_adapter, orig_weight)
+
+
+def _turn(module: LoraLinear, adapter: str) -> None:
+    dora = module.lora_magnitude_vector[adapter]
+    if dora.fan_in_fan_out != module.fan_in_fan_out:
+        dora.fan_in_fan_out = module.fan_in_fan_out
+        dora._cache_clear()
 
 
 class LoraEmbedding(_Lora, lora.Embedding):
