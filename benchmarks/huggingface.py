@@ -11,6 +11,7 @@ process of its own (huggingface_worker.py), as have dense layers; they make the 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -92,12 +93,14 @@ class Benchmark:
 
     def compared(self) -> list[dict[str, Any]]:
         """Rows of distances. Raises VerificationError where bnbops is too far off."""
-        cases = [(self.llama, scheme, dtype) for scheme in outputs.SCHEMES for dtype in ("fp32", "bf16")]
+        cases = [(self.llama, scheme, "fp32") for scheme in outputs.SCHEMES]
+        cases += [(self.llama, scheme, "bf16") for scheme in ("nf4 double", "int8")]
         cases += [(self.encoder, scheme, dtype) for scheme in ("nf4", "int8") for dtype in ("fp32", "bf16")]
         rows = []
         for task, scheme, dtype in cases:
             rows.append(outputs.compare(self.processes, task, scheme, dtype, self.out))
             outputs.verify(rows[-1])
+            print(f"verified {rows[-1]['name']}: {rows[-1]['bnbops']:.1e} off", flush=True)
         return rows
 
     def loaded(self, task: Task, scheme: str, dtype: str) -> list[Row]:
@@ -197,6 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     cli = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     cli.add_argument("--bitsandbytes", required=True, metavar="PYTHON", help="of the environment that has it")
     cli.add_argument("--quick", action="store_true", help="a tiny model: shows that it works, measures nothing")
+    cli.add_argument("--rounds", type=int, help="turns of each call; enough by default")
     cli.add_argument("--write", action="store_true", help=f"write the tables to docs/{PAGE.name}")
     cli.add_argument("--json", type=Path, metavar="FILE", help="also write every single figure to FILE")
     cli.add_argument("--record", type=Path, metavar="FOLDER", help="write bitsandbytes' outputs for the tests instead")
@@ -211,9 +215,10 @@ def main(argv: list[str] | None = None) -> None:
         if args.record:
             outputs.record(process(THEIRS), folder, args.record)
             return
-        benchmark = Benchmark(
-            {library: process(library) for library in LIBRARIES}, folder, QUICK if args.quick else FULL
-        )
+        sizes = QUICK if args.quick else FULL
+        if args.rounds:
+            sizes = dataclasses.replace(sizes, rounds=args.rounds, repeats=args.rounds)
+        benchmark = Benchmark({library: process(library) for library in LIBRARIES}, folder, sizes)
         versions = benchmark.processes[THEIRS].versions()
         distances = benchmark.compared()
         machine = (

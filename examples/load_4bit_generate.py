@@ -9,6 +9,8 @@ generates other tokens.
 """
 
 import argparse
+import ctypes
+import gc
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -35,6 +37,7 @@ class Peak:
 
 @contextmanager
 def peak_memory() -> Iterator[Peak]:
+    give_back()
     peak, before, done = Peak(), held(), threading.Event()
 
     def watch() -> None:
@@ -52,6 +55,13 @@ def peak_memory() -> Iterator[Peak]:
         watcher.join()
         if DEVICE == "cuda":
             peak.bytes = torch.cuda.max_memory_allocated() - before
+
+
+def give_back() -> None:
+    """What was freed goes back to the system; else new tensors take its place unseen."""
+    gc.collect()
+    if STATUS.exists():
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)  # glibc has it
 
 
 def held() -> int:
