@@ -10,7 +10,6 @@ the end (Dettmers et al., arXiv:2305.14314). The text is Python's language refer
 
 import argparse
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,26 +23,14 @@ bnbops.install_as_bitsandbytes()  # the one line
 from datasets import Dataset  # noqa: E402
 from local_llama import documents, make_llama, prose, windows  # noqa: E402
 from peft import LoraConfig, PeftModel  # noqa: E402
+from step_times import StepTimes  # noqa: E402
 from torch import nn  # noqa: E402
 from training import Parser, aligned, positive_float, positive_int, state_bytes  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPT = "The "
-
-
-class StepTimes(TrainerCallback):
-    """Seconds of each step."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._began = time.perf_counter()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._began)
 
 
 def load(folder: Path) -> nn.Module:

@@ -10,16 +10,15 @@ weights go to out/model. Nothing is downloaded; a GPU is used where there is one
 
 import argparse
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from step_times import StepTimes
 from text_data import Text, load_text
 from torch import Tensor
 from training import Parser, add_training_options, aligned, check_shape, positive_int, state_bytes
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import bnbops
 from bnbops.integrations.transformers import CompiledTrainer, keep_embeddings_in_32_bits
@@ -37,19 +36,6 @@ class Result:
     state_bytes: int
     torch_state_bytes: int  # of torch.optim.AdamW
     step_seconds: float
-
-
-class StepTimes(TrainerCallback):
-    """The seconds of every step."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.began = time.perf_counter()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.began)
 
 
 def windows(tokens: Tensor, length: int) -> list[dict[str, Tensor]]:
