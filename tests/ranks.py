@@ -21,6 +21,9 @@ import torch.distributed as dist
 # Imported once, in the server that ranks are forked from: a rank then starts in a tenth of a second, not in five.
 _IMPORTS = (
     "torch._dynamo",
+    "torch._functorch.partitioners",
+    "torch._inductor.compile_fx",
+    "networkx",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
