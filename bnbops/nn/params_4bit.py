@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bnbops.functional_4bit import quantize_4bit
+from bnbops.nn.freed_memory import give_back
 from bnbops.nn.scales_4bit import check_state, packed_bytes
 from bnbops.quant_state import QuantState
 
@@ -221,6 +222,7 @@ class Params4bit(nn.Parameter):
         return self.to(torch.float64)
 
     def _quantize(self, device: torch.device) -> Params4bit:
+        give_back(self)
         packed, state = quantize_4bit(
             self.data.to(device).contiguous(),
             blocksize=self.blocksize,

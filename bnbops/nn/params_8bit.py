@@ -10,13 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from bnbops.matmul_int8 import quantize_weight
+from bnbops.nn.freed_memory import give_back
 from bnbops.nn.plain_state import of_quantized_layer, of_whole_layer
 from bnbops.nn.scale_bits import from_bits, to_bits
+from bnbops.nn.weight_source import empty
 from bnbops.sharded import is_sharded
 
 
 def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    rounded = weight.detach().to(torch.float16)
+    weight = weight.detach()
+    give_back(weight)
+    if weight.is_cpu and weight.dtype != torch.float16:
+        rounded = empty(weight.shape, torch.float16, transient=True).copy_(weight)
+    else:
+        rounded = weight.to(torch.float16)
     if not rounded.isfinite().all():
         raise ValueError(
             "the weight has a value that float16 cannot hold (NaN, infinite or beyond 65504 in magnitude); 8-bit "

@@ -6,9 +6,6 @@ classification head, stays a float one that Transformers initializes.
 
 from __future__ import annotations
 
-import ctypes
-import sys
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +23,6 @@ from bnbops.sharded import is_sharded
 if TYPE_CHECKING:
     from bnbops.integrations.transformers.quantizer import BnbOpsHfQuantizer
 
-_LARGE = 2**20  # bytes
 _STATISTICS_INT8 = ("SCB", "weight_format")
 
 
@@ -96,10 +92,6 @@ class Quantize(_Operation):
             else:
                 self.quantizer.merged.add(tuple(source_patterns))
                 self._put(model, name, missing_keys, self._quantize, value)
-                large = value.is_cpu and value.nbytes >= _LARGE
-                del value
-                if large:
-                    _trim()
         return others
 
     def _quantize(self, model: nn.Module, names: list[str], value: Tensor, format: Any) -> Any:
@@ -154,18 +146,6 @@ def weight_converters(quantizer: BnbOpsHfQuantizer, model: nn.Module) -> list[We
                 own = ".".join(place.name.split(".")[-2:])
                 statistics[own] = [f"{own}.{name}" for name in STATISTICS]
     return [WeightConverter([*names, own], own, [Deserialize(quantizer, own)]) for own, names in statistics.items()]
-
-
-@cache
-def _libc() -> Any:
-    return ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-def _trim() -> None:
-    """Returns the memory of a float weight that is gone to the system. glibc would keep it, as a hole that the next one
-    of the same size does not fit into once that is to be aligned, so that in the end all of them have had their own."""
-    if hasattr(_libc(), "malloc_trim"):
-        _libc().malloc_trim(0)
 
 
 def _single(value: Any) -> Tensor:
