@@ -7,18 +7,16 @@ import sys
 from functools import cache
 from typing import Any
 
-from torch import Tensor
-
 _LARGE = 2**20  # bytes
 
 
-def give_back(weight: Tensor) -> None:
-    """Before a weight is quantized: the system gets back what those before it have left, if it is a large one.
+def give_back(nbytes: int) -> None:
+    """Lets the system have what weights of so many bytes have left on the CPU; not worth the time if that is little.
 
     glibc would keep it, as a hole that a tensor of the same size does not fit into once that is to be aligned; so in
     the end all float weights have had memory of their own.
     """
-    if weight.is_cpu and weight.nbytes >= _LARGE and (trim := _malloc_trim()) is not None:
+    if nbytes >= _LARGE and (trim := _malloc_trim()) is not None:
         trim(0)
 
 

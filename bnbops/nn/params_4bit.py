@@ -222,7 +222,8 @@ class Params4bit(nn.Parameter):
         return self.to(torch.float64)
 
     def _quantize(self, device: torch.device) -> Params4bit:
-        give_back(self)
+        if self.is_cpu:
+            give_back(self.nbytes)  # of the weights before this one
         packed, state = quantize_4bit(
             self.data.to(device).contiguous(),
             blocksize=self.blocksize,

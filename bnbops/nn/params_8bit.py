@@ -19,7 +19,8 @@ from bnbops.sharded import is_sharded
 
 def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     weight = weight.detach()
-    give_back(weight)
+    if weight.is_cpu:
+        give_back(weight.nbytes)  # of the weights before this one
     if weight.is_cpu and weight.dtype != torch.float16:
         rounded = empty(weight.shape, torch.float16, transient=True).copy_(weight)
     else:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from bnbops.functional import quantize_4bit
-from bnbops.nn.freed_memory import give_back
 from bnbops.nn.materialize import Change
 from bnbops.nn.parametrize import replace_parameter_4bit, replace_parameter_4bit_prequantized
 from bnbops.nn.params_4bit import Params4bit
@@ -27,7 +26,6 @@ def find(model: nn.Module, name: str) -> Place:
 @torch.no_grad()
 def quantize_weight(model: nn.Module, names: Sequence[str], data: Tensor, format: QuantizationFormat) -> Change:
     """Quantizes the value of a float weight. The change that is returned puts it there under all its names."""
-    give_back(data)
     places = [find(model, name) for name in names]
     first = places[0]
     if first.kind == "expert":

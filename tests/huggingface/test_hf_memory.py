@@ -15,6 +15,8 @@ SIZES = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 
 CASES = [
     "from_pretrained nf4 float32",
     "from_pretrained int8 bfloat16",
+    "alias nf4 float32",
+    "alias int8 float32",
     "quantize_ nf4 float32",
     "quantize_ int8 bfloat16",
 ]
@@ -24,7 +26,7 @@ CASES = [
 MEASURE = """
 import os, sys, tempfile, threading
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 import bnbops
 from bnbops.integrations.transformers import BnbOpsConfig
 
@@ -32,6 +34,11 @@ def anonymous():
     return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) * 1024
 
 def load(how, quant, dtype, folder):
+    if how == "alias":
+        bnbops.install_as_bitsandbytes()
+        bits = {"load_in_8bit": True} if quant == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": quant}
+        config = BitsAndBytesConfig(**bits)
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
     if how == "from_pretrained":
         return AutoModelForCausalLM.from_pretrained(folder, quantization_config=BnbOpsConfig(quant), dtype=dtype)
     config = AutoConfig.from_pretrained(folder)
@@ -103,5 +110,6 @@ def test_peak_memory_is_near_the_quantized_size(case: str, measured: dict[str, l
     dtype = getattr(torch, case.split()[-1])
     floats = 64 * dtype.itemsize
     largest = SIZES["hidden_size"] * SIZES["intermediate_size"] * dtype.itemsize / 2**20
-    assert size / 2 < peak < size + 1.5 * largest + 8
+    held = 2.5 if case.startswith("alias") else 1.5  # Transformers' own converter holds a weight until the next is read
+    assert size / 2 < peak < size + held * largest + 8
     assert peak < 0.7 * floats

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
+from bnbops.nn.freed_memory import give_back
 from bnbops.nn.params_8bit import Int8Module
 from bnbops.nn.quantize_plan import Place
 from bnbops.nn.quantized_layers import find, hold_quantized, quantize_weight
@@ -92,6 +93,9 @@ class Quantize(_Operation):
             else:
                 self.quantizer.merged.add(tuple(source_patterns))
                 self._put(model, name, missing_keys, self._quantize, value)
+                nbytes = value.nbytes if value.is_cpu else 0
+                del value
+                give_back(nbytes)
         return others
 
     def _quantize(self, model: nn.Module, names: list[str], value: Tensor, format: Any) -> Any:
