@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bnbops.matmul_int8 import quantize_weight
+from bnbops.nn.finite import is_finite
 from bnbops.nn.freed_memory import give_back
 from bnbops.nn.plain_state import of_quantized_layer, of_whole_layer
 from bnbops.nn.scale_bits import from_bits, to_bits
@@ -25,7 +26,7 @@ def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
         rounded = empty(weight.shape, torch.float16, transient=True).copy_(weight)
     else:
         rounded = weight.to(torch.float16)
-    if not rounded.isfinite().all():
+    if not is_finite(rounded):
         raise ValueError(
             "the weight has a value that float16 cannot hold (NaN, infinite or beyond 65504 in magnitude); 8-bit "
             "weights are rounded to float16 before they are quantized"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bnbops.nn.finite import is_finite
 from bnbops.nn.params_4bit import Params4bit
 from bnbops.nn.params_8bit import Int8Module, Int8Params
 from bnbops.nn.weight_4bit import Weight4bit
@@ -43,7 +44,7 @@ def dequantized_weight(module: Weight4bit | Int8Module, dtype: torch.dtype | Non
 
 def check_finite(weight: Tensor) -> None:
     """Quantization would make something else of NaN and infinity."""
-    if not weight.isfinite().all():
+    if not is_finite(weight):
         raise ValueError("the weight has NaN or infinite values, so it cannot be quantized")
 
 
