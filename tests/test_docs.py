@@ -22,17 +22,25 @@ def snippets(page: Path) -> list[tuple[int, str]]:
     ]
 
 
+@pytest.fixture
+def _as_in_a_process_of_its_own(monkeypatch):
+    """Importing what patches other libraries does it, and it is undone."""
+    monkeypatch.delitem(sys.modules, "bnbops.integrations.peft", raising=False)
+    yield
+    bnbops.uninstall_as_bitsandbytes()
+    if (integration := sys.modules.get("bnbops.integrations.peft")) is not None:
+        integration.unregister()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.usefixtures("_as_in_a_process_of_its_own")
 def test_snippets_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module = types.ModuleType(f"snippets_{page.stem}")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # the compiler looks globals up there
-    try:
-        for line, code in snippets(page):
-            # Padding makes a traceback point at the page's own line.
-            exec(compile("\n" * (line - 1) + code, str(page), "exec"), vars(module))
-    finally:
-        bnbops.uninstall_as_bitsandbytes()  # for the next test, if a page stops halfway
+    for line, code in snippets(page):
+        # Padding makes a traceback point at the page's own line.
+        exec(compile("\n" * (line - 1) + code, str(page), "exec"), vars(module))
 
 
 def test_pages_have_snippets():

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -22,3 +23,19 @@ def as_bitsandbytes() -> Iterator[ModuleType]:
         yield importlib.import_module("bitsandbytes")
     finally:
         bnbops.uninstall_as_bitsandbytes()
+
+
+@pytest.fixture(autouse=True)
+def _peft_as_it_is() -> None:
+    """Takes back what importing `bnbops.integrations.peft`, here or in another file, has registered."""
+    if (integration := sys.modules.get("bnbops.integrations.peft")) is not None:
+        integration.unregister()
+
+
+@pytest.fixture
+def registered_with_peft(_peft_as_it_is: None) -> Iterator[None]:
+    """As after `import bnbops.integrations.peft` in a program."""
+    integration = importlib.import_module("bnbops.integrations.peft")
+    integration.register()
+    yield
+    integration.unregister()

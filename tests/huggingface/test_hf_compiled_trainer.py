@@ -12,7 +12,6 @@ from transformers import Trainer
 from transformers.training_args import ParallelMode
 
 import bnbops
-import bnbops.integrations.peft
 from bnbops.compile import GraphBreakError
 from bnbops.integrations.transformers import CompiledStep, CompiledTrainer, keep_embeddings_in_32_bits
 from hf_cases import tiny_llama
@@ -106,6 +105,7 @@ def test_a_graph_for_each_micro_batch(tmp_path: Path) -> None:
     assert logged(compiled) == logged(plain)
 
 
+@pytest.mark.usefixtures("registered_with_peft")
 def test_adapters_on_frozen_4bit_layers_with_label_smoothing(tmp_path: Path) -> None:
     """A llama whose frozen layers are 4-bit; only the head's low-rank addition trains. Padding is masked."""
     data = [{**row, "attention_mask": torch.ones(8, dtype=torch.int64)} for row in examples(8)]
@@ -120,7 +120,7 @@ def test_adapters_on_frozen_4bit_layers_with_label_smoothing(tmp_path: Path) -> 
 
 def _adapted_llama() -> nn.Module:
     model = tiny_llama(num_hidden_layers=1)
-    bnbops.nn.quantize_(model, "nf4")
+    bnbops.nn.quantize_(model, "nf4", progress=False)
     torch.manual_seed(1)
     return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
 

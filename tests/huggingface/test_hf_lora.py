@@ -22,7 +22,6 @@ import bnbops
 import bnbops.integrations.peft as integration
 from hf_cases import saved, tiny_llama, token_batch
 
-integration.unregister()  # which the import has registered
 pytestmark = pytest.mark.usefixtures("as_bitsandbytes")
 
 FORMATS = {

@@ -1,7 +1,7 @@
 """`bnbops.integrations.peft`: each adapter's forward, merge and unmerge against plain float arithmetic."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 
 import pytest
@@ -22,14 +22,7 @@ FORMATS = {
     "int8": None,
 }
 
-integration.unregister()  # which the import has registered; other tests are of PEFT as it is
-
-
-@pytest.fixture(autouse=True)
-def _registered() -> Iterator[None]:
-    integration.register()
-    yield
-    integration.unregister()
+pytestmark = pytest.mark.usefixtures("registered_with_peft")
 
 
 class Model(nn.Module):

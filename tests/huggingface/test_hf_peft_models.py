@@ -1,7 +1,6 @@
 """`bnbops.integrations.peft` with models of Transformers: training, adapters on disk, experts, one graph."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,14 +28,7 @@ EXPERTS = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "target_parame
 EXPERTS["target_parameters"] += ["mlp.experts.down_proj"]
 TOKENS = token_batch()
 
-integration.unregister()  # which the import has registered; other tests are of PEFT as it is
-
-
-@pytest.fixture(autouse=True)
-def _registered() -> Iterator[None]:
-    integration.register()
-    yield
-    integration.unregister()
+pytestmark = pytest.mark.usefixtures("registered_with_peft")
 
 
 def llama(quant: str = "nf4", **options: object) -> nn.Module:

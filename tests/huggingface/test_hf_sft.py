@@ -1,7 +1,6 @@
 """TRL's SFTTrainer fine-tunes quantized models: with the alias and nothing changed, and without it."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,16 +16,7 @@ import bnbops.integrations.peft as integration
 from bnbops.integrations.transformers import BnbOpsConfig
 from hf_cases import saved, tiny_llama, tiny_tokenizer, token_batch
 
-integration.unregister()  # which the import has registered
-
 TEXTS = ["The quick brown fox.", "A lazy dog sleeps.", "It rains today.", "Snow in May."]
-
-
-@pytest.fixture
-def registered() -> Iterator[None]:
-    integration.register()
-    yield
-    integration.unregister()
 
 
 def fine_tune(model: nn.Module, folder: Path, optim: str, **others: object) -> SFTTrainer:
@@ -94,7 +84,7 @@ def test_with_the_alias(bits: int, as_bitsandbytes: object, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("way", ["quantize_", "from_pretrained"])
-def test_without_the_alias(way: str, registered: None, tmp_path: Path) -> None:
+def test_without_the_alias(way: str, registered_with_peft: None, tmp_path: Path) -> None:
     folder = saved(tiny_llama(), tmp_path / "model")
 
     def load() -> nn.Module:
