@@ -65,6 +65,16 @@ def token_batch(rows: int = 2, columns: int = 16, seed: int = 1) -> torch.Tensor
     return torch.randint(4, VOCABULARY, (rows, columns), generator=torch.Generator().manual_seed(seed))
 
 
+@torch.no_grad()
+def randomize(model: nn.Module, seed: int = 1, size: float = 0.05) -> nn.Module:
+    """Moves what trains by random amounts: new adapters do nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=size)
+    return model
+
+
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 

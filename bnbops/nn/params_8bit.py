@@ -14,7 +14,7 @@ from bnbops.nn.finite import is_finite
 from bnbops.nn.freed_memory import give_back
 from bnbops.nn.plain_state import of_quantized_layer, of_whole_layer
 from bnbops.nn.scale_bits import from_bits, to_bits
-from bnbops.nn.weight_source import empty
+from bnbops.nn.weight_source import as_float16
 from bnbops.sharded import is_sharded
 
 
@@ -22,10 +22,7 @@ def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     weight = weight.detach()
     if weight.is_cpu:
         give_back(weight.nbytes)  # of the weights before this one
-    if weight.is_cpu and weight.dtype != torch.float16:
-        rounded = empty(weight.shape, torch.float16, transient=True).copy_(weight)
-    else:
-        rounded = weight.to(torch.float16)
+    rounded = as_float16(weight)
     if not is_finite(rounded):
         raise ValueError(
             "the weight has a value that float16 cannot hold (NaN, infinite or beyond 65504 in magnitude); 8-bit "

@@ -17,7 +17,7 @@ from bnbops.nn.params_4bit import Params4bit
 from bnbops.nn.params_8bit import Int8Params
 from bnbops.nn.quantize_plan import FORMATS, Place
 from bnbops.nn.scales_4bit import check_settings
-from bnbops.nn.weight_source import empty
+from bnbops.nn.weight_source import as_float16
 
 
 def logical_shape(place: Place) -> Sequence[int]:
@@ -81,9 +81,7 @@ class QuantizationFormat:
                 quant_storage=self.quant_storage,
             )
             return weight._quantize(data.device)  # also on the meta device, where .to() does not
-        if data.is_cpu:
-            data = empty(data.shape, torch.float16, transient=True).copy_(data)
-        codes, scales = quantize_weight(data.contiguous())
+        codes, scales = quantize_weight(as_float16(data).contiguous())
         return Int8Params(codes, requires_grad=False, SCB=scales)
 
     def layer(self, place: Place) -> nn.Module:

@@ -42,6 +42,13 @@ def empty(shape: Sequence[int], dtype: torch.dtype, transient: bool) -> Tensor:
     return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
 
 
+def as_float16(weight: Tensor) -> Tensor:
+    """What int8 weights are quantized from; a copy of a weight on the CPU is a transient one."""
+    if weight.is_cpu and weight.dtype != torch.float16:
+        return empty(weight.shape, torch.float16, transient=True).copy_(weight)
+    return weight.to(torch.float16)
+
+
 def open_state(state: Mapping[str, Tensor] | str | os.PathLike[str]) -> dict[str, Source]:
     """The tensors of a state dict, by name.
 

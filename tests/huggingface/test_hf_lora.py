@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import bnbops
 import bnbops.integrations.peft as integration
-from hf_cases import saved, tiny_llama, token_batch
+from hf_cases import randomize, saved, tiny_llama, token_batch
 
 pytestmark = pytest.mark.usefixtures("as_bitsandbytes")
 
@@ -52,15 +52,6 @@ def load(folder: Path) -> Callable[[str], nn.Module]:
         return AutoModelForCausalLM.from_pretrained(folder, quantization_config=options, dtype=torch.float32)
 
     return load
-
-
-def randomize(model: PeftModel) -> PeftModel:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
-    return model
 
 
 def logits(model: nn.Module) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import bnbops
 import bnbops.integrations.peft as integration
 from bnbops.nn import Embedding4bit, Embedding8bit, Linear4bit, Linear8bitLt
+from hf_cases import randomize
 
 IN, OUT = 64, 96
 FORMATS = {
@@ -90,16 +91,7 @@ def adapt(layer: nn.Module, config: LoraConfig | None = None, **options: object)
     """A model of one adapted layer, and that layer, with adapters that do something."""
     config = LoraConfig(r=4, lora_alpha=6, target_modules=["layer"], **options) if config is None else config
     model = get_peft_model(Model(layer), config)
-    return randomize(model), model.base_model.model.layer
-
-
-def randomize(model: PeftModel, seed: int = 1) -> PeftModel:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-    return model
+    return randomize(model, size=0.1), model.base_model.model.layer
 
 
 def delta(layer: nn.Module, name: str = "default", scaling: float = 6 / 4) -> Tensor:
@@ -163,7 +155,7 @@ def test_adapters_merge_in_any_order_into_the_same_bytes() -> None:
     model, layer = adapt(linear("nf4"))
     model.add_adapter("second", LoraConfig(r=2, use_rslora=True, target_modules=["layer"]))
     model.set_adapter("second")
-    randomize(model, seed=3)
+    randomize(model, seed=3, size=0.1)
     base = layer.get_base_layer()
     before = state_bytes(model)
     expected = floats(base) + delta(layer) + delta(layer, "second", 8 / 2**0.5)
@@ -186,7 +178,7 @@ def test_adapters_of_each_row_of_a_batch() -> None:
     model, layer = adapt(linear("nf4"))
     model.add_adapter("second", LoraConfig(r=2, target_modules=["layer"]))
     model.set_adapter("second")
-    randomize(model, seed=3).eval()
+    randomize(model, seed=3, size=0.1).eval()
     plain = layer.base_layer(INPUT[:3])
     with torch.no_grad():
         out = model(INPUT[:3], adapter_names=["second", "__base__", "default"])

@@ -21,7 +21,7 @@ import bnbops
 import bnbops.integrations.peft as integration
 from bnbops.integrations.transformers import BnbOpsConfig
 from bnbops.nn.requantize import dequantized_weight
-from hf_cases import saved, tiny_gpt2, tiny_llama, tiny_mixtral, token_batch
+from hf_cases import randomize, saved, tiny_gpt2, tiny_llama, tiny_mixtral, token_batch
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 EXPERTS = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
@@ -37,15 +37,6 @@ def llama(quant: str = "nf4", **options: object) -> nn.Module:
 
 def mixtral() -> nn.Module:
     return bnbops.nn.quantize_(tiny_mixtral(num_hidden_layers=1), progress=False)
-
-
-def randomize(model: nn.Module, seed: int = 1) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
-    return model
 
 
 def logits(model: nn.Module) -> Tensor:

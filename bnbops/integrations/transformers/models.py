@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from bnbops.functional import dequantize_4bit
 from bnbops.nn.parametrize import Bnb4bitParametrization
 from bnbops.nn.params_8bit import Int8Module
 from bnbops.nn.quantized_layers import keep_calls
+from bnbops.nn.requantize import dequantized_weight
 from bnbops.nn.weight_4bit import Weight4bit
 
 
@@ -85,10 +85,7 @@ def _parameter(weight: Tensor, dtype: torch.dtype | None) -> nn.Parameter:
 
 def _floats(module: Weight4bit | Int8Module) -> Tensor:
     """The weight as the float layer held it."""
-    if isinstance(module, Int8Module):
-        weight = torch.ops.bnbops.int8_vectorwise_dequant(*module._quantized_weight())
-    else:
-        weight = dequantize_4bit(module.weight.data, module.quant_state)
+    weight = dequantized_weight(module)
     return weight if _source_class(module) is None else weight.T.contiguous()
 
 
