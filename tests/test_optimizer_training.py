@@ -100,11 +100,13 @@ def test_lr_schedulers(name, tensor_lr):
     assert_same(p, r)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("cls", [AdamW8bit, AdamW32bit], ids=lambda cls: cls.__name__)
-def test_grad_scaler(cls):
+def test_grad_scaler(cls, fused):
     """Scaled gradients give the steps of unscaled ones; an overflow skips the step and counts none."""
     p, q = params((64, 80)), params((64, 80))
     scaled, plain = cls(p), cls(q)
+    scaled.fused_scaling = fused
     scaler = torch.amp.GradScaler(device="cpu", init_scale=1024.0, growth_interval=1000)
     for _ in range(3):
         scaled.zero_grad()

@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import math
+import pickle
 import warnings
 from typing import Any
 
@@ -319,11 +320,13 @@ def test_hooks(name):
 # ---- gradient scaling, profiler, functional use ----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @names
-def test_grad_scaler(name):
-    """The fused path: scaled gradients are unscaled, an overflow skips the step; torch's scale, torch's parameters."""
+def test_grad_scaler(name, fused):
+    """By the scaler or by the operator: scaled gradients are unscaled, an overflow skips the step; torch's scale and
+    parameters."""
     optimizers, scales = pair(name), []
-    assert optimizers[0]._step_supports_amp_scaling
+    optimizers[0].fused_scaling = fused
     for optimizer in optimizers:
         scaler = torch.amp.GradScaler(device="cpu", init_scale=2.0**12, growth_interval=3)
         scales.append([])
@@ -343,6 +346,23 @@ def test_grad_scaler(name):
             scales[-1].append(scaler.get_scale())
     assert scales[0] == scales[1] and len(set(scales[0])) > 1
     assert_alike(*optimizers)
+
+
+def test_the_scaler_unscales_unless_it_is_told_otherwise():
+    """As with torch's optimizers, float16 parameters are for the fused path alone."""
+    p = params((64, 80), dtype=torch.float16)
+    optimizer = optim.AdamW8bit(p)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(p[0].float().square().sum()).backward()
+    before = copy.deepcopy(p[0])
+    with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients"):
+        scaler.step(optimizer)
+    assert torch.equal(p[0], before)
+    optimizer.fused_scaling = True
+    scaler.step(optimizer)
+    assert not torch.equal(p[0], before)
+    copies = copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))
+    assert [each.fused_scaling for each in copies] == [True, True]
 
 
 @classes

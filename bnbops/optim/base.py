@@ -49,6 +49,11 @@ class Optimizer(CheckpointedOptimizer):
         maximize: ascend instead of descend.
         paged_directory: for the files; the system's temporary directory by default.
 
+    Attributes:
+        fused_scaling: set True, `torch.amp.GradScaler.step` leaves it to the operator to unscale gradients and to skip
+            a step with an overflow: one pass over the gradients less, and no wait for the device. Gradients are then
+            clipped after `scaler.unscale_(optimizer)` only, which trainers refuse to call. False by default.
+
     Raises:
         ValueError: a value out of range, or one that is not supported.
     """
@@ -57,7 +62,6 @@ class Optimizer(CheckpointedOptimizer):
     _state_names: tuple[str, ...]
     _optional_states: tuple[str, ...] = ()  # that a parameter has only if its options ask for them
     _checks: ClassVar[Mapping[str, Check]] = {}
-    _step_supports_amp_scaling = True  # torch.amp.GradScaler then leaves unscaling and skipping to the operator
 
     def __init__(
         self,
@@ -82,6 +86,7 @@ class Optimizer(CheckpointedOptimizer):
             min_8bit_size=min_8bit_size,
             percentile_clipping=percentile_clipping,
         )
+        self.fused_scaling = False
         self._overrides = Overrides()
         self._held: list[Batch] | None = None  # while a compiled step runs
         self._paged_directory = paged_directory
@@ -215,6 +220,11 @@ class Optimizer(CheckpointedOptimizer):
         return self._paged_memory
 
     # ---- steps -------------------------------------------------------------------------------------------------
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked for by torch.amp.GradScaler, and by trainers that clip gradients between unscaling and the step."""
+        return self.fused_scaling
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient.

@@ -33,6 +33,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
     _state_names: tuple[str, ...]
     _optional_states: tuple[str, ...]
     _overrides: Overrides
+    fused_scaling: bool
     _paged_directory: str | os.PathLike[str] | None
     _paged_memory: PagedMemory | None
     _unified_memory: dict[torch.device, UnifiedMemory]
@@ -88,7 +89,8 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         return check_state(param, state, self._state_names, self._optional_states)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_paged_directory": self._paged_directory}
+        own = {name: getattr(self, name) for name in ("_paged_directory", "fused_scaling")}
+        return super().__getstate__() | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

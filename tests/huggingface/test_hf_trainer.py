@@ -11,7 +11,7 @@ from transformers import Trainer, get_cosine_schedule_with_warmup
 import bnbops
 from bnbops.integrations.transformers import keep_embeddings_in_32_bits
 from hf_cases import tiny_gpt2, tiny_llama, token_batch
-from hf_trainer_cases import TinyLM, assert_same_run, examples, logged, state_dtypes, trainer_of
+from hf_trainer_cases import TinyLM, assert_same_run, examples, logged, optimizer_of, state_dtypes, trainer_of
 from optimizer_classes import FAMILIES, WITH_8BIT, build
 
 STEPS, ROWS = 4, 2  # of a micro-batch; two make a step
@@ -66,6 +66,29 @@ def test_trainer_takes_the_steps_of_a_loop_by_hand(name: str, tmp_path: Path) ->
     for (key, left), right in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert torch.equal(left, right), key
     assert not torch.equal(ours.head.weight, TinyLM().to(dtype).head.weight)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_float16_with_clipping(fused: bool, tmp_path: Path) -> None:
+    """An overflow in the first of four steps. Clipping, the scale and the schedule go on as with torch's optimizer,
+    unless the operator skips the step: Accelerate counts it then."""
+    runs = []
+    for cls in (bnbops.optim.AdamW, torch.optim.AdamW):
+        trainer = trainer_of(
+            TinyLM(), tmp_path, examples(16), optimizer=(cls, {"lr": 1e-2}), fp16=True, max_grad_norm=0.5
+        )
+        # Accelerate has no float16 on the CPU: it gets the scaler that it would have on a GPU.
+        trainer.accelerator.native_amp = True
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", 2.0**30, backoff_factor=2.0**-20)
+        trainer.create_optimizer().fused_scaling = fused
+        trainer.train()
+        assert trainer.accelerator.scaler.get_scale() == 2.0**10
+        assert {float(state["step"]) for state in optimizer_of(trainer).state.values()} == {3.0}
+        runs.append(trainer)
+    if not fused:
+        assert [rate for *_, rate in logged(runs[0])] == [rate for *_, rate in logged(runs[1])]
+        for ours, theirs in zip(*(run.model.parameters() for run in runs), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 class InOrder(Trainer):
