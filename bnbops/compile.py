@@ -15,9 +15,10 @@ from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 import torch
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
-from torch._dynamo.variables import ConstantVariable
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
+
+from bnbops.tracing import TraceableStep, allow_as_graph_inputs, dynamo_mended
 
 __all__ = ["CompiledTrainStep", "GraphBreakError", "NothingTrainedError", "compiled_train_step"]
 
@@ -57,7 +58,7 @@ class CompiledTrainStep(Generic[P, R]):
         self.optimizers = optimizers
         self.accumulate = accumulate
         self.graph_count = 0
-        self._optimizer_steps = [_TraceableStep(optimizer) for optimizer in optimizers]
+        self._optimizer_steps = [TraceableStep(optimizer) for optimizer in optimizers]
         self._steps_before: list[list[float]] | None = None  # set while a call that compiles is under way
         # Isolated: the compile cache hangs on the code object, which all instances of this class share.
         self._compiled = torch.compile(self._traced(), fullgraph=True, isolate_recompiles=True, **compile_options)
@@ -77,9 +78,8 @@ class CompiledTrainStep(Generic[P, R]):
         self._steps_before = None
         try:
             with (
-                torch._dynamo.config.patch(trace_autograd_ops=True),
+                dynamo_mended(),
                 torch.compiler.config.patch(cache_key_tag=_cache_key_tag()),
-                _shared_constants_protected(),
                 self._traceable_optimizers(),
             ):
                 result = self._compiled(leaves, *args, **kwargs)
@@ -91,7 +91,7 @@ class CompiledTrainStep(Generic[P, R]):
             for optimizer in self.optimizers:
                 optimizer.drop_options()
             if self._steps_before is not None:
-                _allow_as_graph_inputs(leaves)
+                allow_as_graph_inputs(leaves)
         if self._steps_before is not None:
             self.graph_count += 1
             self._check_progress(self._steps_before, leaves)
@@ -115,7 +115,7 @@ class CompiledTrainStep(Generic[P, R]):
         @torch.compiler.assume_constant_result
         def on_trace() -> None:  # Dynamo runs this as plain Python whenever it traces, and never afterwards
             leaves = self._prepare()
-            _allow_as_graph_inputs(leaves)
+            allow_as_graph_inputs(leaves)
             self._steps_before = self._steps()
 
         def train_step(leaves: list[torch.Tensor], /, *args: Any, **kwargs: Any) -> R:
@@ -257,49 +257,6 @@ def _as_optimizers(optimizer: Any, step_fn: Any) -> tuple[Optimizer, ...]:
                 "use an optimizer from bnbops.optim"
             )
     return optimizers
-
-
-class _TraceableStep:
-    """Stands in for `optimizer.step` during a call: Dynamo traces the class's own step, and `called` tells that it did.
-
-    The note is kept here because Dynamo drops what a graph assigns to an attribute of an optimizer.
-    """
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
-        self.called = False
-
-    def __call__(self, closure: Callable[[], Any] | None = None) -> Any:
-        self.called = True
-        return type(self.optimizer).step(self.optimizer, closure)
-
-
-@contextmanager
-def _shared_constants_protected() -> Iterator[None]:
-    """Keep Dynamo from noting where it read a `p.grad` that is None on the one None that all its graphs share.
-
-    It does so when a step clears gradients before backward(), and from then on every graph of the process may load
-    that parameter's gradient where None is meant (pytorch pull request 193725; torch 2.13 and 2.14 are affected).
-    """
-    shared = [ConstantVariable.create(value) for value in (None, True, False)]
-
-    def set_attribute(self: ConstantVariable, name: str, value: Any) -> None:
-        if name != "source" or all(self is not constant for constant in shared):
-            object.__setattr__(self, name, value)
-
-    for constant in shared:
-        constant.source = None
-    ConstantVariable.__setattr__ = set_attribute
-    try:
-        yield
-    finally:
-        del ConstantVariable.__setattr__
-
-
-def _allow_as_graph_inputs(leaves: Iterable[torch.Tensor]) -> None:
-    """Undo Dynamo's mark on an optimizer's parameters, which makes the next trace take them for constants."""
-    for leaf in leaves:
-        torch._dynamo.mark_static_address(leaf, guard=False)
 
 
 def _reject_unseen_hooks(leaves: Iterable[torch.Tensor], step_fn: Callable[..., Any]) -> None:

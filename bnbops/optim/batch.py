@@ -24,12 +24,10 @@ class Batch:
     options: dict[str, Any]
 
     def for_compiled_step(self) -> Batch:
-        """The same without quantized weights, and with the present options in a tensor."""
-        return replace(self, params=[p for p in self.params if not _is_quantized(p)])._with_tensor_options()
+        """The same with the present options in a tensor, which takes the place of the named ones.
 
-    def _with_tensor_options(self) -> Batch:
-        """The tensor takes the place of the named options. Those are in the schema and have to be given: as zeros,
-        which never change."""
+        Those are in the schema and have to be given: as zeros, which never change.
+        """
         if not isinstance(self.plan.op, torch._ops.OpOverloadPacket):  # a function in Python: no such argument
             return self
         arguments = [a for a in self.plan.op.default._schema.arguments if a.name in self.options]
@@ -41,8 +39,3 @@ class Batch:
 
 _ZEROS = {"float": 0.0, "bool": False, "int": 0}
 _IN_TENSORS = ("lr", "betas", "momentum", "weight_decay")  # what schedules change, kept out of a graph's sight
-
-
-def _is_quantized(param: Tensor) -> bool:
-    """A layer's codes, which never have a gradient; the compiler cannot ask a tensor of their class for one."""
-    return getattr(param, "bnb_quantized", False) or not (param.is_floating_point() or param.is_complex())

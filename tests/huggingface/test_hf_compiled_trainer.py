@@ -107,21 +107,24 @@ def test_a_graph_for_each_micro_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("registered_with_peft")
-def test_adapters_on_frozen_4bit_layers_with_label_smoothing(tmp_path: Path) -> None:
-    """A llama whose frozen layers are 4-bit; only the head's low-rank addition trains. Padding is masked."""
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_adapters_on_frozen_quantized_layers_with_label_smoothing(quant: str, tmp_path: Path) -> None:
+    """A llama whose frozen layers are quantized; only low-rank additions to attention train. Padding is masked."""
     data = [{**row, "attention_mask": torch.ones(8, dtype=torch.int64)} for row in examples(8)]
     data[0]["attention_mask"][-3:] = 0
     data[0]["labels"] = data[0]["labels"].where(data[0]["attention_mask"].bool(), -100)
-    compiled, plain = both(_adapted_llama, tmp_path, data, TRACED, label_smoothing_factor=0.1, max_steps=2)
+    compiled, plain = both(
+        lambda: _adapted_llama(quant), tmp_path, data, TRACED, label_smoothing_factor=0.1, max_steps=2
+    )
     assert compiled.compiled_step.graph_count == 1
     assert logged(compiled) == logged(plain)
     assert_same_run(compiled, plain)
     assert all(".lora_" in name for name in state_dtypes(compiled))
 
 
-def _adapted_llama() -> nn.Module:
+def _adapted_llama(quant: str) -> nn.Module:
     model = tiny_llama(num_hidden_layers=1)
-    bnbops.nn.quantize_(model, "nf4", progress=False)
+    bnbops.nn.quantize_(model, quant, progress=False)
     torch.manual_seed(1)
     return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
 

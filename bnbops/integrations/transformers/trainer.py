@@ -133,8 +133,7 @@ class CompiledStep:
             loss = sum(forward_backward(model, dict(inputs), num_items_in_batch) for inputs in micro_batches)
             if not update:
                 return loss, None
-            trained = [param for param in model.parameters() if param.requires_grad]
-            norm = nn.utils.clip_grad_norm_(trained, max_norm)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
             optimizer.step()
             optimizer.zero_grad()
             return loss, norm
