@@ -1,4 +1,4 @@
-"""What Dynamo (torch 2.13) needs changed while it traces a whole train step."""
+"""Functions that become graphs, and what Dynamo (torch 2.13) needs changed while it traces a whole train step."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from typing import Any
 
 import torch
 from torch._dynamo.variables import ConstantVariable, torch_function
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.optim import Optimizer
 
-__all__ = ["TraceableStep", "allow_as_graph_inputs", "dynamo_mended"]
+__all__ = ["TraceableStep", "allow_as_graph_inputs", "dynamo_mended", "is_traced"]
+
+
+def is_traced() -> bool:
+    """Whether a compiler, or `make_fx`, records what is called."""
+    return torch.compiler.is_compiling() or get_proxy_mode() is not None
 
 
 class TraceableStep:

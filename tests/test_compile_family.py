@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim import lr_scheduler
 
 import bnbops
@@ -24,11 +25,12 @@ FAMILY = {
     "AdEMAMix8bit": {"lr": 1e-2, "t_alpha": 5, "t_beta3": 5},
 }
 FAMILY |= {name.replace("8bit", "32bit"): kwargs for name, kwargs in FAMILY.items() if "8bit" in name}
+IN_PYTHON = {"PytorchLARS": {"lr": 1e-2, "momentum": 0.9}}  # its options are constants of the graph, but for lr
 
 
-def train(name: str, steps: int, backend: str | None, change: Callable[[torch.optim.Optimizer, int], None]):
+def train(name: str, steps: int, backend: object, change: Callable[[torch.optim.Optimizer, int], None]):
     model = make_model()
-    optimizer = getattr(optim, name)(model.parameters(), **FAMILY[name])
+    optimizer = getattr(optim, name)(model.parameters(), **{**FAMILY, **IN_PYTHON}[name])
     step = usual_step(model, optimizer)
     if backend:
         step = bnbops.compiled_train_step(step, optimizer, backend=backend)
@@ -48,14 +50,31 @@ def schedule_lr(optimizer: torch.optim.Optimizer, i: int) -> None:
         group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else group.update(lr=lr)
 
 
-@pytest.mark.parametrize("name", FAMILY)
-def test_one_graph_and_the_bits_of_eager(name: str) -> None:
+@pytest.mark.parametrize("name", [*FAMILY, *IN_PYTHON])
+def test_one_graph_traced_once_and_the_bits_of_eager(name: str) -> None:
+    torch.compiler.reset()
+    backend = CompileCounterWithBackend("aot_eager")
     losses, tensors, _ = train(name, 6, None, schedule_lr)
-    compiled_losses, compiled_tensors, step = train(name, 6, "eager", schedule_lr)
+    compiled_losses, compiled_tensors, step = train(name, 6, backend, schedule_lr)
     assert not torch.equal(tensors["param 0.weight"], make_model()[0].weight)
     assert compiled_losses == losses
     assert_same(compiled_tensors, tensors)
-    assert (step.graph_count, step.recompiles) == (1, 0)
+    assert (step.graph_count, step.recompiles, backend.frame_count) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2), torch.tensor([1e-2], dtype=torch.float64)], ids=str)
+def test_the_optimizers_step_alone_is_traced_once_without_help(lr: float | Tensor) -> None:
+    """Of torch.compile alone: only a float64 tensor without dimensions takes two attempts."""
+    torch.compiler.reset()
+    model, backend = make_model(), CompileCounterWithBackend("aot_eager")
+    optimizer = optim.AdamW8bit(model.parameters(), lr=lr)
+    optimizer.init_state()
+    step = torch.compile(lambda: type(optimizer).step(optimizer), fullgraph=True, backend=backend)
+    for x, _ in batches(3):
+        model(x).square().mean().backward()
+        step()
+        optimizer.zero_grad()
+    assert backend.frame_count == 1 and {float(state["step"]) for state in optimizer.state.values()} == {3.0}
 
 
 def schedule_momentum(optimizer: torch.optim.Optimizer, i: int) -> None:

@@ -25,8 +25,8 @@ def readable(graph: torch.fx.Graph) -> str:
     inputs, lines = [], []
     for node in graph.nodes:
         if node.op == "placeholder":
-            pattern = r"^.*?(leaves_\d+|args_\d+|held_\d+_scalars_lr|held_\d+_options|state_\d+_[a-z_]+?)(_options)?_$"
-            short[node.name] = re.sub(pattern, r"\1", node.name)
+            pattern = r"^.*?(leaves_\d+|args_\d+|held_\d+|state_\d+)(?:_arguments)?(_[a-z_]+?)?_$"
+            short[node.name] = re.sub(pattern, r"\1\2", node.name)
             inputs.append(f"input {short[node.name]}: {str(node.meta['example_value'].dtype)[6:]}")
         elif node.op == "output":
             lines.append(f"return {show(node.args[0])}")
@@ -66,8 +66,8 @@ def test_the_graph() -> None:
         readable(graph),
         """\
 input args_0: float32
+input held_0_lr: float64
 input held_0_options: float64
-input held_0_scalars_lr: float64
 input leaves_0: float32
 input leaves_1: float32
 input state_0_exp_avg: uint8
@@ -109,15 +109,15 @@ adam_step_ = adam_step_(
     [state_0_exp_avg_absmax],
     [state_0_exp_avg_sq_absmax],
     [state_0_step],
-    lr=held_0_scalars_lr,
+    lr=held_0_lr,
     maximize=False,
-    grad_scale=None,
-    found_inf=None,
     beta1=0.0,
     beta2=0.0,
     eps=0.0,
     weight_decay=0.0,
-    options=held_0_options
+    options=held_0_options,
+    grad_scale=None,
+    found_inf=None
 )
 adam_step__1 = adam_step_(
     [leaves_1],
@@ -127,15 +127,15 @@ adam_step__1 = adam_step_(
     [],
     [],
     [state_1_step],
-    lr=held_0_scalars_lr,
+    lr=held_0_lr,
     maximize=False,
-    grad_scale=None,
-    found_inf=None,
     beta1=0.0,
     beta2=0.0,
     eps=0.0,
     weight_decay=0.0,
-    options=held_0_options
+    options=held_0_options,
+    grad_scale=None,
+    found_inf=None
 )
 _set_grad_enabled_5 = _set_grad_enabled(True)
 detach = detach(loss)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bnbops.optim.batch import Batch
 from bnbops.optim.call import Call, Plan, check
-from bnbops.optim.checkpoint import FORMAT_VERSION, CheckpointedOptimizer
+from bnbops.optim.checkpoint import FORMAT_VERSION
 from bnbops.optim.manager import GlobalOptimManager
 from bnbops.optim.norms import whole_squared_norms
 from bnbops.optim.options import COMMON_CHECKS, Check, as_numbers, common_defaults, learning_rate
@@ -19,11 +19,13 @@ from bnbops.optim.overrides import Overrides
 from bnbops.optim.paged import PagedMemory
 from bnbops.optim.parallel import check_param
 from bnbops.optim.state import Allocate, missing_tensors
+from bnbops.optim.traced import TraceableOptimizer
 from bnbops.optim.unified import UnifiedMemory
 from bnbops.sharded import local
+from bnbops.tracing import is_traced
 
 
-class Optimizer(CheckpointedOptimizer):
+class Optimizer(TraceableOptimizer):
     """Base of the optimizers: parameters and their states go to one operator call a group and precision.
 
     A family defines `_op` (a name in `torch.ops.bnbops`), `_state_names` (in the operator's order), `_options` (the
@@ -186,7 +188,7 @@ class Optimizer(CheckpointedOptimizer):
         return state
 
     def _complete(self, param: Tensor, state: dict[str, Tensor], plan: Plan) -> None:
-        if torch.compiler.is_compiling():
+        if is_traced():
             raise RuntimeError(
                 f"{type(self).__name__}.step() is being compiled, but a parameter has no optimizer state yet; call "
                 "optimizer.init_state() before compiling (bnbops.compiled_train_step does it for you)"
@@ -233,26 +235,28 @@ class Optimizer(CheckpointedOptimizer):
             closure: reevaluates the model and returns the loss.
 
         Raises:
-            RuntimeError: gradients or states that do not fit. No tensor has changed then.
+            RuntimeError: gradients or states that do not fit. No tensor has changed then. Or `make_fx` traces the step.
         """
+        self._refuse_constants()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        compiling = torch.compiler.is_compiling()
-        if not compiling:
+        if not torch.compiler.is_compiling():
             self._prepare()
             if self._only_creates_states():
                 self.init_state()
                 return loss
         # Under grad mode the compiler would clone every parameter.
         with torch.no_grad():
-            calls = [call for batch in self._batches() for call in self._calls(batch)]
-            if not compiling:  # a compiler checks all of the graph before it runs
-                check(calls)
-            for call in calls:
-                call.run()
+            self._run([call for batch in self._batches() for call in self._calls(batch)])
         return loss
+
+    def _run(self, calls: list[Call]) -> None:
+        if not is_traced():  # a compiler checks all of the graph before it runs
+            check(calls)
+        for call in calls:
+            call.run()
 
     def _only_creates_states(self) -> bool:
         """Whether this is the step that torch.distributed.checkpoint takes to have states: gradients and lr are all 0.
@@ -267,33 +271,19 @@ class Optimizer(CheckpointedOptimizer):
         norms = [local(param.grad).float().norm().double() for param in params]
         return bool(norms) and not whole_squared_norms(torch.stack(norms), params).any()
 
-    def hold_options(self) -> None:
-        """Gathers what a step needs, with the options in tensors, for the compiled step that comes next.
-
-        The compiler takes whatever it finds in `param_groups` for constants: a change would compile the step again.
-        `bnbops.compiled_train_step` calls this before every step, and `drop_options` after it.
-        """
-        self._held = [batch.for_compiled_step() for batch in self._batches()]
-
-    def drop_options(self) -> None:
-        """The compiled step is done."""
-        self._held = None
-
-    def _batches(self) -> list[Batch]:
+    def _plans(self) -> Iterator[tuple[Plan, list[Tensor]]]:
         """All parameters, by group and override."""
-        if torch.compiler.is_compiling() and self._held is not None:
-            return self._held
-        batches = []
         for group in self.param_groups:
             for override, params in self._overrides.partition(group["params"]):
-                plan = self._plan(group, override)
-                lr = plan.config["lr"]
-                scalars = {
-                    "lr": lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
-                    "maximize": plan.config["maximize"],
-                }
-                batches.append(Batch(plan, params, scalars, self._options(plan.config)))
-        return batches
+                yield self._plan(group, override), params
+
+    def _arguments(self, config: dict[str, Any]) -> dict[str, Any]:
+        return {"lr": config["lr"], "maximize": config["maximize"], **self._options(config)}
+
+    def _batches(self) -> list[Batch]:
+        if torch.compiler.is_compiling() and self._held is not None:
+            return self._held
+        return [Batch.of(plan, params, self._arguments(plan.config)) for plan, params in self._plans()]
 
     def _calls(self, batch: Batch) -> list[Call]:
         """A batch's operator calls: one for each precision."""
@@ -307,7 +297,7 @@ class Optimizer(CheckpointedOptimizer):
             state = self._state_of(param, batch.plan)
             quantized = batch.plan.absmax in state
             if quantized not in calls:
-                calls[quantized] = Call(batch.plan, quantized, batch.scalars | scaling | batch.options, self._trust)
+                calls[quantized] = Call(batch.plan, quantized, batch.arguments | scaling, self._trust)
             calls[quantized].add(param, state)
         return list(calls.values())
 

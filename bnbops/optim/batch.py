@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,27 +16,55 @@ from bnbops.optim.call import Plan
 class Batch:
     """Parameters of one group with the same override, whatever their precision.
 
-    `scalars` and `options` are keyword arguments of the operator: common to all operators, and its own.
+    `arguments` are the operators' keyword arguments: what is common to all of them, and their own options.
     """
 
     plan: Plan
     params: list[Tensor]
-    scalars: dict[str, Any]
-    options: dict[str, Any]
+    arguments: dict[str, Any]
 
-    def for_compiled_step(self) -> Batch:
-        """The same with the present options in a tensor, which takes the place of the named ones.
+    @classmethod
+    def of(cls, plan: Plan, params: list[Tensor], options: Mapping[str, Any]) -> Batch:
+        """With options as param groups have them."""
+        lr = options["lr"]
+        lr = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
+        return cls(plan, params, {**options, "lr": lr})
 
-        Those are in the schema and have to be given: as zeros, which never change.
-        """
-        if not isinstance(self.plan.op, torch._ops.OpOverloadPacket):  # a function in Python: no such argument
-            return self
-        arguments = [a for a in self.plan.op.default._schema.arguments if a.name in self.options]
-        values = torch.tensor([float(self.options[a.name]) for a in arguments], dtype=torch.float64)
-        named = {a.name: _ZEROS[str(a.type)] for a in arguments}
-        config = {name: value for name, value in self.plan.config.items() if name not in ("params", *_IN_TENSORS)}
-        return replace(self, plan=self.plan._replace(config=config), options={**named, "options": values})
+    @classmethod
+    def in_graph(cls, plan: Plan, params: list[Tensor], options: Mapping[str, Any]) -> Batch:
+        """With options that `as_tensors` has made. The named ones, whose place they take, are in the schema and have to
+        be given: as zeros, which never change."""
+        maximize = plan.config["maximize"]
+        config = {name: value for name, value in plan.config.items() if name not in ("params", *_IN_TENSORS)}
+        arguments = {"lr": options["lr"], "maximize": maximize, **dict(_unused(plan.op)), **options}
+        return cls(plan._replace(config=config), params, arguments)
+
+
+_IN_TENSORS = ("lr", "betas", "momentum", "weight_decay")  # what schedules change, kept out of a graph's sight
+
+
+def as_tensors(plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as a graph takes them: `lr` and, in one tensor, those that are the operator's own."""
+    lr = options["lr"]
+    if isinstance(lr, Tensor):
+        # Not the tensor itself: for one of float64, without dimensions, on the CPU, torch (2.13) makes a number of the
+        # graph, finds that nothing needs it, and begins all over again.
+        lr = torch.empty(1, dtype=lr.dtype, device=lr.device).copy_(lr.detach())
+    else:
+        lr = torch.tensor([lr], dtype=torch.float64, device="cpu")
+    if not (names := [name for name, _ in _unused(plan.op)]):
+        return {**options, "lr": lr}
+    values = torch.tensor([float(options[name]) for name in names], dtype=torch.float64, device="cpu")
+    return {"lr": lr, "options": values}
 
 
 _ZEROS = {"float": 0.0, "bool": False, "int": 0}
-_IN_TENSORS = ("lr", "betas", "momentum", "weight_decay")  # what schedules change, kept out of a graph's sight
+
+
+@torch.compiler.assume_constant_result
+def _unused(op: Any) -> tuple[tuple[str, Any], ...]:
+    """The options of an operator's own, and zeros for them; a function in Python has none that go into a tensor."""
+    if not isinstance(op, torch._ops.OpOverloadPacket):
+        return ()
+    options = [a for a in op.default._schema.arguments if a.kwarg_only and str(a.type) in _ZEROS]
+    return tuple((a.name, _ZEROS[str(a.type)]) for a in options if a.name != "maximize")

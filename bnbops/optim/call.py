@@ -12,6 +12,7 @@ from bnbops.optim.norms import whole_squared_norms
 from bnbops.optim.parallel import local_grad
 from bnbops.optim.state import NORMS_KEPT, absmax_name
 from bnbops.sharded import is_sharded, local
+from bnbops.tracing import is_traced
 
 
 class Plan(NamedTuple):
@@ -98,7 +99,7 @@ class Call:
             scalars["clip"] = self._clip()
         scalars |= self.trust(self, scalars, self.config)
         self.op(*self.lists, **scalars)
-        if not torch.compiler.is_compiling():
+        if not is_traced():
             # Operators from C++ write behind autograd's back: a backward through the old values must fail.
             torch.autograd.graph.increment_version(self.params)
         for original, copy in self.copies:

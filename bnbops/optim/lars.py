@@ -194,5 +194,5 @@ def pytorch_lars_step_(
             longest, norm = max_unorm * torch.linalg.vector_norm(p), torch.linalg.vector_norm(update)
             update = update * torch.where(norm > longest, longest / norm, 1.0)
         buffer.copy_(torch.where(keeps, new, buffer))
-        param.copy_(torch.where(keeps, p - lr.to(p.device, p.dtype) * update, p))
+        param.copy_(torch.where(keeps, p - lr.to(p.device, p.dtype).view(()) * update, p))
         step.add_(taken.to(step.device, step.dtype).view(step.shape))
