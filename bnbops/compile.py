@@ -18,7 +18,7 @@ from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, To
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from bnbops.tracing import TraceableStep, allow_as_graph_inputs, dynamo_mended
+from bnbops.dynamo import TraceableStep, allow_as_graph_inputs, dynamo_mended
 
 __all__ = ["CompiledTrainStep", "GraphBreakError", "NothingTrainedError", "compiled_train_step"]
 

@@ -1,96 +1,11 @@
-"""Functions that become graphs, and what Dynamo (torch 2.13) needs changed while it traces a whole train step."""
+"""Functions that become graphs."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
-
 import torch
-from torch._dynamo.variables import ConstantVariable, torch_function
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.optim import Optimizer
-
-__all__ = ["TraceableStep", "allow_as_graph_inputs", "dynamo_mended", "is_traced"]
 
 
 def is_traced() -> bool:
     """Whether a compiler, or `make_fx`, records what is called."""
     return torch.compiler.is_compiling() or get_proxy_mode() is not None
-
-
-class TraceableStep:
-    """Stands in for `optimizer.step` during a call: Dynamo traces the class's own step, and `called` tells that it did.
-
-    The note is kept here because Dynamo drops what a graph assigns to an attribute of an optimizer.
-    """
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
-        self.called = False
-
-    def __call__(self, closure: Callable[[], Any] | None = None) -> Any:
-        self.called = True
-        return type(self.optimizer).step(self.optimizer, closure)
-
-
-def allow_as_graph_inputs(leaves: Iterable[torch.Tensor]) -> None:
-    """Undo Dynamo's mark on an optimizer's parameters, which makes the next trace take them for constants."""
-    for leaf in leaves:
-        torch._dynamo.mark_static_address(leaf, guard=False)
-
-
-_lock = threading.Lock()
-_calls = 0  # under way, in any thread
-_undo = ExitStack()
-
-
-@contextmanager
-def dynamo_mended() -> Iterator[None]:
-    """For the time of a call. Calls of several threads may overlap: the last one to end puts everything back."""
-    global _calls
-    with _lock:
-        if _calls == 0:
-            _protect_shared_constants(_undo)
-            _allow_gradients_of_subclasses(_undo)
-        _calls += 1
-    try:
-        with torch._dynamo.config.patch(trace_autograd_ops=True):
-            yield
-    finally:
-        with _lock:
-            _calls -= 1
-            if _calls == 0:
-                _undo.close()
-
-
-def _protect_shared_constants(undo: ExitStack) -> None:
-    """Keep Dynamo from noting where it read a `p.grad` that is None on the one None that all its graphs share.
-
-    It does so when a step clears gradients before backward(), and from then on every graph of the process may load
-    that parameter's gradient where None is meant (pytorch pull request 193725; torch 2.13 and 2.14 are affected).
-    """
-    shared = [ConstantVariable.create(value) for value in (None, True, False)]
-
-    def set_attribute(self: ConstantVariable, name: str, value: Any) -> None:
-        if name != "source" or all(self is not constant for constant in shared):
-            object.__setattr__(self, name, value)
-
-    for constant in shared:
-        constant.source = None
-    ConstantVariable.__setattr__ = set_attribute
-    undo.callback(delattr, ConstantVariable, "__setattr__")
-
-
-def _allow_gradients_of_subclasses(undo: ExitStack) -> None:
-    """Let a step read `p.grad` whatever the parameter's class, as it reads any other attribute.
-
-    Dynamo refuses it for every subclass of Parameter, such as the weights of quantized layers, and with it all that
-    looks through `model.parameters()` for gradients: clip_grad_norm_, clip_grad_value_, zero_grad. It can trace the
-    attribute; the list of what it refuses is meant for `_base`.
-    """
-    refused = torch_function.banned_attrs
-    if "grad" in refused:
-        refused.remove("grad")
-        undo.callback(refused.append, "grad")

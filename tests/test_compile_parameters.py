@@ -11,9 +11,9 @@ from torch._dynamo.variables import ConstantVariable, torch_function
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm, parameters_to_vector
 
 import bnbops
+from bnbops.dynamo import dynamo_mended
 from bnbops.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from bnbops.optim import AdamW8bit
-from bnbops.tracing import dynamo_mended
 from compile_cases import Step, assert_same, batches, snapshot
 
 IN, OUT = 48, 8

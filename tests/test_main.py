@@ -140,3 +140,9 @@ def test_a_step_that_ignores_found_inf_is_noticed(monkeypatch):
     step._schema = operator(name)._schema
     monkeypatch.setattr(self_check, "operator", lambda _: step)
     assert "changed although found_inf is set" in self_check.check(name, sample)
+
+
+def test_importing_bnbops_does_not_bring_in_the_compiler():
+    """Which would double the time that it takes."""
+    loaded = "import bnbops, sys; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", loaded]).returncode == 0

@@ -211,3 +211,16 @@ def test_steps_in_python_have_no_tensor_options() -> None:
     for call in (optimizer.tensor_options, lambda: optimizer.traced_step([{}])):
         with pytest.raises(NotImplementedError, match="the step of PytorchLARS is no operator"):
             call()
+
+
+def test_dynamo_traces_it_too():
+    (p,), (q,) = params((64, 80)), params((64, 80))
+    traced, plain = optim.AdamW8bit([p]), optim.AdamW8bit([q])
+    traced.init_state()
+    step = torch.compile(lambda options: traced.traced_step(options), fullgraph=True, backend="aot_eager")
+    for i in range(2):
+        set_grads([p], i)
+        set_grads([q], i)
+        step(traced.tensor_options())
+        plain.step()
+    assert torch.equal(p, q)

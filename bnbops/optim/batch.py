@@ -36,7 +36,7 @@ class Batch:
         be given: as zeros, which never change."""
         maximize = plan.config["maximize"]
         config = {name: value for name, value in plan.config.items() if name not in ("params", *_IN_TENSORS)}
-        arguments = {"lr": options["lr"], "maximize": maximize, **dict(_unused(plan.op)), **options}
+        arguments = {"lr": options["lr"], "maximize": maximize, **_unused(plan.op), **options}
         return cls(plan._replace(config=config), params, arguments)
 
 
@@ -52,7 +52,7 @@ def as_tensors(plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
         lr = torch.empty(1, dtype=lr.dtype, device=lr.device).copy_(lr.detach())
     else:
         lr = torch.tensor([lr], dtype=torch.float64, device="cpu")
-    if not (names := [name for name, _ in _unused(plan.op)]):
+    if not (names := list(_unused(plan.op))):
         return {**options, "lr": lr}
     values = torch.tensor([float(options[name]) for name in names], dtype=torch.float64, device="cpu")
     return {"lr": lr, "options": values}
@@ -61,10 +61,16 @@ def as_tensors(plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
 _ZEROS = {"float": 0.0, "bool": False, "int": 0}
 
 
-@torch.compiler.assume_constant_result
-def _unused(op: Any) -> tuple[tuple[str, Any], ...]:
-    """The options of an operator's own, and zeros for them; a function in Python has none that go into a tensor."""
-    if not isinstance(op, torch._ops.OpOverloadPacket):
-        return ()
+def _options(op: Any) -> dict[str, Any]:
+    """The options of an operator's own, and zeros for them."""
     options = [a for a in op.default._schema.arguments if a.kwarg_only and str(a.type) in _ZEROS]
-    return tuple((a.name, _ZEROS[str(a.type)]) for a in options if a.name != "maximize")
+    return {a.name: _ZEROS[str(a.type)] for a in options if a.name != "maximize"}
+
+
+# Made once, since the compiler cannot look into schemas.
+_OPTIONS = {op: _options(op) for op in (getattr(torch.ops.bnbops, name) for name in torch.ops.bnbops.step_ops())}
+
+
+def _unused(op: Any) -> dict[str, Any]:
+    """Zeros for the options that a tensor has; a step in Python has none that go into a tensor."""
+    return _OPTIONS.get(op, {})
