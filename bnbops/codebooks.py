@@ -23,9 +23,9 @@ def _linspace(start: float, end: float, steps: int) -> Tensor:
 
     Each value is one fused multiply-add; float64 holds its product exactly, so only the last line rounds.
     """
-    first, last = (torch.tensor(x, dtype=torch.float32) for x in (start, end))
+    first, last = (torch.tensor(x, dtype=torch.float32, device="cpu") for x in (start, end))
     step = ((last - first) / (steps - 1)).double()
-    index = torch.arange(steps, dtype=torch.float64)
+    index = torch.arange(steps, dtype=torch.float64, device="cpu")
     from_start = first.double() + step * index
     from_end = last.double() - step * (steps - 1 - index)
     return torch.where(index < steps // 2, from_start, from_end).float()
@@ -33,7 +33,7 @@ def _linspace(start: float, end: float, steps: int) -> Tensor:
 
 def _padded(values: Tensor) -> Tensor:
     """Sorts `values` and fills up to 256 entries with zeros, so that an 8-bit code can index any map."""
-    zeros = torch.zeros(_ENTRIES - values.numel(), dtype=torch.float32)
+    zeros = torch.zeros(_ENTRIES - values.numel(), dtype=torch.float32, device="cpu")
     return torch.cat([values, zeros]).sort(stable=True).values
 
 
@@ -77,7 +77,8 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
         magnitudes.append(cells(2**fraction_bits - 1, max_exponent_bits - 1))
     positive = torch.cat(magnitudes)
     values = torch.cat([positive, -positive]) if signed else positive
-    return _padded(torch.cat([values, torch.tensor([0.0, 1.0])]))
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")
+    return _padded(torch.cat([values, ends]))
 
 
 def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> Tensor:
@@ -126,7 +127,7 @@ def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: 
         fraction * 2.0**-bias if exponent == 0 else (1 + fraction) * 2.0 ** (bias + 1 - exponent)
         for exponent, fraction in itertools.product(range(2**exponent_bits), fractions)
     ]
-    values = torch.tensor(magnitudes, dtype=torch.float32)
+    values = torch.tensor(magnitudes, dtype=torch.float32, device="cpu")
     values = _padded(torch.cat([values, -values]) if signed else values)
     return values / values.max()
 
@@ -196,7 +197,7 @@ def create_4bit_map(quant_type: str) -> Tensor:
     """
     if quant_type not in _MAPS_4BIT:
         raise NotImplementedError(f"4-bit types are {', '.join(_MAPS_4BIT)}; got {quant_type!r}")
-    values = torch.tensor(_MAPS_4BIT[quant_type], dtype=torch.float32)
+    values = torch.tensor(_MAPS_4BIT[quant_type], dtype=torch.float32, device="cpu")
     return values / values.abs().max()
 
 

@@ -105,7 +105,7 @@ class CompiledTrainStep(Generic[P, R]):
                 # A float would be a constant of the graph. torch's schedulers fill_ a tensor in place; a float that
                 # somebody assigns later, or that load_state_dict brings back, ends up here again.
                 if not isinstance(group["lr"], torch.Tensor):
-                    group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
+                    group["lr"] = torch.tensor(group["lr"], dtype=torch.float64, device="cpu")
         groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
         return [p for group in groups for p in group["params"] if p.requires_grad]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from bnbops.codebooks import create_dynamic_map, create_linear_map
 from bnbops.op_samples_4bit import BUILDERS_4BIT
 from bnbops.op_samples_int8 import BUILDERS as BUILDERS_INT8
-from bnbops.sample import DTYPES, Sample, copied, normal, random_codes, strided
+from bnbops.sample import DTYPES, Sample, copied, full, normal, random_codes, strided, tensor
 
 __all__ = ["SAMPLED", "Sample", "operator", "option_names", "samples", "step_states"]
 
@@ -62,7 +62,7 @@ def _without_arguments() -> list[Sample]:
 def _quantize() -> list[Sample]:
     x = normal(5, 301)
     signed, unsigned, linear = create_dynamic_map(), create_dynamic_map(signed=False), create_linear_map()
-    special = torch.tensor([math.nan, 1.0, -0.0, 0.0] + [0.0] * 4 + [math.inf, -1.0, math.nan, 0.0])
+    special = tensor([math.nan, 1.0, -0.0, 0.0] + [0.0] * 4 + [math.inf, -1.0, math.nan, 0.0])
     return [
         *(Sample(f"{dtype}".removeprefix("torch."), (x.to(dtype), signed, 64)) for dtype in DTYPES),
         Sample("unsigned dynamic map", (x.abs(), unsigned, 256)),
@@ -73,12 +73,12 @@ def _quantize() -> list[Sample]:
         Sample("blocks of one", (x, signed, 1)),
         Sample("transposed", (x.t(), signed, 64)),
         Sample("strided", (strided(x), linear, 64)),
-        Sample("expanded", (torch.tensor([[0.5], [-2.0]]).expand(2, 33), signed, 16)),
+        Sample("expanded", (tensor([[0.5], [-2.0]]).expand(2, 33), signed, 16)),
         Sample("channels last", (normal(2, 3, 5, 7).to(memory_format=torch.channels_last), signed, 64)),
-        Sample("scalar", (torch.tensor(-3.0), signed, 64)),
-        Sample("empty", (torch.empty(0), signed, 64)),
-        Sample("empty rows", (torch.empty(3, 0), signed, 64)),
-        Sample("zeros", (torch.zeros(2, 70), signed, 64)),
+        Sample("scalar", (tensor(-3.0), signed, 64)),
+        Sample("empty", (full((0,), 0.0), signed, 64)),
+        Sample("empty rows", (full((3, 0), 0.0), signed, 64)),
+        Sample("zeros", (full((2, 70), 0.0), signed, 64)),
         Sample("nan, infinity and zeros", (special, signed, 4)),
         Sample("requires grad", (x.clone().requires_grad_(), signed, 64)),
     ]
@@ -97,7 +97,7 @@ def _dequantize() -> list[Sample]:
         Sample("strided absmax", (codes, strided(absmax), code, 64, torch.float32)),
         Sample("transposed", (codes.t(), absmax, code, 64, torch.float32)),
         Sample("strided", (strided(codes), absmax, code, 64, torch.bfloat16)),
-        Sample("scalar", (torch.tensor(200, dtype=torch.uint8), absmax[:1], code, 64, torch.float32)),
+        Sample("scalar", (tensor(200, torch.uint8), absmax[:1], code, 64, torch.float32)),
         Sample("empty", (codes[:0], absmax[:0], code, 64, torch.float32)),
         Sample("absmax and code require grad", _differentiable(codes, absmax, code, torch.float32)),
         Sample("absmax requires grad, bfloat16", _differentiable(codes, absmax, code, torch.bfloat16)),
@@ -115,8 +115,8 @@ def _dequantize_out() -> list[Sample]:
         if "grad" in sample.name:  # out= is not differentiable
             continue
         codes, *_, dtype = sample.args
-        calls.append(Sample(sample.name, sample.args, {"out": torch.full(codes.shape, -1.0, dtype=dtype)}))
-    strided = {"strided out": torch.full((5, 602), -1.0)[:, ::2], "transposed out": torch.full((301, 5), -1.0).t()}
+        calls.append(Sample(sample.name, sample.args, {"out": full(codes.shape, -1.0, dtype=dtype)}))
+    strided = {"strided out": full((5, 602), -1.0)[:, ::2], "transposed out": full((301, 5), -1.0).t()}
     return calls + [Sample(name, calls[0].args, {"out": out}) for name, out in strided.items()]
 
 
@@ -144,10 +144,10 @@ def _step(name: str) -> list[Sample]:
 def _essential_steps(name: str) -> list[Sample]:
     """What may differ from one rule to the next."""
     sample, names = partial(_step_sample, name), _argument_names(name)
-    trust = {"trust": torch.tensor([0.3, 2.0])} if "trust" in names else {}
-    scaling = {"grad_scale": torch.full((1,), 4.0), "found_inf": torch.zeros(1), "clip": torch.tensor([0.5, 1.0])}
+    trust = {"trust": tensor([0.3, 2.0])} if "trust" in names else {}
+    scaling = {"grad_scale": full((1,), 4.0), "found_inf": full((1,), 0.0), "clip": tensor([0.5, 1.0])}
     halved = [_OPTIONS[o] / 2 if isinstance(_OPTIONS[o], float) else _OPTIONS[o] for o in option_names(name)]
-    held = {"options": torch.tensor(halved, dtype=torch.float64)}
+    held = {"options": tensor(halved, torch.float64)}
     found = [
         sample("float32 states, float32", 32),
         sample("8-bit states in rows, bfloat16", 8, dtype=torch.bfloat16),
@@ -163,7 +163,7 @@ def _essential_steps(name: str) -> list[Sample]:
 def _further_steps(name: str) -> list[Sample]:
     """What all rules share, once: each sample costs the tests seconds."""
     sample = partial(_step_sample, name)
-    low, one, overflow = torch.bfloat16, torch.ones(1), torch.tensor(1.0)
+    low, one, overflow = torch.bfloat16, full((1,), 1.0), tensor(1.0)
     return [
         *(sample(f"float32 states, {dtype}".replace("torch.", ""), 32, dtype=dtype) for dtype in DTYPES[1:]),
         *(sample(f"8-bit states in rows, {dtype}".replace("torch.", ""), 8, dtype=dtype) for dtype in DTYPES[::2]),
@@ -176,7 +176,7 @@ def _further_steps(name: str) -> list[Sample]:
         sample("transposed gradients", 8, shapes=((30, 40),), grad=lambda g: g.t().contiguous().t()),
         sample("8-bit states, non-finite gradient elements", 8, grad=_with_non_finite),
         sample("maximize", 8, maximize=True),
-        sample("float32 lr, scaled gradients", 32, lr=torch.tensor([0.1]), grad_scale=4 * one, found_inf=0 * one),
+        sample("float32 lr, scaled gradients", 32, lr=tensor([0.1]), grad_scale=4 * one, found_inf=0 * one),
         sample("overflow found", 8, grad_scale=4 * one, found_inf=overflow),
         sample("no parameters", 8, shapes=()),
         sample("empty parameters", 8, shapes=((0,), (0, 5), (3, 0))),
@@ -204,9 +204,9 @@ def _step_sample(
     for k, state in enumerate(step_states(name)):
         states.append([_state(state, shape, bits, seed=3 + k) for shape in shapes])
         absmax.append([_scales(shape, layout, seed=3 + k) for shape in shapes] if bits == 8 else [])
-    steps = [torch.tensor(float(3 * i)) for i in range(len(shapes))]
+    steps = [tensor(float(3 * i)) for i in range(len(shapes))]
     options = {key: _OPTIONS[key] for key in option_names(name)}
-    kwargs = {"lr": torch.tensor(0.1, dtype=torch.float64), **options, **changed}
+    kwargs = {"lr": tensor(0.1, torch.float64), **options, **changed}
     return Sample(what, (params, grads, *states, *absmax, steps), kwargs)
 
 
@@ -242,8 +242,8 @@ def _squared_norms() -> list[Sample]:
         Sample("every dtype", ([x.to(dtype) for dtype in DTYPES],)),
         Sample("one tensor", ([normal(9000)],)),
         Sample("strided, transposed, expanded", ([strided(x), x.t(), x[0].expand(7, 301)],)),
-        Sample("non-finite elements", ([_with_non_finite(x.clone()), torch.full((3,), math.nan)],)),
-        Sample("scalar and empty", ([torch.tensor(-3.0), torch.empty(0), torch.empty(3, 0)],)),
+        Sample("non-finite elements", ([_with_non_finite(x.clone()), full((3,), math.nan)],)),
+        Sample("scalar and empty", ([tensor(-3.0), full((0,), 0.0), full((3, 0), 0.0)],)),
     ]
 
 
@@ -258,12 +258,12 @@ def _percentile_clip() -> list[Sample]:
     def sample(what: str, steps: tuple[float, ...], percentile: int, **scaling: Tensor) -> Sample:
         history = [normal(100, seed=i).square() for i in range(len(steps))]
         norms = 10 * normal(len(steps), seed=1).square().double()
-        return Sample(what, (history, norms, [torch.tensor(t) for t in steps]), {"percentile": percentile, **scaling})
+        return Sample(what, (history, norms, [tensor(t) for t in steps]), {"percentile": percentile, **scaling})
 
     return [
         sample("first step and later ones", (0.0, 5.0, 99.0, 250.0), 5),
-        sample("scaled gradients", (0.0, 5.0), 50, grad_scale=torch.full((1,), 4.0), found_inf=torch.zeros(1)),
-        sample("overflow found", (0.0, 5.0), 99, grad_scale=torch.tensor(4.0), found_inf=torch.tensor(1.0)),
+        sample("scaled gradients", (0.0, 5.0), 50, grad_scale=full((1,), 4.0), found_inf=full((1,), 0.0)),
+        sample("overflow found", (0.0, 5.0), 99, grad_scale=tensor(4.0), found_inf=tensor(1.0)),
         sample("no parameters", (), 0),
     ]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bnbops.codebooks import create_dynamic_map
-from bnbops.sample import DTYPES, Sample, normal, random_codes, strided
+from bnbops.sample import DTYPES, Sample, full, normal, random_codes, strided, tensor
 
 _FLOAT, _BYTES = torch.float32, torch.uint8
 
@@ -31,7 +31,7 @@ def _nested(blocks: int, nested_blocksize: int | None = None) -> tuple[Tensor, d
     arguments: dict[str, Any] = {
         "nested_absmax": 0.1 * normal(count, seed=1).abs(),
         "nested_code": create_dynamic_map(),
-        "nested_offset": torch.tensor([0.5]),
+        "nested_offset": tensor([0.5]),
     }
     if nested_blocksize is not None:
         arguments["nested_blocksize"] = nested_blocksize
@@ -43,7 +43,7 @@ def _nested(blocks: int, nested_blocksize: int | None = None) -> tuple[Tensor, d
 
 def _quantize() -> list[Sample]:
     x, even = normal(5, 301), -normal(6, 64).abs()  # codes below 8: no bits of a NaN
-    special = torch.tensor([math.nan, 1.0, -0.0, 1e-9, -1e-9, 1e-40] + [0.0] * 58 + [math.inf, -1.0, math.nan])
+    special = tensor([math.nan, 1.0, -0.0, 1e-9, -1e-9, 1e-40] + [0.0] * 58 + [math.inf, -1.0, math.nan])
     return [
         *(Sample(_name(dtype), (x.to(dtype), 64, "nf4", _BYTES)) for dtype in DTYPES),
         *(Sample(f"{_name(dtype)} to fp4", (x.to(dtype), 64, "fp4", _BYTES)) for dtype in DTYPES),
@@ -53,10 +53,10 @@ def _quantize() -> list[Sample]:
         Sample("three dimensions", (normal(3, 4, 70), 128, "nf4", _BYTES)),
         Sample("transposed, two blocks", (x.t(), 1024, "nf4", _BYTES)),
         Sample("strided", (strided(x), 64, "fp4", _BYTES)),
-        Sample("expanded", (torch.tensor([[0.5], [-2.0]]).expand(2, 33), 64, "nf4", _BYTES)),
-        Sample("scalar", (torch.tensor(-3.0), 64, "nf4", _BYTES)),
-        Sample("empty", (torch.empty(3, 0), 64, "nf4", _FLOAT)),
-        Sample("zeros", (torch.zeros(2, 70), 64, "fp4", _BYTES)),
+        Sample("expanded", (tensor([[0.5], [-2.0]]).expand(2, 33), 64, "nf4", _BYTES)),
+        Sample("scalar", (tensor(-3.0), 64, "nf4", _BYTES)),
+        Sample("empty", (full((3, 0), 0.0), 64, "nf4", _FLOAT)),
+        Sample("zeros", (full((2, 70), 0.0), 64, "fp4", _BYTES)),
         Sample("nan, infinity, zeros and tiny values", (special, 64, "fp4", _BYTES)),
         Sample("requires grad", (x.clone().requires_grad_(), 64, "nf4", _BYTES)),
     ]
@@ -95,9 +95,9 @@ def _dequantize_out() -> list[Sample]:
     def with_out(sample: Sample, name: str, out: Tensor) -> Sample:
         return Sample(name, sample.args, sample.kwargs | {"out": out})
 
-    found = [with_out(s, s.name, torch.full(s.args[4], -1.0, dtype=s.args[5])) for s in calls]
-    found.append(with_out(calls[0], "strided out", torch.full((5, 602), -1.0).bfloat16()[:, ::2]))
-    found.append(with_out(calls[0], "transposed out", torch.full((301, 5), -1.0).bfloat16().t()))
+    found = [with_out(s, s.name, full(s.args[4], -1.0, dtype=s.args[5])) for s in calls]
+    found.append(with_out(calls[0], "strided out", full((5, 602), -1.0).bfloat16()[:, ::2]))
+    found.append(with_out(calls[0], "transposed out", full((301, 5), -1.0).bfloat16().t()))
     return found
 
 
@@ -107,13 +107,13 @@ def _dequantize_out() -> list[Sample]:
 def _embedding() -> list[Sample]:
     shape = [7, 65]  # rows begin within blocks and bytes
     weight, by_blocks = _weight(shape), _weight([7, 128], storage=torch.bfloat16)
-    indices = torch.tensor([[0, 6, 3], [6, 1, 0]])
+    indices = tensor([[0, 6, 3], [6, 1, 0]], torch.int64)
     codes, nested_absmax = weight[0], _nested(8)[0]
     return [
         *(Sample(f"to {_name(dtype)}", (indices, *weight, shape, 64, "nf4", dtype)) for dtype in DTYPES),
         Sample("int32 indices", (indices.int(), *weight, shape, 64, "fp4", _FLOAT)),
         Sample("transposed indices", (indices.t(), *weight, shape, 64, "nf4", _FLOAT)),
-        Sample("one index", (torch.tensor(4), *weight, shape, 64, "nf4", _FLOAT)),
+        Sample("one index", (tensor(4, torch.int64), *weight, shape, 64, "nf4", _FLOAT)),
         Sample("no indices", (indices[:0], *weight, shape, 64, "nf4", _FLOAT)),
         Sample("rows of two blocks", (indices, *by_blocks, [7, 128], 64, "nf4", _FLOAT)),
         Sample("nested", (indices, codes, nested_absmax, shape, 64, "nf4", torch.bfloat16), _nested(8)[1]),
@@ -211,7 +211,7 @@ def _grouped_products(biased: bool) -> list[Sample]:
         absmax, arguments = _nested(absmax.numel(), nested_blocksize) if nested else (absmax, {})
         x = view(normal(tokens, of[2] if biased else of[1], seed=1).to(dtype)).requires_grad_(grad)
         b = [normal(*of[:2], seed=2).to(dtype).requires_grad_(grad) if bias else None] if biased else []
-        offsets = torch.tensor(ends, dtype=torch.int32)
+        offsets = tensor(ends, torch.int32)
         return Sample(name, (x, packed, absmax, *b, offsets, of, 64, quant_type), arguments)
 
     low = torch.bfloat16

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bnbops.sample import Sample, normal, strided
+from bnbops.sample import Sample, full, integers, normal, strided, uniform
 
 __all__ = ["BUILDERS"]
 
@@ -17,11 +17,11 @@ _K, _N = 70, 67  # one vector and a rest; one panel of columns and a rest
 
 
 def _codes(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(-128, 128, shape, generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+    return integers(-128, 128, shape, torch.int8, seed)
 
 
 def _scales(n: int, seed: int = 0) -> Tensor:
-    return torch.rand(n, generator=torch.Generator().manual_seed(seed)) + 0.5
+    return uniform(n, seed=seed) + 0.5
 
 
 def _with_outliers(x: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def _dequant() -> list[Sample]:
 
 def _matmul() -> list[Sample]:
     A, B = _codes(5, _K), _codes(_N, _K, seed=1)
-    extreme = torch.full((2, 1000), -128, dtype=torch.int8)
+    extreme = full((2, 1000), -128, dtype=torch.int8)
     return [
         Sample("matrices", (A, B)),
         Sample("one row", (A[:1], B)),
@@ -97,10 +97,10 @@ def _matmul_out() -> list[Sample]:
     calls = []
     for sample in _matmul():
         A, B = sample.args
-        out = torch.full((*A.shape[:-1], B.shape[0]), -1, dtype=torch.int32)
+        out = full((*A.shape[:-1], B.shape[0]), -1, dtype=torch.int32)
         calls.append(Sample(sample.name, sample.args, {"out": out}))
-    first, strided_out = calls[0].args, torch.full((5, 2 * _N), -1, dtype=torch.int32)[:, ::2]
-    transposed = torch.full((_N, 5), -1, dtype=torch.int32).t()
+    first, strided_out = calls[0].args, full((5, 2 * _N), -1, dtype=torch.int32)[:, ::2]
+    transposed = full((_N, 5), -1, dtype=torch.int32).t()
     return [
         *calls,
         Sample("strided out", first, {"out": strided_out}),
@@ -109,7 +109,7 @@ def _matmul_out() -> list[Sample]:
 
 
 def _mm_dequant() -> list[Sample]:
-    A = torch.randint(-(2**24), 2**24, (5, _N), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    A = integers(-(2**24), 2**24, (5, _N), torch.int32)
     rows, columns, bias = 1e-3 * _scales(5), _scales(_N, seed=1), normal(_N)
     return [
         Sample("defaults", (A, rows, columns)),

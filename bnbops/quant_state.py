@@ -13,7 +13,7 @@ _PACKED_PREFIX = "quant_state.bitsandbytes__"
 
 def _pack(values: dict[str, Any]) -> Tensor:
     """JSON text as a uint8 tensor, so that a state dict holds tensors only."""
-    return torch.tensor(list(json.dumps(values).encode("utf-8")), dtype=torch.uint8)
+    return torch.tensor(list(json.dumps(values).encode("utf-8")), dtype=torch.uint8, device="cpu")
 
 
 def _unpack(packed: Tensor) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class QuantState:
 
         offset = state2 = None
         if "nested_absmax" in values:
-            offset = torch.tensor(float(values["nested_offset"])).to(device)
+            offset = torch.tensor(float(values["nested_offset"]), dtype=torch.float32, device=device)
             state2 = cls(
                 absmax=values["nested_absmax"].to(device),
                 blocksize=values["nested_blocksize"],

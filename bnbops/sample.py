@@ -51,11 +51,33 @@ def copied(x: Tensor, device: torch.device) -> Tensor:
 def normal(*shape: int, seed: int = 0) -> Tensor:
     """fp32 values over several decades, so that all of a codebook is used."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator) * 10 ** (-3 * torch.rand(shape, generator=generator))
+    values, decades = (
+        draw(shape, generator=generator, dtype=torch.float32, device="cpu") for draw in (torch.randn, torch.rand)
+    )
+    return values * 10 ** (-3 * decades)
+
+
+def uniform(*shape: int, seed: int = 0) -> Tensor:
+    """fp32 values in [0, 1)."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
+
+
+def integers(low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed), dtype=dtype, device="cpu")
+
+
+def tensor(values: float | list[Any], dtype: torch.dtype = torch.float32) -> Tensor:
+    """On the CPU: torch's defaults of dtype and device are the user's, who may run the self-check under others."""
+    return torch.tensor(values, dtype=dtype, device="cpu")
+
+
+def full(shape: tuple[int, ...], value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """On the CPU, as `tensor`."""
+    return torch.full(shape, value, dtype=dtype, device="cpu")
 
 
 def random_codes(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(256, shape, generator=torch.Generator().manual_seed(seed)).byte()
+    return integers(0, 256, shape, torch.uint8, seed)
 
 
 def strided(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from bnbops.codebooks import create_dynamic_map
 from bnbops.expect import Difference, absmax_of, blocked, expect, expect_close, expect_nearest, normalise
 from bnbops.op_samples import SAMPLED, Sample, operator, option_names, samples, step_states
+from bnbops.sample import tensor
 from bnbops.self_check_4bit import REFERENCES_4BIT
 from bnbops.self_check_int8 import REFERENCES as REFERENCES_INT8
 
@@ -48,7 +49,7 @@ def _quantize(before: dict[str, Any], result: tuple[Tensor, Tensor], _after: dic
 
 def _dequantized(before: dict[str, Any]) -> Tensor:
     A, absmax, code = before["A"], before["absmax"].detach(), before["code"].detach()
-    block = torch.arange(A.numel(), device=A.device) // before["blocksize"]
+    block = torch.arange(A.numel(), dtype=torch.int64, device=A.device) // before["blocksize"]
     return (code[A.long()] * absmax.flatten()[block].view(A.shape)).to(before["dtype"])
 
 
@@ -248,9 +249,9 @@ def _percentile_clip(before: dict[str, Any], result: Tensor, after: dict[str, An
     scale = before["grad_scale"].double() if before.get("grad_scale") is not None else 1.0
     squares = before["squared_norms"] / scale**2
     for i, step in enumerate(before["steps"]):
-        t, history, factor = int(step.item()) + 1, before["gnorm_vec"][i].double(), torch.ones(())
+        t, history, factor = int(step.item()) + 1, before["gnorm_vec"][i].double(), tensor(1.0)
         if not skip:
-            newest = torch.arange(100, device=history.device) == t % 100
+            newest = torch.arange(100, dtype=torch.int64, device=history.device) == t % 100
             history = torch.where(newest | (t == 1), squares[i], history)
             factor = (history.sort().values[before["percentile"]] / squares[i]).sqrt().clamp(max=1.0)
         expect_close(after["gnorm_vec"][i], history, f"gnorm_vec[{i}]")

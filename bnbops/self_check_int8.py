@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from bnbops.expect import expect, expect_close
+from bnbops.sample import tensor
 
 __all__ = ["REFERENCES"]
 
 _FLOAT_MAX = torch.finfo(torch.float32).max
-_INVERSE = torch.tensor(1 / 127**2)  # fp32
+_INVERSE = tensor(1 / 127**2)
 
 
 def _counted(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
@@ -65,7 +66,7 @@ def _double_quant(before: dict[str, Any], result: tuple[Tensor, ...], _after: di
 
 
 def _weight(weight: Tensor, scale: Tensor) -> Tensor:
-    return weight * scale.detach().view(*weight.shape[:-1], 1) * torch.tensor(1 / 127, device=weight.device)
+    return weight * scale.detach().view(*weight.shape[:-1], 1) * tensor(1 / 127).to(weight.device)
 
 
 def _dequant(before: dict[str, Any], result: Tensor, _after: dict[str, Any]) -> None:

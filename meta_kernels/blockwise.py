@@ -97,11 +97,11 @@ def _dequantize_backward(ctx, grad: Tensor):
     A, absmax, code = ctx.saved_tensors
     _, need_absmax, need_code, _, _ = ctx.needs_input_grad
     grad, index = grad.float().flatten(), A.flatten().long()
-    block = torch.arange(index.numel(), device=A.device) // ctx.blocksize
+    block = torch.arange(index.numel(), dtype=torch.int64, device=A.device) // ctx.blocksize
     grad_absmax = grad_code = None
     if need_absmax:
-        total = torch.zeros(absmax.numel(), device=A.device).index_add(0, block, grad * code[index])
-        grad_absmax = total.view(absmax.shape)
+        zeros = torch.zeros(absmax.numel(), dtype=torch.float32, device=A.device)
+        grad_absmax = zeros.index_add(0, block, grad * code[index]).view(absmax.shape)
     if need_code:
         grad_code = torch.zeros_like(code).index_add(0, index, grad * absmax.flatten()[block])
     return None, grad_absmax, grad_code, None, None

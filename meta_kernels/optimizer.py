@@ -152,7 +152,7 @@ _library = torch.library.Library("bnbops", "IMPL")
 
 
 def _norms(params: list[Tensor]) -> Tensor:
-    return torch.empty(len(params), dtype=torch.float64, device=params[0].device if params else None)
+    return torch.empty(len(params), dtype=torch.float64, device=params[0].device if params else "cpu")
 
 
 for _op in torch.ops.bnbops.step_ops():

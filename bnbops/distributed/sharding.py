@@ -250,7 +250,8 @@ def _embedding_4bit(op: OpOverload, arguments: Arguments) -> DTensor:
 def _rows_of(op: OpOverload, weight: _Weight, indices: Tensor) -> Tensor:
     """The rows that this rank has, zeros for the others: their sum over the ranks has each row once."""
     mesh, shape = weight.mesh, (*indices.shape, weight.arguments["shape"][1])
-    own = DTensor.from_local(torch.arange(weight.shape[0], device=indices.device), mesh, run_check=False)
+    numbers = torch.arange(weight.shape[0], dtype=torch.int64, device=indices.device)
+    own = DTensor.from_local(numbers, mesh, run_check=False)
     own = own.redistribute(placements=[p if p == Shard(0) else Replicate() for p in weight.placements]).to_local()
     if len(own) == 0:
         return torch.zeros(shape, dtype=weight.arguments["dtype"], device=indices.device)

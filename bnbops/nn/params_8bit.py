@@ -284,7 +284,7 @@ class Int8Module(nn.Module):
         held, has_fp16_weights = isinstance(self.weight, Int8Params), getattr(self.weight, "has_fp16_weights", False)
         if prefix + "weight_scale" in state_dict and self.weight_scale is None:  # make room
             codes = torch.empty_like(self.weight, dtype=torch.int8, requires_grad=False)
-            self.weight = Int8Params(codes, SCB=torch.empty(codes.shape[0], device=codes.device))
+            self.weight = Int8Params(codes, SCB=torch.empty(codes.shape[0], dtype=torch.float32, device=codes.device))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -69,7 +69,8 @@ def check_settings(shape: Sequence[int], blocksize: int, quant_type: str, quant_
         ValueError: it says why.
     """
     try:
-        torch.ops.bnbops.quantize_4bit(torch.empty(shape, device="meta"), blocksize, quant_type, quant_storage)
+        weight = torch.empty(shape, dtype=torch.float32, device="meta")
+        torch.ops.bnbops.quantize_4bit(weight, blocksize, quant_type, quant_storage)
     except RuntimeError as error:
         raise ValueError(str(error).removeprefix("bnbops::")) from None
 

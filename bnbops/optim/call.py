@@ -87,7 +87,8 @@ class Call:
 
     def check(self) -> None:
         """Has the operator check its arguments, and change nothing: as if a gradient scaler had found an overflow."""
-        self.op(*self.lists, **{**self.scalars, "found_inf": torch.ones(())})  # on the CPU: no device has work to do
+        overflow = torch.ones((), dtype=torch.float32, device="cpu")  # no device has work to do
+        self.op(*self.lists, **{**self.scalars, "found_inf": overflow})
         for i, vec in enumerate(self.gnorm_vecs):
             if vec.shape != (NORMS_KEPT,) or vec.dtype != torch.float32:
                 raise RuntimeError(f"gnorm_vec[{i}] must be float32 [{NORMS_KEPT}], got {vec.dtype} {list(vec.shape)}")

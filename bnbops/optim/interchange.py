@@ -271,7 +271,7 @@ def _read_state(slots: _Slots, param: Tensor, state: dict[str, Any]) -> dict[str
     def parts(key: str, ours: tuple[str, ...]) -> list[Tensor]:
         return list(state[key]) if len(ours) > 1 else [state[key]]
 
-    read = {"step": torch.tensor(float(state["step"]))}
+    read = {"step": torch.tensor(float(state["step"]), dtype=torch.float32, device="cpu")}
     read |= {key: state[key] for key in state.keys() & {"gnorm_vec"}}
     whole_rows = param.dim() >= 2 and math.prod(param.shape[1:]) % BLOCKSIZE == 0
     for number, ours in slots:
@@ -313,7 +313,7 @@ def _write_state(storage: _Storage, slots: _Slots, state: dict[str, Tensor]) -> 
             written |= {f"qmap{number}": qmap, f"absmax{number}": joined(scales)}
         written[f"state{number}"] = joined(states)
     if storage.unorm:
-        written["unorm_vec"] = torch.zeros(1, device=device)
+        written["unorm_vec"] = torch.zeros(1, dtype=torch.float32, device=device)
     return {"step": int(state["step"].item()), _NESTED: written}
 
 

@@ -179,7 +179,7 @@ def pytorch_lars_step_(
             )
     if found_inf is not None and not torch.compiler.is_compiling() and found_inf.item():
         return
-    taken = torch.tensor(True) if found_inf is None else found_inf == 0
+    taken = torch.tensor(True, dtype=torch.bool, device="cpu") if found_inf is None else found_inf == 0
     for i, (param, buffer, step) in enumerate(zip(params, momentum_buffer, steps, strict=True)):
         p, g = param.float(), grads[i].float()
         if grad_scale is not None:

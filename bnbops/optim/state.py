@@ -97,7 +97,7 @@ def _like(tensor: Tensor, part: Tensor, shape: torch.Size) -> Tensor:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-    meta = TensorMeta(shape, torch.empty(shape, device="meta").stride(), part.dtype)
+    meta = TensorMeta(shape, torch.empty(shape, dtype=part.dtype, device="meta").stride(), part.dtype)
     return DTensor(part, DTensorSpec(tensor.device_mesh, tensor.placements, tensor_meta=meta), requires_grad=False)
 
 

@@ -95,13 +95,14 @@ def _source_class(module: nn.Module) -> type[nn.Module] | None:
 
 
 def _float_layer(old: nn.Module, weight: nn.Parameter) -> nn.Module:
-    with torch.device("meta"):
-        if isinstance(old, nn.Embedding):
-            new = nn.Embedding(old.num_embeddings, old.embedding_dim, old.padding_idx)
-        elif (source := _source_class(old)) is not None:
+    dtype = weight.dtype
+    if isinstance(old, nn.Embedding):
+        new = nn.Embedding(old.num_embeddings, old.embedding_dim, old.padding_idx, device="meta", dtype=dtype)
+    elif (source := _source_class(old)) is not None:
+        with torch.device("meta"):  # Conv1D takes no device
             new = source(old.out_features, old.in_features)
-        else:
-            new = nn.Linear(old.in_features, old.out_features, bias=False)
+    else:
+        new = nn.Linear(old.in_features, old.out_features, bias=False, device="meta", dtype=dtype)
     new.weight = weight
     hook = getattr(old, "_hf_hook", None)
     if hook is not None:

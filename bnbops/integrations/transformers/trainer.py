@@ -103,7 +103,7 @@ class CompiledStep:
         self._micro_batches.append(dict(self._prepare_inputs(inputs)))
         update = self.accelerator.sync_gradients
         if not update and self._graph_per == "step":
-            return torch.zeros((), device=self.args.device)
+            return torch.zeros((), dtype=torch.float32, device=self.args.device)
         micro_batches, self._micro_batches = self._micro_batches, []
         model.train()  # in the graph alone, it would make the next call's guards fail
         step = self._step_for(model)
