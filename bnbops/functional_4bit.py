@@ -9,12 +9,14 @@ from torch import Tensor
 
 from bnbops.codebooks import create_4bit_map
 from bnbops.functional_blockwise import quantize_blockwise
+from bnbops.lasting import lasting
 from bnbops.quant_state import QuantState
 
 _BLOCKSIZE = 64  # by default
 _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MAPS = {name: create_4bit_map(name) for name in ("nf4", "fp4", "int4", "af4")}  # at import: no tracer sees the making
+with lasting():  # at import: no tracer sees the making
+    _MAPS = {name: create_4bit_map(name) for name in ("nf4", "fp4", "int4", "af4")}
 
 
 def _check(function: str, dtype: torch.dtype, blocksize: int, quant_type: str) -> None:

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from bnbops.codebooks import create_dynamic_map
+from bnbops.lasting import lasting
 from bnbops.quant_state import QuantState
 
-_DEFAULT_MAP = create_dynamic_map()  # made at import: under a tracer it would be a fake tensor
+with lasting():
+    _DEFAULT_MAP = create_dynamic_map()  # made at import: under a tracer it would be a fake tensor
 
 
 def quantize_blockwise(

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from bnbops.lasting import lasting
 from bnbops.nn.quantize_plan import Place, places_by_tensor
 from bnbops.nn.weight_source import Source, empty
 
@@ -84,6 +85,7 @@ def read(names: Iterable[str], sources: Sources, like: Tensor, device: torch.dev
     return empty(source.shape, like.dtype, transient).copy_(tensor)
 
 
+@lasting()
 def _change(places: list[Place], old: Tensor, sources: Sources, device: torch.device | None) -> Change:
     new = read([place.name for place in places], sources, old, device, transient=not old.is_meta)
     if isinstance(old, nn.Parameter) and old.is_meta:

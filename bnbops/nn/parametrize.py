@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bnbops.functional_4bit import quantize_4bit
+from bnbops.lasting import lasting
 from bnbops.nn.plain_state import of_whole_layer
 from bnbops.nn.scales_4bit import (
     NAMES,
@@ -91,6 +92,7 @@ class Bnb4bitParametrization(nn.Module):
             self._value = None
 
 
+@lasting()
 def replace_parameter_4bit(
     module: nn.Module,
     param_name: str,
@@ -125,6 +127,7 @@ def replace_parameter_4bit(
     _replace(module, param_name, packed, state)
 
 
+@lasting()
 def replace_parameter_4bit_prequantized(
     module: nn.Module, param_name: str, qs_dict: dict[str, Any], device: torch.device | str
 ) -> None:

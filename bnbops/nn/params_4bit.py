@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bnbops.functional_4bit import quantize_4bit
+from bnbops.lasting import lasting
 from bnbops.nn.freed_memory import give_back
 from bnbops.nn.scales_4bit import check_state, packed_bytes
 from bnbops.quant_state import QuantState
@@ -122,6 +123,7 @@ class Params4bit(nn.Parameter):
         return self
 
     @classmethod
+    @lasting()
     def from_prequantized(
         cls,
         data: Tensor,
@@ -221,6 +223,7 @@ class Params4bit(nn.Parameter):
     def double(self) -> Params4bit:
         return self.to(torch.float64)
 
+    @lasting()
     def _quantize(self, device: torch.device) -> Params4bit:
         if self.is_cpu:
             give_back(self.nbytes)  # of the weights before this one

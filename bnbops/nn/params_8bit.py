@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnbops.lasting import lasting
 from bnbops.matmul_int8 import quantize_weight
 from bnbops.nn.finite import is_finite
 from bnbops.nn.freed_memory import give_back
@@ -18,6 +19,7 @@ from bnbops.nn.weight_source import as_float16
 from bnbops.sharded import is_sharded
 
 
+@lasting()
 def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     weight = weight.detach()
     if weight.is_cpu:

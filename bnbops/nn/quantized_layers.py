@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bnbops.functional import quantize_4bit
+from bnbops.lasting import lasting
 from bnbops.nn.materialize import Change
 from bnbops.nn.parametrize import replace_parameter_4bit, replace_parameter_4bit_prequantized
 from bnbops.nn.params_4bit import Params4bit
@@ -23,7 +24,7 @@ def find(model: nn.Module, name: str) -> Place:
     return Place(path, model.get_submodule(path), attribute)
 
 
-@torch.no_grad()
+@lasting()
 def quantize_weight(model: nn.Module, names: Sequence[str], data: Tensor, format: QuantizationFormat) -> Change:
     """Quantizes the value of a float weight. The change that is returned puts it there under all its names."""
     places = [find(model, name) for name in names]
@@ -33,7 +34,7 @@ def quantize_weight(model: nn.Module, names: Sequence[str], data: Tensor, format
     return _layers_change(model, places, format.parameter(data.T if first.transposed else data), format)
 
 
-@torch.no_grad()
+@lasting()
 def hold_quantized(
     model: nn.Module, names: Sequence[str], data: Tensor, statistics: Mapping[str, Tensor], format: QuantizationFormat
 ) -> Change:

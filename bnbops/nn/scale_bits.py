@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bnbops.lasting import lasting
 
+
+@lasting()
 def to_bits(scales: Tensor) -> Tensor:
     return scales.detach().to(torch.float32).contiguous().view(torch.int32)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnbops.lasting import lasting
 from bnbops.nn.params_4bit import Params4bit
 from bnbops.nn.plain_state import of_quantized_layer, of_whole_layer
 from bnbops.nn.scales_4bit import (
@@ -195,7 +196,8 @@ class Weight4bit(nn.Module):
         if self._format is not None and weight.bnb_quantized:
             weight.data = in_rows(weight.data, self._format)
             self.quant_storage = weight.dtype
-            weight.quant_state = self.quant_state
+            with lasting():
+                weight.quant_state = self.quant_state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         weight = self._parameters.get("weight")
@@ -321,7 +323,8 @@ class Weight4bit(nn.Module):
             for name, tensor in tensors.items():
                 held[name].copy_(tensor)
             return
-        new = copy.deepcopy(new)  # its tensors are the caller's
+        with lasting():
+            new = copy.deepcopy(new)  # its tensors are the caller's
         if torch._has_compatible_shallow_copy_type(weight, new):
             weight._become(new)
             weight.module = self

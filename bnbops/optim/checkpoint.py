@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnbops.lasting import lasting
 from bnbops.optim import interchange
 from bnbops.optim.batch import Batch
 from bnbops.optim.manager import KNOWN_OPTIONS, GlobalOptimManager
@@ -192,5 +193,6 @@ def _merged_group(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any
         group["lr"].fill_(saved["lr"])
         merged["lr"] = group["lr"]
     elif isinstance(saved["lr"], Tensor):
-        merged["lr"] = saved["lr"].clone()
+        with lasting():
+            merged["lr"] = saved["lr"].clone()
     return merged

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnbops.lasting import lasting
 from bnbops.sharded import is_sharded, local
 
 BLOCKSIZE = 256
@@ -117,6 +118,7 @@ def layout_of(state: Mapping[str, Tensor], names: Iterable[str]) -> tuple[bool, 
     return None
 
 
+@lasting()
 def missing_tensors(
     param: Tensor,
     state: Mapping[str, Tensor],
@@ -163,6 +165,7 @@ def missing_tensors(
     return new
 
 
+@lasting()
 def copied(param: Tensor, state: Mapping[str, Tensor], allocate: Allocate | None) -> dict[str, Tensor]:
     """A state's copy where `missing_tensors` would have put it."""
     device = local(param).device
