@@ -18,6 +18,7 @@ from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, To
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
+from bnbops.default_device import traceable_backward
 from bnbops.dynamo import TraceableStep, allow_as_graph_inputs, dynamo_mended
 
 __all__ = ["CompiledTrainStep", "GraphBreakError", "NothingTrainedError", "compiled_train_step"]
@@ -81,6 +82,7 @@ class CompiledTrainStep(Generic[P, R]):
                 dynamo_mended(),
                 torch.compiler.config.patch(cache_key_tag=_cache_key_tag()),
                 self._traceable_optimizers(),
+                traceable_backward(),
             ):
                 result = self._compiled(leaves, *args, **kwargs)
         except BackendCompilerFailed:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnbops.default_device import traceable_weight
 from bnbops.lasting import lasting
 from bnbops.matmul_int8 import quantize_weight
 from bnbops.nn.finite import is_finite
@@ -166,7 +167,7 @@ class Int8Module(nn.Module):
     def SCB(self) -> Tensor | None:
         """The fp32 scales `[rows]`; None before quantization."""
         weight = self.weight
-        if weight.dtype != torch.int8:
+        if traceable_weight(weight).dtype != torch.int8:
             return None
         carried = getattr(weight, "_scales", self.weight_scale)  # plain tensors carry none
         if carried is None or carried.dtype != torch.int32:
@@ -184,7 +185,7 @@ class Int8Module(nn.Module):
         Raises:
             RuntimeError: the weight is not quantized.
         """
-        weight, scales = self.weight, self.SCB
+        weight, scales = traceable_weight(self.weight), self.SCB
         if weight.dtype != torch.int8:
             raise RuntimeError(
                 f"the weight of this {type(self).__name__} is not quantized: load it, then move the module with "

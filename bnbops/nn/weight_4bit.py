@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnbops.default_device import traceable_weight
 from bnbops.lasting import lasting
 from bnbops.nn.params_4bit import Params4bit
 from bnbops.nn.plain_state import of_quantized_layer, of_whole_layer
@@ -102,7 +103,7 @@ class Weight4bit(nn.Module):
                 f"the weight of this {type(self).__name__} is not quantized yet: load its float weights, then call "
                 f'.to(device) on it (for example .to("cpu")), and shard it, if at all, only then'
             )
-        weight = self.weight  # read once: data_parallel gathers it at each read
+        weight = traceable_weight(self.weight)  # read once: data_parallel gathers it at each read
         if weight.dtype != self.quant_storage:
             raise RuntimeError(
                 f"the packed weight of this {type(self).__name__} has been cast from {self.quant_storage} to "
