@@ -1,4 +1,4 @@
-"""Tensors that outlast the call that makes them: parameters, scales, optimizer states."""
+"""Global settings of torch that must not reach what is made in a call, and outlasts it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 
 @contextmanager
-def lasting() -> Iterator[None]:
+def lasting(parameter: Tensor | None = None) -> Iterator[None]:
     """Makes ordinary tensors in inference mode, too, and none that autograd knows of.
 
     What is made in inference mode can neither be saved for a backward pass nor changed in place once that has ended: a
-    model that is quantized in it could not be trained afterwards.
+    model that is quantized in it could not be trained afterwards. Data for a `parameter` that was made in inference
+    mode are made in it, too, since torch cannot mix the two.
     """
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(parameter is not None and parameter.is_inference()), torch.no_grad():
+        yield
+
+
+@contextmanager
+def usual_settings() -> Iterator[None]:
+    """`lasting`, and no default device but the CPU: for functions of torch's that make tensors of their own."""
+    with lasting(), torch.device("cpu"):
         yield

@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 
+from bnbops.lasting import usual_settings
 from bnbops.optim.checkpoint import CheckpointedOptimizer
 from bnbops.optim.state import UNPAGED
 from bnbops.sharded import is_sharded
@@ -48,6 +49,7 @@ _SHOWN = 5  # names in a message
 T = TypeVar("T")
 
 
+@usual_settings()
 def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -85,6 +87,7 @@ def save_checkpoint(
     _together(lambda: _put_in_place(path, partial, former, checksums))
 
 
+@usual_settings()
 def load_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, path: str | os.PathLike[str]) -> dict[str, Any]:
     """Loads what `save_checkpoint` saved, whatever the number of ranks and the sharding were. On every rank, as saving.
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 
+def is_within(weight: Tensor, limit: float) -> bool:
+    """Whether no element is NaN, or larger in magnitude than `limit`; by the extreme values, in which NaN shows."""
+    if weight.numel() == 0:
+        return True
+    smallest, largest = (bound.double() for bound in torch.aminmax(weight))  # fp64 holds the limit exactly
+    return bool((smallest >= -limit) & (largest <= limit))
+
+
 def is_finite(weight: Tensor) -> bool:
-    """As `weight.isfinite().all()`, in a tenth of the time: NaN and infinity show in the extreme values."""
-    return weight.numel() == 0 or all(map(math.isfinite, torch.stack(torch.aminmax(weight)).tolist()))
+    """As `weight.isfinite().all()`, in a tenth of the time."""
+    return is_within(weight, torch.finfo(weight.dtype).max)

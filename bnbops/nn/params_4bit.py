@@ -223,17 +223,17 @@ class Params4bit(nn.Parameter):
     def double(self) -> Params4bit:
         return self.to(torch.float64)
 
-    @lasting()
     def _quantize(self, device: torch.device) -> Params4bit:
         if self.is_cpu:
             give_back(self.nbytes)  # of the weights before this one
-        packed, state = quantize_4bit(
-            self.data.to(device).contiguous(),
-            blocksize=self.blocksize,
-            compress_statistics=bool(self.compress_statistics),
-            quant_type=self.quant_type,
-            quant_storage=self.quant_storage,
-        )
+        with lasting(self):
+            packed, state = quantize_4bit(
+                self.data.to(device).contiguous(),
+                blocksize=self.blocksize,
+                compress_statistics=bool(self.compress_statistics),
+                quant_type=self.quant_type,
+                quant_storage=self.quant_storage,
+            )
         self.requires_grad_(False)
         self.data, self.quant_state, self.bnb_quantized = packed, state, True
         self._tell_module()

@@ -20,7 +20,6 @@ from bnbops.nn.weight_source import as_float16
 from bnbops.sharded import is_sharded
 
 
-@lasting()
 def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     weight = weight.detach()
     if weight.is_cpu:
@@ -119,7 +118,8 @@ class Int8Params(nn.Parameter):
         return self.to("xpu" if device is None else device, non_blocking=non_blocking)
 
     def _quantize_in_place(self, device: torch.device) -> Int8Params:
-        codes, scales = _quantize(self.detach().to(device))
+        with lasting(self):
+            codes, scales = _quantize(self.detach().to(device))
         self.grad = None
         self.requires_grad_(False)
         self.data, self._scales = codes, scales
@@ -286,8 +286,10 @@ class Int8Module(nn.Module):
             return
         held, has_fp16_weights = isinstance(self.weight, Int8Params), getattr(self.weight, "has_fp16_weights", False)
         if prefix + "weight_scale" in state_dict and self.weight_scale is None:  # make room
-            codes = torch.empty_like(self.weight, dtype=torch.int8, requires_grad=False)
-            self.weight = Int8Params(codes, SCB=torch.empty(codes.shape[0], dtype=torch.float32, device=codes.device))
+            with lasting(self.weight):
+                codes = torch.empty_like(self.weight, dtype=torch.int8, requires_grad=False)
+                scales = torch.empty(codes.shape[0], dtype=torch.float32, device=codes.device)
+            self.weight = Int8Params(codes, SCB=scales)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bnbops.matmul_int8 import quantize_weight
 from bnbops.nn.embedding_4bit import Embedding4bit
 from bnbops.nn.embedding_8bit import Embedding8bit
+from bnbops.nn.finite import is_within
 from bnbops.nn.linear_4bit import Linear4bit
 from bnbops.nn.linear_8bit import Linear8bitLt
 from bnbops.nn.params_4bit import Params4bit
@@ -67,7 +68,7 @@ class QuantizationFormat:
     def check_values(self, name: str, weight: Tensor) -> None:
         """Quantization would make something else of NaN and infinity, and int8 goes by way of fp16."""
         limit = torch.finfo(torch.float16 if self.quant == "int8" else weight.dtype).max
-        if not max(abs(bound) for bound in torch.stack(torch.aminmax(weight)).tolist()) <= limit:
+        if not is_within(weight, limit):
             raise ValueError(f"{name} has a value that is NaN, infinite or beyond {limit:g}, so it cannot be quantized")
 
     def parameter(self, data: Tensor) -> nn.Parameter:

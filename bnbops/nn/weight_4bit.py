@@ -324,7 +324,7 @@ class Weight4bit(nn.Module):
             for name, tensor in tensors.items():
                 held[name].copy_(tensor)
             return
-        with lasting():
+        with lasting(weight):
             new = copy.deepcopy(new)  # its tensors are the caller's
         if torch._has_compatible_shallow_copy_type(weight, new):
             weight._become(new)
