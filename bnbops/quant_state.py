@@ -11,13 +11,13 @@ from torch import Tensor
 _PACKED_PREFIX = "quant_state.bitsandbytes__"
 
 
-def _pack(values: dict[str, Any]) -> Tensor:
+def _pack(source_dict: dict[str, Any]) -> Tensor:
     """JSON text as a uint8 tensor, so that a state dict holds tensors only."""
-    return torch.tensor(list(json.dumps(values).encode("utf-8")), dtype=torch.uint8, device="cpu")
+    return torch.tensor(list(json.dumps(source_dict).encode("utf-8")), dtype=torch.uint8, device="cpu")
 
 
-def _unpack(packed: Tensor) -> dict[str, Any]:
-    return json.loads(bytes(packed.cpu().tolist()).decode("utf-8"))
+def _unpack(tensor_data: Tensor) -> dict[str, Any]:
+    return json.loads(bytes(tensor_data.cpu().tolist()).decode("utf-8"))
 
 
 def _dtype_from_name(name: str) -> torch.dtype:
@@ -46,6 +46,8 @@ class QuantState:
         *("absmax", "quant_map", "quant_state", "quant_type", "blocksize", "dtype", "shape"),
         *("nested_absmax", "nested_quant_map", "nested_blocksize", "nested_dtype", "nested_offset"),
     )
+
+    valid_qs_type_keys = tuple(f"bitsandbytes__{quant_type}" for quant_type in valid_quant_types)
 
     def __init__(
         self,

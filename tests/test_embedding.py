@@ -1,7 +1,6 @@
 """bnbops.nn.Embedding and StableEmbedding: bitsandbytes' behaviour, and 32-bit states however the module came to be."""
 
 import copy
-import inspect
 import io
 import pickle
 import subprocess
@@ -34,20 +33,6 @@ def state_dtype(weight: Tensor, *others: Tensor) -> torch.dtype:
 
 
 # ---- constructor and forward -----------------------------------------------------------------------------------
-
-
-@classes
-def test_signature_is_bitsandbytes(cls):
-    """Names, order and defaults of bitsandbytes 0.50 (its Embedding lacks dtype), then torch's _freeze."""
-    expected = [
-        ("padding_idx", None), ("max_norm", None), ("norm_type", 2.0), ("scale_grad_by_freq", False),
-        ("sparse", False), ("_weight", None), ("device", None), ("dtype", None), ("_freeze", False),
-    ]  # fmt: skip
-    parameters = list(inspect.signature(cls).parameters.values())
-    assert [p.name for p in parameters[:2]] == ["num_embeddings", "embedding_dim"]
-    assert [(p.name, p.default) for p in parameters[2:]] == expected
-    assert parameters[-1].kind is inspect.Parameter.KEYWORD_ONLY
-    assert bnbops.nn.Embedding is Embedding and bnbops.nn.StableEmbedding is StableEmbedding
 
 
 @classes

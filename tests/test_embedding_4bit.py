@@ -1,7 +1,6 @@
 """bnbops.nn.Embedding4bit, EmbeddingNF4, EmbeddingFP4: what is theirs; the rest they share with Linear4bit."""
 
 import copy
-import inspect
 import pickle
 
 import pytest
@@ -30,20 +29,6 @@ def table(layer: Embedding4bit) -> Tensor:
 
 
 # ---- constructor -----------------------------------------------------------------------------------------------
-
-
-def test_signatures_are_bitsandbytes():
-    """Names, order and defaults of bitsandbytes 0.50, then keyword-only ones."""
-    tail = [("quant_storage", torch.uint8), ("device", None)]
-    for cls, expected in (
-        (Embedding4bit, [("dtype", None), ("quant_type", "fp4"), *tail]),
-        (EmbeddingNF4, [("dtype", None), *tail]),
-        (EmbeddingFP4, [("dtype", None), *tail]),
-    ):
-        parameters = list(inspect.signature(cls).parameters.values())
-        assert [p.name for p in parameters[:2]] == ["num_embeddings", "embedding_dim"]
-        positional = [p for p in parameters[2:] if p.kind is p.POSITIONAL_OR_KEYWORD]
-        assert [(p.name, p.default) for p in positional] == expected
 
 
 def test_arguments_reach_the_weight():

@@ -5,7 +5,6 @@ and exported in test_linear_8bit_compile.
 """
 
 import copy
-import inspect
 
 import pytest
 import torch
@@ -32,10 +31,7 @@ def dequantized(module: Embedding8bit) -> Tensor:
 
 
 def test_construction():
-    """bitsandbytes' signature; the start of torch's embedding."""
-    parameters = list(inspect.signature(Embedding8bit).parameters.values())
-    assert [p.name for p in parameters] == ["num_embeddings", "embedding_dim", "device", "dtype"]
-    assert [p.default for p in parameters[2:]] == [None, None]
+    """The start of torch's embedding."""
     torch.manual_seed(0)
     plain = nn.Embedding(*SIZE)
     torch.manual_seed(0)

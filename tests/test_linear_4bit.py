@@ -1,7 +1,6 @@
 """bnbops.nn.Linear4bit, LinearNF4, LinearFP4: what they compute, how they train, compile and export."""
 
 import copy
-import inspect
 import itertools
 
 import pytest
@@ -32,21 +31,6 @@ def dequantized(layer: Linear4bit) -> Tensor:
 
 
 # ---- constructor -----------------------------------------------------------------------------------------------
-
-
-def test_signatures_are_bitsandbytes():
-    """Names, order and defaults of bitsandbytes 0.50, then keyword-only ones."""
-    head = [("bias", True), ("compute_dtype", None), ("compress_statistics", True)]
-    tail = [("quant_storage", torch.uint8), ("device", None)]
-    for cls, expected in (
-        (Linear4bit, [*head, ("quant_type", "fp4"), *tail]),
-        (LinearNF4, head + tail),
-        (LinearFP4, head + tail),
-    ):
-        parameters = list(inspect.signature(cls).parameters.values())
-        assert [p.name for p in parameters[:2]] == ["input_features", "output_features"]
-        positional = [p for p in parameters[2:] if p.kind is p.POSITIONAL_OR_KEYWORD]
-        assert [(p.name, p.default) for p in positional] == expected
 
 
 def test_arguments_reach_the_weight():

@@ -4,7 +4,6 @@ Reference: the product of `bnbops.matmul`, which test_matmul_int8 holds.
 """
 
 import copy
-import inspect
 import io
 import pickle
 from collections.abc import Callable
@@ -24,20 +23,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 # ---- construction and quantization -----------------------------------------------------------------------------
-
-
-def test_signatures_are_bitsandbytes():
-    empty = inspect.Parameter.empty
-    linear = [
-        ("input_features", empty), ("output_features", empty), ("bias", True), ("has_fp16_weights", True),
-        ("threshold", 0.0), ("index", None), ("device", None),
-    ]  # fmt: skip
-    weight = [
-        ("data", None), ("requires_grad", True), ("has_fp16_weights", False), ("CB", None), ("SCB", None),
-        ("kwargs", empty),
-    ]  # fmt: skip
-    for function, expected in ((Linear8bitLt, linear), (Int8Params.__new__, [("cls", empty), *weight])):
-        assert [(p.name, p.default) for p in inspect.signature(function).parameters.values()] == expected
 
 
 def test_construction():

@@ -1,12 +1,9 @@
 """bnbops.matmul and MatmulLtState: LLM.int8 products, their gradients, and what a state does. Reference: plain fp32."""
 
-import inspect
-
 import pytest
 import torch
 from torch import Tensor
 
-import bnbops
 from bnbops import MatmulLtState, matmul
 from bnbops.nn import Int8Params
 
@@ -49,15 +46,6 @@ def int8(B: Tensor) -> Int8Params:
 
 
 # ---- products --------------------------------------------------------------------------------------------------
-
-
-def test_signature_is_bitsandbytes():
-    expected = [
-        ("A", inspect.Parameter.empty), ("B", inspect.Parameter.empty), ("out", None), ("state", None),
-        ("threshold", 0.0), ("bias", None),
-    ]  # fmt: skip
-    assert [(p.name, p.default) for p in inspect.signature(matmul).parameters.values()] == expected
-    assert bnbops.matmul is matmul and bnbops.MatmulLtState is MatmulLtState
 
 
 @dtypes

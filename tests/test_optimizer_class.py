@@ -1,23 +1,23 @@
 """Every class of bnbops.optim: its constructor, and which state a parameter gets."""
 
+import ast
 import copy
 import inspect
-import json
 import math
 import pickle
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from bitsandbytes_api import constructors
 from bnbops import optim
 from bnbops.optim import Adam, Adam8bit, Adam32bit, AdamW, AdamW8bit, AdamW32bit
 from optimizer_cases import MIXED, assert_same, assert_same_state, flat_state, params, set_grads, train
 from optimizer_classes import CLASSES, FAMILIES, WITH_8BIT, build, fixed_bits
 
-SIGNATURES = json.loads((Path(__file__).parent / "golden/signatures.json").read_text())
+CONSTRUCTORS = constructors("bitsandbytes.optim")
 COMMON = ("is_paged", "percentile_clipping", "block_wise", "maximize", "paged_directory")
 
 names = pytest.mark.parametrize("name", CLASSES)
@@ -28,40 +28,32 @@ families = pytest.mark.parametrize("name", FAMILIES)
 
 
 def test_every_class_of_bitsandbytes_is_here():
-    assert set(SIGNATURES["classes"]) == set(optim.__all__) - {"Optimizer"} == {*CLASSES, "GlobalOptimManager"}
-
-
-@pytest.mark.parametrize("name", SIGNATURES["classes"])
-def test_signature_is_bitsandbytes(name):
-    """Names, order and defaults of bitsandbytes 0.50.2, then keyword-only arguments."""
-    found = list(inspect.signature(getattr(optim, name)).parameters.values())
-    positional = [p for p in found if p.kind is p.POSITIONAL_OR_KEYWORD]
-    described = [
-        [p.name] if p.default is p.empty else [p.name, list(p.default) if isinstance(p.default, tuple) else p.default]
-        for p in positional
-    ]
-    assert described == SIGNATURES["classes"][name]
-    rest = {p.name for p in found[len(positional) :]}
-    assert all(p.kind is p.KEYWORD_ONLY for p in found[len(positional) :])
-    if name in CLASSES:
-        paged = name.startswith("Paged")
-        assert rest - {"trust_clip"} == set(COMMON) - {p.name for p in positional} - ({"is_paged"} if paged else set())
-        assert ("trust_clip" in rest) == name.startswith(("LAMB", "LARS"))
+    assert set(CONSTRUCTORS) <= {*CLASSES, "GlobalOptimManager"}
 
 
 @names
+def test_further_arguments_are_keywords(name):
+    """Behind those of bitsandbytes, where it has the class."""
+    found = inspect.signature(getattr(optim, name)).parameters
+    of_bitsandbytes = [parameter.name for parameter in CONSTRUCTORS.get(name, [])] or list(found)
+    assert all(p.kind is p.KEYWORD_ONLY for key, p in found.items() if key not in of_bitsandbytes)
+    assert set(COMMON) - ({"is_paged"} if name.startswith("Paged") else set()) <= found.keys()
+    assert ("trust_clip" in found) == name.startswith(("LAMB", "LARS"))
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if name in CONSTRUCTORS])
 def test_arguments_by_position(name):
     """Each one arrives where bitsandbytes has it."""
     cls = getattr(optim, name)
     values = {"lr": 0.5, "betas": (0.8, 0.95, 0.9)[: 3 if "Mix" in name else 2], "eps": 1e-6, "weight_decay": 0.3}
     values |= {"momentum": 0.7, "alpha": 0.75, "lr_decay": 0.25, "t_alpha": 7, "t_beta3": 9, "max_unorm": 0.125}
     values |= {"min_8bit_size": 100, "initial_accumulator_value": 0.5, "dampening": 0.1}
-    described = SIGNATURES["classes"][name][1:]
-    arguments = [values.get(key, *default) if default else values[key] for key, *default in described]
+    described = CONSTRUCTORS[name][1:]
+    arguments = [values[p.name] if p.name in values else ast.literal_eval(p.default) for p in described]
     group = cls(params((2, 2)), *arguments).param_groups[0]
-    for (key, *_), value in zip(described, arguments, strict=True):
-        if key in values:
-            assert group[key] == value, key
+    for parameter, value in zip(described, arguments, strict=True):
+        if parameter.name in values:
+            assert group[parameter.name] == value, parameter.name
     with pytest.raises(TypeError):
         cls(params((2, 2)), *arguments, 0)
 
@@ -89,9 +81,9 @@ def test_fixed_precisions_and_paging(name):
     """The name decides; an argument that bitsandbytes has all the same may not say otherwise."""
     assert build(name, params((2, 2))).param_groups[0]["optim_bits"] == (fixed_bits(name) or 32)
     assert build(name, params((2, 2))).param_groups[0]["is_paged"] == name.startswith("Paged")
-    accepted = [p for p, *_ in SIGNATURES["classes"][name]]
+    accepted = {parameter.name: parameter.default for parameter in CONSTRUCTORS.get(name, [])}
     if fixed_bits(name) and "optim_bits" in accepted:
-        default = next(default for key, *default in SIGNATURES["classes"][name] if key == "optim_bits")[0]
+        default = int(accepted["optim_bits"])
         for bits in (fixed_bits(name), default):
             group = build(name, params((2, 2)), optim_bits=bits).param_groups[0]
             assert group["optim_bits"] == fixed_bits(name)

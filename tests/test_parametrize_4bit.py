@@ -1,7 +1,6 @@
 """bnbops.nn.parametrize: any parameter of any module in 4 bits."""
 
 import copy
-import inspect
 
 import pytest
 import torch
@@ -50,15 +49,6 @@ def inputs(rows: int = 4) -> Tensor:
 
 OPTIONS = [{}, {"compress_statistics": True}, {"quant_type": "fp4", "blocksize": 32}]
 options_of = pytest.mark.parametrize("options", OPTIONS, ids=["default", "nested", "fp4 by 32"])
-
-
-def test_signatures_are_bitsandbytes():
-    parameters = inspect.signature(replace_parameter_4bit).parameters.values()
-    assert [(p.name, p.default) for p in parameters][2:] == [
-        ("compress_statistics", False), ("quant_type", "nf4"), ("blocksize", None)
-    ]  # fmt: skip
-    names = list(inspect.signature(replace_parameter_4bit_prequantized).parameters)
-    assert names == ["module", "param_name", "qs_dict", "device"]
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import inspect
 import pickle
 import weakref
 
@@ -20,19 +19,6 @@ storages = pytest.mark.parametrize("storage", STORAGES, ids=str)
 
 def weight(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (OUT, IN)) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-
-
-def test_signatures_are_bitsandbytes():
-    """Of bitsandbytes 0.50; its from_prequantized puts the weight on a GPU by default."""
-    parameters = list(inspect.signature(Params4bit).parameters.values())
-    assert [(p.name, p.default) for p in parameters[:-1]] == [
-        ("data", None), ("requires_grad", False), ("quant_state", None), ("blocksize", None),
-        ("compress_statistics", True), ("quant_type", "fp4"), ("quant_storage", torch.uint8), ("module", None),
-        ("bnb_quantized", False),
-    ]  # fmt: skip
-    assert parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
-    names = list(inspect.signature(Params4bit.from_prequantized).parameters)
-    assert names == ["data", "quantized_stats", "requires_grad", "device", "module", "kwargs"]
 
 
 # ---- quantization ----------------------------------------------------------------------------------------------

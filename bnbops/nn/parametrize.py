@@ -56,12 +56,12 @@ class Bnb4bitParametrization(nn.Module):
         """Scales and description of the parameter, in the memory of the registered tensors."""
         return quant_state(self, "", self.format)
 
-    def forward(self, packed: Tensor) -> Tensor:
+    def forward(self, quantized_param: Tensor) -> Tensor:
         """The parameter in its shape and dtype."""
         if self._readers == 0 or torch.compiler.is_compiling():
-            return self.dequantize(packed)
+            return self.dequantize(quantized_param)
         if self._value is None:
-            self._value = self.dequantize(packed)
+            self._value = self.dequantize(quantized_param)
         return self._value
 
     def dequantize(self, packed: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -69,11 +69,11 @@ class Optimizer(TraceableOptimizer):
         self,
         params,
         defaults: dict[str, Any],
-        *,
         optim_bits: int = 32,
+        is_paged: bool = False,
+        *,
         args: Any = None,
         min_8bit_size: int = 4096,
-        is_paged: bool = False,
         percentile_clipping: int = 100,
         block_wise: bool = True,
         maximize: bool = False,
@@ -94,6 +94,7 @@ class Optimizer(TraceableOptimizer):
         self._paged_directory = paged_directory
         self._paged_memory: PagedMemory | None = None
         self._unified_memory: dict[torch.device, UnifiedMemory] = {}
+        self._unmoved = False
         defaults |= {"is_paged": is_paged, "maximize": maximize, "format_version": FORMAT_VERSION}
         super().__init__(params, defaults)
         GlobalOptimManager.get_instance().watch(self)
@@ -169,6 +170,8 @@ class Optimizer(TraceableOptimizer):
         """What a compiled graph has to find done."""
         if self._paged_memory is not None:
             self._paged_memory.check_process()
+        if self._unmoved:
+            self.to_gpu()
         for group in self.param_groups:
             self._check_options(group)
             for param in group["params"]:  # again: FSDP1 takes parameters that an optimizer holds already

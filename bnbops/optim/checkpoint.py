@@ -19,6 +19,7 @@ from bnbops.optim.overrides import Overrides
 from bnbops.optim.paged import PagedMemory
 from bnbops.optim.state import Allocate, absmax_name, check_state, copied, placed, wants_8bit
 from bnbops.optim.unified import UnifiedMemory
+from bnbops.sharded import local
 
 FORMAT_VERSION = 1
 # Group options that are of this process, not of the training run: the live ones stay.
@@ -39,6 +40,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
     _paged_memory: PagedMemory | None
     _unified_memory: dict[torch.device, UnifiedMemory]
     _held: list[Batch] | None
+    _unmoved: bool
 
     def _prepare(self) -> None:
         raise NotImplementedError
@@ -54,11 +56,16 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         """
         return interchange.to_bitsandbytes(self)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
         """Loads what `state_dict()` returned, here or in bitsandbytes' class of the same name.
 
         Tensors are copied, moved to where their parameter's states belong, and not cast. Those of sharded parameters
         (DTensors) may be sharded alike or otherwise, or whole: every rank then takes its part.
+
+        Args:
+            state_dict: see above; it is not changed.
+            move_to_device: at once. Otherwise states stay on the device they come from until the next `step()`,
+                `init_state()` or `to_gpu()`; those of sharded parameters, and paged ones, are moved all the same.
 
         Raises:
             ValueError: the state dict does not fit this optimizer. Nothing has changed then.
@@ -78,12 +85,20 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
             for param in group["params"]:
                 if param in loaded:
                     config = self._overrides.applied(group, self._overrides.number(param))
-                    state[param] = copied(param, loaded[param], self._allocator(param, config))
+                    state[param] = copied(param, loaded[param], self._allocator(param, config), move_to_device)
         groups = [_merged_group(*pair) for pair in zip(self.param_groups, state_dict["param_groups"], strict=True)]
         self.__setstate__({"state": state, "param_groups": groups})
+        self._unmoved = not move_to_device
         del former  # after its tensors: so their memory is free at once
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
+
+    def to_gpu(self) -> None:
+        """Moves states that `load_state_dict(..., move_to_device=False)` has left elsewhere to their parameters."""
+        for param, state in self.state.items():
+            device = local(param).device
+            state.update({key: x.to(device) for key, x in state.items() if local(x).device != device})
+        self._unmoved = False
 
     def problem_with(self, param: Tensor, state: Mapping[str, object]) -> str | None:
         """Why `load_state_dict` would refuse a parameter's state for its names, shapes or dtypes, or None."""
@@ -98,6 +113,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         if "defaults" not in state:  # load_state_dict
             return
         self._overrides, self._paged_memory, self._unified_memory, self._held = Overrides(), None, {}, None
+        self._unmoved = True  # a copy of one whose states are; where none are, it costs a look at each
         GlobalOptimManager.get_instance().watch(self)
         for group in self.param_groups:  # deepcopy and pickle put states into ordinary memory
             for param in group["params"]:

@@ -166,11 +166,17 @@ def missing_tensors(
 
 
 @lasting()
-def copied(param: Tensor, state: Mapping[str, Tensor], allocate: Allocate | None) -> dict[str, Tensor]:
-    """A state's copy where `missing_tensors` would have put it."""
+def copied(
+    param: Tensor, state: Mapping[str, Tensor], allocate: Allocate | None, move: bool = True
+) -> dict[str, Tensor]:
+    """A state's copy where `missing_tensors` would have put it. Without `move` only what is paged leaves its device."""
     device = local(param).device
+
+    def copy(tensor: Tensor) -> Tensor:
+        return tensor.detach().clone().to(device if move else tensor.device)
+
     return {
-        key: in_memory(tensor, allocate) if allocate and key not in UNPAGED else tensor.detach().clone().to(device)
+        key: in_memory(tensor, allocate) if allocate and key not in UNPAGED else copy(tensor)
         for key, tensor in state.items()
     }
 
