@@ -15,6 +15,7 @@ import torch
 
 import bnbops
 from bnbops import self_check
+from bnbops._library import ISAS
 from bnbops.estimate import Bytes, Estimate, estimate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,7 +24,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def info(_args: argparse.Namespace) -> int:
     """Prints versions and the machine, then checks every operator. Returns 1 if one of them is wrong."""
     print(f"bnbops {bnbops.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"instruction set: {bnbops.isa()} (environment variable BNBOPS_ISA overrides: baseline, avx2, avx512)")
+    print(f"instruction set: {bnbops.isa()} (environment variable BNBOPS_ISA overrides: {', '.join(ISAS)})")
     print(f"threads: {torch.get_num_threads()} (torch.set_num_threads or OMP_NUM_THREADS)")
     print(f"CUDA library: {'loaded' if bnbops.has_cuda else 'none'}; CUDA devices: {torch.cuda.device_count()}")
     devices = ["cpu"] + ["cuda"] * (bnbops.has_cuda and torch.cuda.is_available())

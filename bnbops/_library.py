@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+ISAS = ("baseline", "avx2", "avx512", "amx")  # what isa() may say, the best one last
+
 _refusals = torch.library.Library("bnbops", "IMPL")
 _cuda: Path | str = "this torch has no CUDA"  # the loaded library, or why there is none
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnbops._library import ISAS
 from bnbops.codebooks import create_dynamic_map
 from bnbops.expect import Difference, absmax_of, blocked, expect, expect_close, expect_nearest, normalise
 from bnbops.op_samples import SAMPLED, Sample, operator, option_names, samples, step_states
@@ -30,7 +31,7 @@ _BLOCK = 256  # of optimizer states
 
 
 def _isa(_before: dict[str, Any], result: str, _after: dict[str, Any]) -> None:
-    expect(result in ("baseline", "avx2", "avx512", "amx"), f"unknown instruction set {result}")
+    expect(result in ISAS, f"unknown instruction set {result}")
     expect(result == (os.environ.get("BNBOPS_ISA") or result), f"{result} in use although BNBOPS_ISA is set")
 
 

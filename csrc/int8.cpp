@@ -61,12 +61,6 @@ void define_int8(torch::stable::detail::StableLibrary& m) {
   m.def("linear_int8_input_grad(Tensor grad, Tensor weight, Tensor scale) -> Tensor");
 }
 
-int64_t rows_of(const Tensor& tensor) {
-  int64_t rows = 1;
-  for (int64_t d = 0; d + 1 < tensor.dim(); ++d) rows *= tensor.size(d);
-  return rows;
-}
-
 void check_int8_quant(const char* op, const Tensor& A, double threshold) {
   check_float({A, op, "A"});
   check_has_rows({A, op, "A"});

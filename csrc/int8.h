@@ -5,7 +5,7 @@
 
 #include <optional>
 
-#include "check.h"
+#include "tensors.h"
 
 namespace bnbops {
 
@@ -13,10 +13,6 @@ namespace bnbops {
 constexpr int64_t kMaxInt8Products = 131071;
 
 void define_int8(torch::stable::detail::StableLibrary& m);
-
-// Rows are what all dimensions but the last one count.
-int64_t rows_of(const Tensor& tensor);
-inline int64_t columns_of(const Tensor& tensor) { return tensor.size(tensor.dim() - 1); }
 
 void check_int8_quant(const char* op, const Tensor& A, double threshold);
 void check_int8_dequant(const Tensor& A, const Tensor& stats);

@@ -19,13 +19,7 @@ namespace bnbops {
 
 using OptionalTensor = std::optional<Tensor>;
 
-inline int64_t rows_of(const Tensor& x) {
-  int64_t rows = 1;
-  for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
-  return rows;
-}
-
-inline Tensor as_matrix(const Tensor& x) { return torch::stable::reshape(x, {rows_of(x), x.size(x.dim() - 1)}); }
+inline Tensor as_matrix(const Tensor& x) { return torch::stable::reshape(x, {rows_of(x), columns_of(x)}); }
 
 // Calls product(rows of x, rows of the result), and returns the result: x's shape, but for the last dimension.
 template <class Product>

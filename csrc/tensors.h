@@ -37,6 +37,14 @@ inline std::optional<Tensor> in_logical_order(const std::optional<Tensor>& tenso
   return tensor ? std::optional(in_logical_order(*tensor)) : std::nullopt;
 }
 
+// Rows are what all dimensions but the last one count.
+inline int64_t rows_of(const Tensor& tensor) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < tensor.dim(); ++d) rows *= tensor.size(d);
+  return rows;
+}
+inline int64_t columns_of(const Tensor& tensor) { return tensor.size(tensor.dim() - 1); }
+
 // A tensor's sizes with another last one.
 inline std::vector<int64_t> with_last(const Tensor& tensor, int64_t last) {
   std::vector<int64_t> sizes(tensor.sizes().begin(), tensor.sizes().end());

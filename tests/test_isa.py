@@ -6,22 +6,24 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 import bnbops
 import int8_cases
+from bnbops._library import ISAS
 from bnbops.functional import create_dynamic_map, create_fp8_map, create_linear_map, get_4bit_type
 from reference import quantize as ref
 from reference.group import op_options, random_group
 from reference.rules import RULES
 from rule_cases import CODECS, usual
 
-ISAS = ["baseline", "avx2", "avx512", "amx"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MAPS = {
     "dynamic": create_dynamic_map(True),
@@ -172,6 +174,11 @@ def test_millions_of_values_take_the_nearest_entry(name):
     ref.assert_nearest(x[differ], codes[differ], code, slack=SLACK * x[differ].abs())
     monotonic = code[codes.long()][x.argsort()]
     assert (monotonic.diff() >= 0).all()
+
+
+def test_instruction_sets_are_those_of_the_dispatcher():
+    source = (Path(__file__).parents[1] / "csrc" / "cpu" / "dispatch.cpp").read_text()
+    assert tuple(reversed(re.findall(r'\{\{"(\w+)", &k', source))) == ISAS  # there the best comes first
 
 
 @pytest.mark.parametrize("isa", ["avx1024", "AVX2"])

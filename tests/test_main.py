@@ -10,9 +10,8 @@ import torch
 import bnbops
 from bnbops import self_check
 from bnbops.__main__ import main
+from bnbops._library import ISAS
 from bnbops.op_samples import SAMPLED, Sample, operator, samples
-
-ISAS = ["baseline", "avx2", "avx512", "amx"]
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -31,7 +30,8 @@ def test_prints_what_is_installed(capsys):
     assert main([]) == 0
     output = capsys.readouterr().out
     assert f"bnbops {bnbops.__version__}, torch {torch.__version__}, Python 3." in output
-    assert f"instruction set: {bnbops.isa()} (environment variable BNBOPS_ISA overrides" in output
+    overrides = "(environment variable BNBOPS_ISA overrides: baseline, avx2, avx512, amx)"
+    assert f"instruction set: {bnbops.isa()} {overrides}" in output
     assert f"threads: {torch.get_num_threads()} " in output
     assert f"CUDA library: {'loaded' if bnbops.has_cuda else 'none'}" in output
     lines = [line.split() for line in output.splitlines() if line.startswith("  ")]

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import backends
 import bnbops
 from bnbops import self_check
 from bnbops.op_samples import SAMPLED, Sample, operator, samples
@@ -28,6 +30,10 @@ def registered() -> list[str]:
 
 OPERATORS = registered()
 CALLS = [pytest.param(name, i, id=f"{name}-{s.name}") for name in SAMPLED for i, s in enumerate(samples(name))]
+
+
+# They take no tensor and give none: their kernels serve under fake tensors as well.
+WITHOUT_FAKE = ("isa", "step_ops")
 
 
 def has_kernel(name: str, *keys: str) -> bool:
@@ -48,7 +54,7 @@ def lacks(name: str) -> list[str]:
     everything = {
         "names for its arguments": not any(re.fullmatch(r"_?\d+|arg_?\d+|_\w*", a.name) for a in arguments),
         "CPU kernel": has_kernel(name, "CPU", "CompositeExplicitAutograd"),
-        "fake kernel": has_kernel(name, "Meta", "CompositeExplicitAutograd"),
+        "fake kernel": has_kernel(name, "Meta") or name in WITHOUT_FAKE,
         "samples": name in SAMPLED and len(samples(name)) > 0,
         "reference": name in self_check.REFERENCES,
         "documentation": documented(name),
@@ -64,6 +70,36 @@ def test_operator_is_complete(name):
 def test_nothing_is_sampled_or_documented_that_does_not_exist():
     assert set(SAMPLED) == set(OPERATORS) == set(self_check.REFERENCES)
     assert sorted(re.findall(r"^## (\S+)$", DOCUMENTATION, re.MULTILINE)) == OPERATORS
+
+
+@pytest.mark.parametrize("name", WITHOUT_FAKE)
+def test_operators_without_fakes_need_none(name):
+    schema = operator(name)._schema
+    assert "Tensor" not in str(schema) and has_kernel(name, "CompositeExplicitAutograd")
+    with FakeTensorMode():
+        found = operator(name)()
+    assert found == operator(name)()
+
+
+def test_documented_kernels_are_those_there_are():
+    """The CUDA library's as the simulator has them: from the same sources, without a CUDA compiler."""
+    on_cuda = backends.simulated()
+    there = {
+        name: "any device"
+        if has_kernel(name, "CompositeExplicitAutograd")
+        else ", ".join(["CPU"] * has_kernel(name, "CPU") + ["CUDA"] * (name in on_cuda))
+        for name in OPERATORS
+    }
+    assert dict(re.findall(r"^\| `(\S+)` \| ([^|]+) \|", DOCUMENTATION, re.MULTILINE)) == there
+
+
+def test_documented_gradients_are_those_there_are():
+    def differentiable(name: str) -> bool:
+        outputs = tree_leaves([sample.clone().run(operator(name)) for sample in samples(name)])
+        return any(isinstance(x, Tensor) and x.requires_grad for x in outputs)
+
+    rows = re.findall(r"^\| `(\S+)` \| [^|]+ \| ([^|]+) \|", DOCUMENTATION, re.MULTILINE)
+    assert {name: gradient.startswith("of ") for name, gradient in rows} == {n: differentiable(n) for n in OPERATORS}
 
 
 def test_a_bare_operator_is_noticed():
