@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bnbops import optim
 from bnbops.optim.manager import GlobalOptimManager
-from bnbops.optim.state import BLOCKSIZE, UNPAGED, absmax_name
+from bnbops.optim.state import BLOCKSIZE, UNPAGED, absmax_name, cuts_between_blocks
 
 LARGEST = 10**18  # number of parameters: torch counts bytes in 64 bits
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the parameters that the operators step
@@ -80,6 +80,7 @@ def estimate(
         dtype: of the floating-point weights; the module's own by default, float32 for a number of parameters.
         grad_dtype: of the gradients; the weights' own by default. float32 is the other one that the optimizers take.
         shards: ranks that every parameter is sharded over by its rows, as FSDP2 does; step counts are replicated.
+            Vectors of which a rank would have parts of blocks have 32-bit states then.
         options: arguments of the optimizer that change its states, such as `momentum` or `min_8bit_size`.
 
     Raises:
@@ -91,14 +92,13 @@ def estimate(
         raise ValueError(f"shards must be a positive whole number, got {shards!r}")
     params = _of_module(model, dtype) if isinstance(model, nn.Module) else _of_count(model, dtype)
     grad_dtypes = {param: _grad_dtype(param, grad_dtype) for param in params if param.requires_grad}
-    states = _states(cls, params, options)
 
     def count(ranks: int) -> Bytes:
         def local(tensor: Tensor, itemsize: int) -> int:
             return math.prod(_largest_shard(tensor.shape, ranks)) * itemsize
 
         kinds = {"states": 0, "scales": 0, "steps": 0}
-        for state in states:
+        for state in _states(cls, params, options, ranks):
             for key, tensor in state.items():
                 kind = _kind(key, state)
                 kinds[kind] += tensor.nbytes if kind == "steps" else local(tensor, tensor.itemsize)
@@ -159,10 +159,14 @@ def _names(dtypes: Iterable[torch.dtype], separator: str = ", ") -> str:
     return separator.join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def _states(cls: type[optim.Optimizer], params: list[nn.Parameter], options: dict[str, Any]) -> list[dict[str, Tensor]]:
-    _MANAGER.override_config(params, "is_paged", False)  # in files they are as large, but this needs no files
+def _states(
+    cls: type[optim.Optimizer], params: list[nn.Parameter], options: dict[str, Any], ranks: int
+) -> list[dict[str, Tensor]]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # nor does it matter where they would be
+        warnings.simplefilter("ignore", UserWarning)  # it does not matter where they would be
+        _MANAGER.override_config(params, "is_paged", False)  # in files they are as large, but this needs no files
+        cut = [p for p in params if p.dim() == 1 and ranks > 1 and not cuts_between_blocks(p.shape, ranks)]
+        _MANAGER.override_config(cut, "optim_bits", 32)
         optimizer = cls(params, **{"lr": 1e-3, **options})
     optimizer.init_state()
     return list(optimizer.state.values())

@@ -59,7 +59,7 @@ def take_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 class Small(nn.Module):
-    """Something of everything: large and small, awkward rows, four dimensions, none, shared, frozen, integer."""
+    """Something of everything: large and small, awkward rows, four dimensions, one, none, shared, frozen, integer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,6 +71,7 @@ class Small(nn.Module):
         self.tied.weight = self.embedding.weight
         self.scale = nn.Parameter(torch.ones(()))
         self.frozen = nn.Linear(100, 100).requires_grad_(False)
+        self.vectors = nn.ParameterList([torch.zeros(65536), torch.zeros(65537)])  # of whole blocks on 8 ranks, or not
         self.packed = nn.Parameter(torch.zeros(50, 60, dtype=torch.uint8), requires_grad=False)
 
 
@@ -148,7 +149,7 @@ def test_shared_once_and_frozen_without_gradients():
     model = Small()
     found = estimate(model, "adamw")
     own = [model.wide.weight, model.wide.bias, model.small.weight, model.small.bias]
-    own += [model.conv.weight, model.conv.bias, model.embedding.weight, model.scale]
+    own += [model.conv.weight, model.conv.bias, model.embedding.weight, model.scale, *model.vectors]
     trained = sum(p.numel() for p in own)
     assert found.whole.grads == 4 * trained and found.whole.states == 8 * trained
     assert found.whole.weights == 4 * (trained + 100 * 101) + 50 * 60

@@ -129,6 +129,7 @@ OUT_OF_RANGE = {
     "t_beta3": [-1, 0.5, "1"],
     "optim_bits": [4, 16, None, "8"],
     "min_8bit_size": [-1, 0.5, None],
+    "min_8bit_vector_size": [-1, 0.5, None],
     "percentile_clipping": [-1, 101, 5.0, None],
 }
 
@@ -265,7 +266,7 @@ def test_optim_bits_and_min_8bit_size(name):
     assert is_8bit((64, 64), optim_bits=8)
     assert not is_8bit((64, 64), optim_bits=8, min_8bit_size=4097)
     assert is_8bit((2, 2), optim_bits=8, min_8bit_size=4)
-    assert not is_8bit((8192,), optim_bits=8, min_8bit_size=1)
+    assert not is_8bit((), optim_bits=8, min_8bit_size=1)
     if "args" in inspect.signature(getattr(optim, name)).parameters:
         assert is_8bit((2, 50), args=SimpleNamespace(optim_bits=8, min_8bit_size=100))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bnbops.optim.base import Optimizer
-from bnbops.optim.options import CommonAndPaged, non_negative, takes_common_keywords
+from bnbops.optim.options import MIN_8BIT_SIZE, CommonAndPaged, non_negative, takes_common_keywords
 from bnbops.optim.precision import variant
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Adagrad(Optimizer):
         eps: float = 1e-10,
         optim_bits: int = 32,
         args: Any = None,
-        min_8bit_size: int = 4096,
+        min_8bit_size: int = MIN_8BIT_SIZE,
         **keywords: Unpack[CommonAndPaged],
     ) -> None:
         defaults = {"lr": lr, "lr_decay": lr_decay, "weight_decay": weight_decay}

@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bnbops.optim.base import Optimizer
-from bnbops.optim.options import CommonKeywords, check_unsupported, decay_rates, non_negative, takes_common_keywords
+from bnbops.optim.options import (
+    MIN_8BIT_SIZE,
+    CommonKeywords,
+    check_unsupported,
+    decay_rates,
+    non_negative,
+    takes_common_keywords,
+)
 from bnbops.optim.precision import variant
 
 if TYPE_CHECKING:
@@ -46,7 +53,7 @@ class Adam(Optimizer):
         amsgrad: bool = False,
         optim_bits: int = 32,
         args: Any = None,
-        min_8bit_size: int = 4096,
+        min_8bit_size: int = MIN_8BIT_SIZE,
         is_paged: bool = False,
         **keywords: Unpack[CommonKeywords],
     ) -> None:

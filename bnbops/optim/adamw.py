@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bnbops.optim.adam import Adam
-from bnbops.optim.options import CommonKeywords, takes_common_keywords
+from bnbops.optim.options import MIN_8BIT_SIZE, CommonKeywords, takes_common_keywords
 from bnbops.optim.precision import variant
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class AdamW(Adam):
         amsgrad: bool = False,
         optim_bits: int = 32,
         args: Any = None,
-        min_8bit_size: int = 4096,
+        min_8bit_size: int = MIN_8BIT_SIZE,
         is_paged: bool = False,
         **keywords: Unpack[CommonKeywords],
     ) -> None:

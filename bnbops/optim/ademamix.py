@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from bnbops.optim.base import Optimizer
 from bnbops.optim.options import (
+    MIN_8BIT_SIZE,
     CommonKeywords,
     decay_rates,
     non_negative,
@@ -60,7 +61,7 @@ class AdEMAMix(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         optim_bits: int = 32,
-        min_8bit_size: int = 4096,
+        min_8bit_size: int = MIN_8BIT_SIZE,
         is_paged: bool = False,
         **keywords: Unpack[CommonKeywords],
     ) -> None:

@@ -14,7 +14,15 @@ from bnbops.optim.call import Call, Plan, check
 from bnbops.optim.checkpoint import FORMAT_VERSION
 from bnbops.optim.manager import GlobalOptimManager
 from bnbops.optim.norms import whole_squared_norms
-from bnbops.optim.options import COMMON_CHECKS, Check, as_numbers, common_defaults, learning_rate
+from bnbops.optim.options import (
+    COMMON_CHECKS,
+    MIN_8BIT_SIZE,
+    Check,
+    as_numbers,
+    common_defaults,
+    learning_rate,
+    with_vector_size,
+)
 from bnbops.optim.overrides import Overrides
 from bnbops.optim.paged import PagedMemory
 from bnbops.optim.parallel import check_param
@@ -39,11 +47,13 @@ class Optimizer(TraceableOptimizer):
     Args:
         params: parameters or param groups; float32, bfloat16 or float16. Gradients may also be float32.
         defaults: the family's options.
-        optim_bits: 8 quantizes the states of parameters with two dimensions or more and at least `min_8bit_size`
-            elements, by their whole shape; 32 bits remain for DTensors that are sharded within blocks.
+        optim_bits: 8 quantizes the states of parameters with at least `min_8bit_size` elements, by their whole shape;
+            32 bits remain for numbers without dimensions and for DTensors that are sharded within blocks.
         args: an object whose attributes `optim_bits`, `min_8bit_size`, `percentile_clipping`, `block_wise`,
             `max_unorm` (LAMB and LARS) and `skip_zeros`, as far as it has them, take the place of the arguments.
-        min_8bit_size: see `optim_bits`.
+        min_8bit_size: see `optim_bits`. For vectors it is 65,536, above any bias or norm of real models, unless it is
+            given here, in `args`, in a param group or by `GlobalOptimManager`. A param group may also have
+            "min_8bit_vector_size", for vectors alone.
         is_paged: keep states where they can be paged out when memory runs short: in files for parameters on the CPU,
             in unified memory for those on a CUDA device.
         percentile_clipping: scale gradients down to this percentile of their last 100 norms; 100 is off.
@@ -73,7 +83,7 @@ class Optimizer(TraceableOptimizer):
         is_paged: bool = False,
         *,
         args: Any = None,
-        min_8bit_size: int = 4096,
+        min_8bit_size: int = MIN_8BIT_SIZE,
         percentile_clipping: int = 100,
         block_wise: bool = True,
         maximize: bool = False,
@@ -130,11 +140,12 @@ class Optimizer(TraceableOptimizer):
                 (DTensors), or of FSDP1.
             OSError: no file can be made for the paged states of parameters on the CPU.
         """
-        options = {**self.defaults, **param_group}
+        given = with_vector_size(param_group)
+        options = {**self.defaults, **given}
         numbers = {"betas": as_numbers(options["betas"])} if "betas" in options else {}
         self._check_options({**options, **numbers})
         learning_rate("lr", options["lr"])
-        param_group.update(numbers)
+        param_group.update(given | numbers)
         super().add_param_group(param_group)
         try:
             self._check_params(param_group)

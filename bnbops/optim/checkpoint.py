@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from itertools import chain
@@ -14,10 +15,11 @@ from torch import Tensor
 from bnbops.lasting import lasting
 from bnbops.optim import interchange
 from bnbops.optim.batch import Batch
+from bnbops.optim.loading import check_state, copied, placed_state
 from bnbops.optim.manager import KNOWN_OPTIONS, GlobalOptimManager
 from bnbops.optim.overrides import Overrides
 from bnbops.optim.paged import PagedMemory
-from bnbops.optim.state import Allocate, absmax_name, check_state, copied, placed, wants_8bit
+from bnbops.optim.state import Allocate, absmax_name, wants_8bit
 from bnbops.optim.unified import UnifiedMemory
 from bnbops.sharded import local
 
@@ -26,7 +28,7 @@ FORMAT_VERSION = 1
 _OWN = ("is_paged",)
 _ABSMAX = absmax_name("")
 # Those that version 1 had not from the start, and what it did.
-_DEFAULTS = {"percentile_clipping": 100}
+_DEFAULTS = {"percentile_clipping": 100, "min_8bit_vector_size": sys.maxsize}
 
 
 class CheckpointedOptimizer(torch.optim.Optimizer):
@@ -173,7 +175,7 @@ def _matched_states(optimizer: CheckpointedOptimizer, state_dict: dict[str, Any]
     for i, (group, saved) in enumerate(zip(optimizer.param_groups, state_dict["param_groups"], strict=True)):
         if problem := _cast_problem(group, saved, matched):
             raise ValueError(f"param group {i} of the state dict {problem}")
-    return {param: {key: placed(param, key, x) for key, x in state.items()} for param, state in matched.items()}
+    return {param: placed_state(param, state) for param, state in matched.items()}
 
 
 def _cast_problem(group: dict[str, Any], saved: dict[str, Any], states: dict[Tensor, dict[str, Tensor]]) -> str | None:
@@ -187,7 +189,7 @@ def _cast_problem(group: dict[str, Any], saved: dict[str, Any], states: dict[Ten
     decided = [
         any(key.endswith(_ABSMAX) for key in states[param])
         for param in group["params"]
-        if param in states and wants_8bit(param, 8, saved["min_8bit_size"])
+        if param in states and wants_8bit(param, {**_DEFAULTS, **saved, "optim_bits": 8})
     ]
     if not decided or (bits == 8) in decided:
         return None

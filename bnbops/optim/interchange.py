@@ -17,18 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from bnbops.codebooks import create_dynamic_map
-from bnbops.functional import dequantize_blockwise, quantize_blockwise
-from bnbops.optim.state import BLOCKSIZE, absmax_name, absmax_shape, shards_whole_blocks
+from bnbops.optim.codec import code_map, decoded, encoded
+from bnbops.optim.state import BLOCKSIZE, absmax_name, absmax_shape
 from bnbops.sharded import is_sharded
 
 if TYPE_CHECKING:
     from bnbops.optim.base import Optimizer
 
 _NESTED = "__bnb_optimizer_quant_state__"
-_MAPS = {1: create_dynamic_map(signed=True), 2: create_dynamic_map(signed=False)}  # of state1 and of state2
 _SCHEDULE = {"alpha", "t_alpha", "t_beta3"}  # AdEMAMix's
 _GROUP_KEYS = {"params", "lr", "betas", "eps", "weight_decay", *_SCHEDULE}
 
@@ -75,9 +72,8 @@ def from_bitsandbytes(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[
 
     Nothing is computed: codes and scales keep their bytes, so training goes on from bitsandbytes' very state. Scales
     stay in flat blocks `[blocks]`; where rows are whole blocks that is the same as ours `[rows, blocks]`, and they get
-    that shape. Blocks that sharding would cut, all other flat ones among them, become 32-bit states of the very values
-    that the codes stand for. Options that bitsandbytes does not store (maximize, nesterov,
-    percentile_clipping, ...) stay those of `optimizer`.
+    that shape. Options that bitsandbytes does not store (maximize, nesterov, percentile_clipping, ...) stay those of
+    `optimizer`.
 
     Args:
         optimizer: the one that is to load it; it is not changed.
@@ -262,7 +258,8 @@ def _slot_problem(
                 "a GPU, by their index on a CPU: make it contiguous in the order of the device that wrote it"
             )
     # The last bits of torch.linspace, which bitsandbytes makes its maps with, are not the same on all machines.
-    if quantized and not torch.allclose(state[f"qmap{number}"].cpu(), _MAPS[number], rtol=1e-6, atol=0):
+    qmap = code_map(ours[0], torch.device("cpu"))
+    if quantized and not torch.allclose(state[f"qmap{number}"].cpu(), qmap, rtol=1e-6, atol=0):
         return f"'qmap{number}' is not the dynamic map, the only codebook of the optimizers here"
     return None
 
@@ -276,11 +273,7 @@ def _read_state(slots: _Slots, param: Tensor, state: dict[str, Any]) -> dict[str
     whole_rows = param.dim() >= 2 and math.prod(param.shape[1:]) % BLOCKSIZE == 0
     for number, ours in slots:
         read |= zip(ours, parts(f"state{number}", ours), strict=True)
-        if f"absmax{number}" in state and is_sharded(param) and not (whole_rows and shards_whole_blocks(param)):
-            qmap = _MAPS[number].to(state[f"absmax{number}"].device)
-            for name, scales in zip(ours, parts(f"absmax{number}", ours), strict=True):
-                read[name] = dequantize_blockwise(read[name], absmax=scales, code=qmap, blocksize=BLOCKSIZE)
-        elif f"absmax{number}" in state:
+        if f"absmax{number}" in state:
             scales = parts(f"absmax{number}", ours)
             scales = [x.view(absmax_shape(param.shape)) for x in scales] if whole_rows else scales
             read |= zip(map(absmax_name, ours), scales, strict=True)
@@ -307,22 +300,16 @@ def _write_state(storage: _Storage, slots: _Slots, state: dict[str, Tensor]) -> 
     for number, ours in slots:
         states: Sequence[Tensor] = [state[name] for name in ours]
         if absmax_name(ours[0]) in state:
-            qmap = _MAPS[number].to(device)
-            pairs = [_flat(codes, state[absmax_name(name)], qmap) for name, codes in zip(ours, states, strict=True)]
-            states, scales = zip(*pairs, strict=True)
-            written |= {f"qmap{number}": qmap, f"absmax{number}": joined(scales)}
+            states, scales = zip(*(_flat(name, state[name], state[absmax_name(name)]) for name in ours), strict=True)
+            written |= {f"qmap{number}": code_map(ours[0], device), f"absmax{number}": joined(scales)}
         written[f"state{number}"] = joined(states)
     if storage.unorm:
         written["unorm_vec"] = torch.zeros(1, dtype=torch.float32, device=device)
     return {"step": int(state["step"].item()), _NESTED: written}
 
 
-def _flat(codes: Tensor, absmax: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+def _flat(name: str, codes: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
     """An 8-bit state in flat blocks."""
-    inner = math.prod(codes.shape[1:])
-    if absmax.dim() == 1 or inner % BLOCKSIZE == 0:
+    if absmax.dim() == 1 or math.prod(codes.shape[1:]) % BLOCKSIZE == 0:
         return codes, absmax.reshape(-1)
-    padded = pad(codes.reshape(-1, inner), (0, absmax.shape[1] * BLOCKSIZE - inner))
-    values = dequantize_blockwise(padded, absmax=absmax.reshape(-1), code=code, blocksize=BLOCKSIZE)
-    codes, state = quantize_blockwise(values[:, :inner].reshape(codes.shape), code=code, blocksize=BLOCKSIZE)
-    return codes, state.absmax
+    return encoded(name, decoded(name, codes, absmax), flat=True)

@@ -11,6 +11,7 @@ from bnbops.optim.base import Optimizer
 from bnbops.optim.call import Call
 from bnbops.optim.norms import trust_ratio, whole_squared_norms
 from bnbops.optim.options import (
+    MIN_8BIT_SIZE,
     CommonAndPaged,
     check_unsupported,
     decay_rates,
@@ -69,7 +70,7 @@ class LAMB(Optimizer):
         adam_w_mode: bool = True,
         optim_bits: int = 32,
         args: Any = None,
-        min_8bit_size: int = 4096,
+        min_8bit_size: int = MIN_8BIT_SIZE,
         max_unorm: float = 1.0,
         *,
         trust_clip: bool = False,

@@ -11,7 +11,7 @@ from torch import Tensor
 from bnbops.optim.base import Optimizer
 from bnbops.optim.call import Call
 from bnbops.optim.norms import trust_ratio, whole_squared_norms
-from bnbops.optim.options import CommonAndPaged, non_negative, require, takes_common_keywords
+from bnbops.optim.options import MIN_8BIT_SIZE, CommonAndPaged, non_negative, require, takes_common_keywords
 from bnbops.optim.precision import variant
 from bnbops.optim.sgd import MOMENTUM_CHECKS, check_nesterov, momentum_options
 from bnbops.sharded import is_sharded
@@ -58,7 +58,7 @@ class LARS(Optimizer):
         nesterov: bool = False,
         optim_bits: int = 32,
         args: Any = None,
-        min_8bit_size: int = 4096,
+        min_8bit_size: int = MIN_8BIT_SIZE,
         max_unorm: float = 0.02,
         *,
         trust_clip: bool = False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bnbops.optim.base import Optimizer
-from bnbops.optim.options import CommonKeywords, decay_rates, non_negative, takes_common_keywords
+from bnbops.optim.options import MIN_8BIT_SIZE, CommonKeywords, decay_rates, non_negative, takes_common_keywords
 from bnbops.optim.precision import variant
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Lion(Optimizer):
         weight_decay: float = 0,
         optim_bits: int = 32,
         args: Any = None,
-        min_8bit_size: int = 4096,
+        min_8bit_size: int = MIN_8BIT_SIZE,
         is_paged: bool = False,
         **keywords: Unpack[CommonKeywords],
     ) -> None:

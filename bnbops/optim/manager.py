@@ -14,11 +14,13 @@ from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 # What a param group may hold, over all optimizers.
 KNOWN_OPTIONS = (
     "adam_w_mode", "alpha", "betas", "bias_correction", "dampening", "eps", "initial_accumulator_value", "is_paged",
-    "lr", "lr_decay", "max_unorm", "maximize", "min_8bit_size", "momentum", "nesterov", "optim_bits",
-    "percentile_clipping", "t_alpha", "t_beta3", "trust_clip", "weight_decay",
+    "lr", "lr_decay", "max_unorm", "maximize", "min_8bit_size", "min_8bit_vector_size", "momentum", "nesterov",
+    "optim_bits", "percentile_clipping", "t_alpha", "t_beta3", "trust_clip", "weight_decay",
 )  # fmt: skip
 # Those that count only when a parameter's state is built.
-STATE_OPTIONS = frozenset({"initial_accumulator_value", "is_paged", "min_8bit_size", "optim_bits"})
+STATE_OPTIONS = frozenset(
+    {"initial_accumulator_value", "is_paged", "min_8bit_size", "min_8bit_vector_size", "optim_bits"}
+)
 
 
 class GlobalOptimManager:

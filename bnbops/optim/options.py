@@ -16,6 +16,14 @@ Init = TypeVar("Init", bound=Callable[..., None])
 Check = Callable[[str, Any], None]  # (name, value); raises ValueError
 
 
+class NotGiven(int):
+    """An argument's default that can be told from the same number given by a caller."""
+
+
+MIN_8BIT_SIZE = NotGiven(4096)
+_MIN_8BIT_VECTOR_SIZE = 65_536  # above any bias or norm of real models
+
+
 def require(ok: bool, message: str) -> None:
     """Raises ValueError with `message` unless `ok`."""
     if not ok:
@@ -73,8 +81,15 @@ def percentile(name: str, value: Any) -> None:
 COMMON_CHECKS: dict[str, Check] = {
     "optim_bits": bits,
     "min_8bit_size": size,
+    "min_8bit_vector_size": size,
     "percentile_clipping": percentile,
 }
+
+
+def with_vector_size(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a param group or an override, in which `min_8bit_size` is for vectors, too: bitsandbytes' rule."""
+    given = {"min_8bit_vector_size": options["min_8bit_size"]} if "min_8bit_size" in options else {}
+    return {**given, **options}
 
 
 def as_numbers(betas: Any) -> Any:
@@ -122,7 +137,9 @@ def common_defaults(
     check_unsupported(name, skip_zeros=values.pop("skip_zeros"))
     if "max_unorm" not in defaults:
         check_unsupported(name, max_unorm=values.pop("max_unorm"))
-    return {**defaults, **values}
+    if isinstance(values["min_8bit_size"], NotGiven):
+        values |= {"min_8bit_size": int(values["min_8bit_size"]), "min_8bit_vector_size": _MIN_8BIT_VECTOR_SIZE}
+    return {**defaults, **with_vector_size(values)}
 
 
 class CommonKeywords(TypedDict, total=False):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from bnbops.optim.manager import GlobalOptimManager
-from bnbops.optim.options import learning_rate
+from bnbops.optim.options import learning_rate, with_vector_size
 
 if TYPE_CHECKING:
     from bnbops.optim.base import Optimizer
@@ -37,7 +37,7 @@ class Overrides:
         number_of: dict[Tensor, int] = {}
         for group in optimizer.param_groups if overrides else ():
             for param in group["params"]:
-                if not (override := overrides.get(param)):
+                if not (override := with_vector_size(overrides.get(param, {}))):
                     continue
                 if unknown := sorted(override.keys() - group.keys()):
                     raise ValueError(

@@ -9,6 +9,7 @@ import torch
 
 from bnbops.optim.base import Optimizer
 from bnbops.optim.options import (
+    MIN_8BIT_SIZE,
     CommonAndPaged,
     check_unsupported,
     decay_rate,
@@ -63,7 +64,7 @@ class RMSprop(Optimizer):
         centered: bool = False,
         optim_bits: int = 32,
         args: Any = None,
-        min_8bit_size: int = 4096,
+        min_8bit_size: int = MIN_8BIT_SIZE,
         **keywords: Unpack[CommonAndPaged],
     ) -> None:
         check_unsupported(type(self).__name__, centered=centered)

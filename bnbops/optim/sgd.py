@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bnbops.optim.base import Optimizer
-from bnbops.optim.options import Check, CommonAndPaged, finite, non_negative, require, takes_common_keywords
+from bnbops.optim.options import (
+    MIN_8BIT_SIZE,
+    Check,
+    CommonAndPaged,
+    finite,
+    non_negative,
+    require,
+    takes_common_keywords,
+)
 from bnbops.optim.precision import variant
 
 if TYPE_CHECKING:
@@ -80,7 +88,7 @@ class SGD(Optimizer):
         nesterov: bool = False,
         optim_bits: int = 32,
         args: Any = None,
-        min_8bit_size: int = 4096,
+        min_8bit_size: int = MIN_8BIT_SIZE,
         **keywords: Unpack[CommonAndPaged],
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "dampening": dampening}

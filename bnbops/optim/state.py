@@ -28,9 +28,10 @@ def absmax_name(state: str) -> str:
     return f"{state}_absmax"
 
 
-def absmax_shape(shape: torch.Size) -> tuple[int, int]:
-    """Shape of the scales of a parameter: one for every 256 elements of a row, rows being dimension 0."""
-    return shape[0], -(math.prod(shape[1:]) // -BLOCKSIZE)
+def absmax_shape(shape: torch.Size) -> tuple[int, ...]:
+    """Shape of the scales of a parameter: one for every 256 elements of a row, rows being dimension 0; a vector is one
+    row."""
+    return flat_absmax_shape(shape) if len(shape) == 1 else (shape[0], -(math.prod(shape[1:]) // -BLOCKSIZE))
 
 
 def flat_absmax_shape(shape: torch.Size) -> tuple[int]:
@@ -38,22 +39,28 @@ def flat_absmax_shape(shape: torch.Size) -> tuple[int]:
     return (-(math.prod(shape) // -BLOCKSIZE),)
 
 
-def wants_8bit(param: Tensor, optim_bits: int, min_8bit_size: int) -> bool:
+def wants_8bit(param: Tensor, config: Mapping[str, Any]) -> bool:
     """Whether a parameter's state is quantized: decided on what all ranks know of it, never on one's shard."""
-    if optim_bits != 8 or param.dim() < 2 or param.numel() < min_8bit_size:
+    least = config["min_8bit_vector_size" if param.dim() == 1 else "min_8bit_size"]
+    if config["optim_bits"] != 8 or param.dim() == 0 or param.numel() < least:
         return False
     if shards_whole_blocks(param):
         return True
+    log_32bit(param)
+    return False
+
+
+def log_32bit(param: Tensor) -> None:
+    """Warns, once, that a sharded parameter has 32-bit states although it was to have 8-bit ones."""
     if not any(param.device_mesh.get_coordinate() or ()):  # one rank speaks for all
         _log_32bit(tuple(param.shape), param.placements, tuple(param.device_mesh.shape))
-    return False
 
 
 @cache
 def _log_32bit(shape: tuple[int, ...], placements: tuple[Any, ...], mesh: tuple[int, ...]) -> None:
     logger.warning(
-        "a parameter of shape %s gets 32-bit states: its placements %s on a mesh of shape %s cut rows within blocks of "
-        "%d elements. Shards of dimension 0 never do; those of dimension 1 do not if they have whole blocks.",
+        "a parameter of shape %s gets 32-bit states: its placements %s on a mesh of shape %s cut it within blocks of "
+        "%d elements. Shards of rows never do; those of a vector, or of dimension 1, do not if they have whole blocks.",
         *(list(shape), placements, mesh, BLOCKSIZE),
     )
 
@@ -61,23 +68,35 @@ def _log_32bit(shape: tuple[int, ...], placements: tuple[Any, ...], mesh: tuple[
 def shards_whole_blocks(param: Tensor) -> bool:
     """Whether the blocks of each rank's part of a parameter are blocks of the whole, and their scales on that rank.
 
-    They are for shards of rows (dimension 0). A single shard of dimension 1 has to cut rows where it cuts the scales.
+    They are for shards of rows (dimension 0). A single shard of the dimension along which blocks lie, which is the next
+    one, or a vector's only one, has to cut the parameter where it cuts the scales.
     """
     if not is_sharded(param):
         return True
-    sizes = param.device_mesh.shape
+    sizes, along = param.device_mesh.shape, _along(param.shape)
     cuts = [
         (ranks, placement)
         for ranks, placement in zip(sizes, param.placements, strict=True)
-        if ranks > 1 and not placement.is_replicate() and placement.dim != 0
+        if ranks > 1 and not placement.is_replicate() and placement.dim >= along
     ]
     if not cuts:
         return True
     ranks, placement = cuts[0]
-    if len(cuts) > 1 or placement.dim != 1 or getattr(placement, "split_factor", 1) != 1:
+    if len(cuts) > 1 or placement.dim != along or getattr(placement, "split_factor", 1) != 1:
         return False
-    columns, scales = param.shape[1], absmax_shape(param.shape)[1]
-    return -(columns // -ranks) * math.prod(param.shape[2:]) == -(scales // -ranks) * BLOCKSIZE
+    return cuts_between_blocks(param.shape, ranks)
+
+
+def cuts_between_blocks(shape: torch.Size, ranks: int) -> bool:
+    """Whether torch cuts a dimension along which blocks lie, a vector's or dimension 1, where it cuts the scales."""
+    along = _along(shape)
+    scales = absmax_shape(shape)[along]
+    return -(shape[along] // -ranks) * math.prod(shape[along + 1 :]) == -(scales // -ranks) * BLOCKSIZE
+
+
+def _along(shape: torch.Size) -> int:
+    """The dimension along which blocks lie."""
+    return 0 if len(shape) == 1 else 1
 
 
 def _zeros(
@@ -146,8 +165,7 @@ def missing_tensors(
     device, new = local(param).device, {}
     if "step" not in state:
         new["step"] = torch.zeros((), dtype=torch.float32, device=device)
-    by_options = wants_8bit(param, config["optim_bits"], config["min_8bit_size"]), False
-    quantized, flat = layout_of(state, known) or by_options
+    quantized, flat = layout_of(state, known) or (wants_8bit(param, config), False)
     for name in names:
         if name in state:
             continue
@@ -163,85 +181,3 @@ def missing_tensors(
         # Infinite where there was no gradient yet: those clip nothing.
         new["gnorm_vec"] = torch.full((NORMS_KEPT,), math.inf, dtype=torch.float32, device=device)
     return new
-
-
-@lasting()
-def copied(
-    param: Tensor, state: Mapping[str, Tensor], allocate: Allocate | None, move: bool = True
-) -> dict[str, Tensor]:
-    """A state's copy where `missing_tensors` would have put it. Without `move` only what is paged leaves its device."""
-    device = local(param).device
-
-    def copy(tensor: Tensor) -> Tensor:
-        return tensor.detach().clone().to(device if move else tensor.device)
-
-    return {
-        key: in_memory(tensor, allocate) if allocate and key not in UNPAGED else copy(tensor)
-        for key, tensor in state.items()
-    }
-
-
-def placed(param: Tensor, key: str, tensor: Tensor) -> Tensor:
-    """A loaded state tensor where its parameter is: sharded alike, or whole.
-
-    Of a whole tensor, which every rank has, each takes its part; of one that is sharded otherwise, the ranks exchange
-    parts.
-
-    Raises:
-        ValueError: it is on another mesh, or a part of something whole.
-    """
-    if is_sharded(tensor) and any(placement.is_partial() for placement in tensor.placements):
-        raise ValueError(f"'{key}' is a partial sum on each rank, which no state is; load what state_dict() returned")
-    if not is_sharded(param) or key in UNPAGED:
-        if is_sharded(tensor) and not all(placement.is_replicate() for placement in tensor.placements):
-            raise ValueError(
-                f"'{key}' is sharded ({tensor.placements}), but not its parameter of shape {list(param.shape)}: load "
-                "its full_tensor() (StateDictOptions(full_state_dict=True) makes a state dict of whole tensors)"
-            )
-        return local(tensor)
-    from torch.distributed.tensor import DTensor, Replicate
-
-    mesh = param.device_mesh
-    if not is_sharded(tensor):
-        part = tensor.to(local(param).device)
-        tensor = DTensor.from_local(part, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    if tensor.device_mesh != mesh:
-        raise ValueError(
-            f"'{key}' is sharded over {tensor.device_mesh}, its parameter of shape {list(param.shape)} over {mesh}: "
-            "save and load it with torch.distributed.checkpoint, or load its full_tensor()"
-        )
-    return tensor.redistribute(placements=param.placements)
-
-
-def check_state(
-    param: Tensor, state: Mapping[str, object], names: tuple[str, ...], optional: tuple[str, ...] = ()
-) -> str | None:
-    """What is wrong with a state loaded for a parameter, or None. States in `optional` may be missing."""
-    present = [name for name in dict.fromkeys((*names, *optional)) if name not in optional or name in state]
-    quantized = any(absmax_name(name) in state for name in present)
-    expected = {"step", *present, *(absmax_name(name) for name in present if quantized)}
-    if state.keys() - {"gnorm_vec"} != expected:
-        missing, extra = sorted(expected - state.keys()), sorted(state.keys() - expected)
-        return f"its keys do not fit: missing {missing}, unexpected {extra}"
-    if bad := [key for key, value in state.items() if not isinstance(value, Tensor)]:
-        return f"{bad} are not tensors"
-    if quantized and param.dim() == 0:
-        return "a parameter without dimensions has no 8-bit state"
-    if quantized and not shards_whole_blocks(param):
-        return f"8-bit states cannot be sharded as the parameter is, {param.placements}: it would have 32-bit states"
-    scales = [absmax_shape(param.shape)] if quantized else []
-    if not is_sharded(param):
-        scales.append(flat_absmax_shape(param.shape))
-    for key, tensor in state.items():
-        if key == "step":
-            shapes, dtype = [(), (1,)], torch.float32
-        elif key == "gnorm_vec":
-            shapes, dtype = [(NORMS_KEPT,)], torch.float32
-        elif key in present:
-            shapes, dtype = [tuple(param.shape)], torch.uint8 if quantized else torch.float32
-        else:
-            shapes, dtype = scales, torch.float32
-        if tuple(tensor.shape) not in shapes or tensor.dtype != dtype:
-            found, wanted = f"{tensor.dtype} of shape {list(tensor.shape)}", f"{dtype} of shape {list(shapes[0])}"
-            return f"'{key}' is {found}, expected {wanted}"
-    return None

@@ -1,0 +1,134 @@
+"""What becomes of the states of a state dict: they are checked, placed where their parameters are, and copied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from bnbops.lasting import lasting
+from bnbops.optim.codec import decoded
+from bnbops.optim.state import (
+    NORMS_KEPT,
+    UNPAGED,
+    Allocate,
+    absmax_name,
+    absmax_shape,
+    flat_absmax_shape,
+    in_memory,
+    log_32bit,
+    shards_whole_blocks,
+)
+from bnbops.sharded import is_sharded, local
+
+
+def check_state(
+    param: Tensor, state: Mapping[str, object], names: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> str | None:
+    """What is wrong with a state loaded for a parameter, or None. States in `optional` may be missing."""
+    present = [name for name in dict.fromkeys((*names, *optional)) if name not in optional or name in state]
+    quantized = any(absmax_name(name) in state for name in present)
+    expected = {"step", *present, *(absmax_name(name) for name in present if quantized)}
+    if state.keys() - {"gnorm_vec"} != expected:
+        missing, extra = sorted(expected - state.keys()), sorted(state.keys() - expected)
+        return f"its keys do not fit: missing {missing}, unexpected {extra}"
+    if bad := [key for key, value in state.items() if not isinstance(value, Tensor)]:
+        return f"{bad} are not tensors"
+    if quantized and param.dim() == 0:
+        return "a parameter without dimensions has no 8-bit state"
+    scales = [absmax_shape(param.shape), flat_absmax_shape(param.shape)] if quantized else []
+    for key, tensor in state.items():
+        if key == "step":
+            shapes, dtype = [(), (1,)], torch.float32
+        elif key == "gnorm_vec":
+            shapes, dtype = [(NORMS_KEPT,)], torch.float32
+        elif key in present:
+            shapes, dtype = [tuple(param.shape)], torch.uint8 if quantized else torch.float32
+        else:
+            shapes, dtype = scales, torch.float32
+        if tuple(tensor.shape) not in shapes or tensor.dtype != dtype:
+            found, wanted = f"{tensor.dtype} of shape {list(tensor.shape)}", f"{dtype} of shape {list(shapes[0])}"
+            return f"'{key}' is {found}, expected {wanted}"
+    return None
+
+
+def placed_state(param: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A loaded state where its parameter is: sharded alike, or whole.
+
+    8-bit states that its sharding would cut within blocks become 32-bit states of the values that they stand for.
+
+    Raises:
+        ValueError: a partial sum, on another mesh, or a part of something whole.
+    """
+    for key, tensor in state.items():
+        if is_sharded(tensor) and any(placement.is_partial() for placement in tensor.placements):
+            raise ValueError(
+                f"'{key}' is a partial sum on each rank, which no state is; load what state_dict() returned"
+            )
+    if not keeps_blocks(param, state):
+        state = _decoded(param, state)
+    return {key: placed(param, key, tensor) for key, tensor in state.items()}
+
+
+def keeps_blocks(param: Tensor, state: Mapping[str, object]) -> bool:
+    """Whether each rank's part of a parameter has whole blocks of a state, if they are blocks."""
+    scales = [state[absmax_name(key)] for key in state if absmax_name(key) in state]
+    if not scales or not is_sharded(param):
+        return True
+    return shards_whole_blocks(param) and all(tuple(x.shape) == absmax_shape(param.shape) for x in scales)
+
+
+def _decoded(param: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state in 32 bits, whole on every rank."""
+    if not shards_whole_blocks(param):
+        log_32bit(param)
+    whole = {key: tensor.full_tensor() if is_sharded(tensor) else tensor for key, tensor in state.items()}
+    scales = {key: whole.pop(absmax_name(key)) for key in state if absmax_name(key) in state}
+    return {key: decoded(key, x, scales[key]) if key in scales else x for key, x in whole.items()}
+
+
+def placed(param: Tensor, key: str, tensor: Tensor) -> Tensor:
+    """A loaded state tensor where its parameter is: sharded alike, or whole.
+
+    Of a whole tensor, which every rank has, each takes its part; of one that is sharded otherwise, the ranks exchange
+    parts.
+
+    Raises:
+        ValueError: it is on another mesh, or a part of something whole.
+    """
+    if not is_sharded(param) or key in UNPAGED:
+        if is_sharded(tensor) and not all(placement.is_replicate() for placement in tensor.placements):
+            raise ValueError(
+                f"'{key}' is sharded ({tensor.placements}), but not its parameter of shape {list(param.shape)}: load "
+                "its full_tensor() (StateDictOptions(full_state_dict=True) makes a state dict of whole tensors)"
+            )
+        return local(tensor)
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = param.device_mesh
+    if not is_sharded(tensor):
+        part = tensor.to(local(param).device)
+        tensor = DTensor.from_local(part, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    if tensor.device_mesh != mesh:
+        raise ValueError(
+            f"'{key}' is sharded over {tensor.device_mesh}, its parameter of shape {list(param.shape)} over {mesh}: "
+            "save and load it with torch.distributed.checkpoint, or load its full_tensor()"
+        )
+    return tensor.redistribute(placements=param.placements)
+
+
+@lasting()
+def copied(
+    param: Tensor, state: Mapping[str, Tensor], allocate: Allocate | None, move: bool = True
+) -> dict[str, Tensor]:
+    """A state's copy where `missing_tensors` would have put it. Without `move` only what is paged leaves its device."""
+    device = local(param).device
+
+    def copy(tensor: Tensor) -> Tensor:
+        return tensor.detach().clone().to(device if move else tensor.device)
+
+    return {
+        key: in_memory(tensor, allocate) if allocate and key not in UNPAGED else copy(tensor)
+        for key, tensor in state.items()
+    }
