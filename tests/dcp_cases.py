@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from bnbops.distributed import SafeLoadPlanner, load_checkpoint, save_checkpoint
 from distributed_cases import MIN_8BIT, model, sharded, tensors_of, whole
 from optimizer_classes import build
+from reference import states
+from reference.group import CODEBOOKS
 
 CASES: dict[str, dict[str, Any]] = {
     "AdamW8bit": {"percentile_clipping": 50},
@@ -67,6 +69,15 @@ class Run:
 def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert actual.keys() == expected.keys()
     assert [key for key, x in expected.items() if actual[key].dtype != x.dtype or not torch.equal(actual[key], x)] == []
+
+
+def in_32_bits(tensors: dict[str, Tensor], params: Collection[str] | None = None) -> dict[str, Tensor]:
+    """States of an Adam with every code replaced by its value; those of all parameters, or of some, by number."""
+    scales = {key: x for key, x in tensors.items() if key.endswith("_absmax")}
+    scales = {key: x for key, x in scales.items() if params is None or key.split(".")[0] in params}
+    codes = {key.removesuffix("_absmax"): CODEBOOKS[not key.endswith("_sq_absmax")] for key in scales}
+    values = {key: states.decode(tensors[key], scales[f"{key}_absmax"], code) for key, code in codes.items()}
+    return {key: x for key, x in tensors.items() if key not in scales} | values
 
 
 @contextmanager

@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from bnbops.lasting import usual_settings
 from bnbops.optim.checkpoint import CheckpointedOptimizer
+from bnbops.optim.loading import keeps_blocks
 from bnbops.optim.state import UNPAGED
 from bnbops.sharded import is_sharded
 
@@ -199,8 +200,9 @@ def _targets(
     for name, state in states.items():
         if isinstance(optimizer, CheckpointedOptimizer) and (problem := optimizer.problem_with(params[name], state)):
             raise ValueError(f"the saved state of '{name}' (shape {list(params[name].shape)}) does not fit: {problem}")
+        whole = not keeps_blocks(params[name], state)  # to be decoded
         for key, meta in state.items():
-            set_element(targets, (*_STATE, name, key), _new_state(params[name], key, meta))
+            set_element(targets, (*_STATE, name, key), _new_state(params[name], key, meta, whole))
     return targets
 
 
@@ -222,9 +224,9 @@ def _new(name: str, saved: Tensor | None, live: Tensor) -> Tensor:
     return torch.empty_like(live, device="cpu" if live.is_meta else None)
 
 
-def _new_state(param: Tensor, key: str, saved: Tensor | None) -> Tensor | None:
-    """A tensor for a parameter's state, sharded as it is."""
-    if saved is None or not is_sharded(param) or key in UNPAGED:
+def _new_state(param: Tensor, key: str, saved: Tensor | None, whole: bool) -> Tensor | None:
+    """A tensor for a parameter's state, whole or sharded as it is."""
+    if saved is None or whole or not is_sharded(param) or key in UNPAGED:
         return None if saved is None else torch.empty_like(saved, device="cpu")
     mesh, placements = param.device_mesh, param.placements
     return dtensor.empty(*saved.shape, dtype=saved.dtype, device_mesh=mesh, placements=placements)

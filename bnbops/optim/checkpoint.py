@@ -15,7 +15,7 @@ from torch import Tensor
 from bnbops.lasting import lasting
 from bnbops.optim import interchange
 from bnbops.optim.batch import Batch
-from bnbops.optim.loading import check_state, copied, placed_state
+from bnbops.optim.loading import check_cast, check_state, copied, placed_state
 from bnbops.optim.manager import KNOWN_OPTIONS, GlobalOptimManager
 from bnbops.optim.overrides import Overrides
 from bnbops.optim.paged import PagedMemory
@@ -169,7 +169,7 @@ def _matched_states(optimizer: CheckpointedOptimizer, state_dict: dict[str, Any]
     if unknown := states.keys() - by_id.keys():
         raise ValueError(f"the state dict has states for parameters that no group holds: {sorted(unknown)}")
     for key, state in states.items():
-        if problem := optimizer.problem_with(by_id[key], state):
+        if problem := optimizer.problem_with(by_id[key], state) or check_cast(by_id[key], state):
             raise ValueError(f"state of parameter {key} (shape {list(by_id[key].shape)}): {problem}")
     matched = {by_id[key]: state for key, state in states.items()}
     for i, (group, saved) in enumerate(zip(optimizer.param_groups, state_dict["param_groups"], strict=True)):

@@ -22,6 +22,8 @@ from bnbops.optim.state import (
 )
 from bnbops.sharded import is_sharded, local
 
+_SAMPLE, _FEW = 4096, 8  # elements that are looked at, and different values that states may have by chance
+
 
 def check_state(
     param: Tensor, state: Mapping[str, object], names: tuple[str, ...], optional: tuple[str, ...] = ()
@@ -77,6 +79,26 @@ def keeps_blocks(param: Tensor, state: Mapping[str, object]) -> bool:
     if not scales or not is_sharded(param):
         return True
     return shards_whole_blocks(param) and all(tuple(x.shape) == absmax_shape(param.shape) for x in scales)
+
+
+def check_cast(param: Tensor, state: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with a sharded parameter's 32-bit state whose values are 8-bit codes, by the looks of it, or None.
+
+    torch.distributed.checkpoint reads into the live states and casts without a word; a sharding that cuts blocks is all
+    it takes for these to have another precision than those that were saved.
+    """
+    if not is_sharded(param) or shards_whole_blocks(param):
+        return None
+    for key, tensor in state.items():
+        some = local(tensor).flatten()[:_SAMPLE]
+        if key in UNPAGED or tensor.dtype != torch.float32 or some.unique().numel() <= _FEW:
+            continue
+        if bool(((some >= 0) & (some <= 255) & (some == some.round())).all()):
+            return (
+                f"the values of '{key}' are 8-bit codes, cast by torch.distributed.checkpoint, as the sharding here cuts "
+                f"their blocks ({param.placements}). load_checkpoint of bnbops.distributed decodes them"
+            )
+    return None
 
 
 def _decoded(param: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
