@@ -26,9 +26,9 @@ from bnbops.optim.options import (
 from bnbops.optim.overrides import Overrides
 from bnbops.optim.paged import PagedMemory
 from bnbops.optim.parallel import check_param
-from bnbops.optim.state import Allocate, missing_tensors
 from bnbops.optim.traced import TraceableOptimizer
 from bnbops.optim.unified import UnifiedMemory
+from bnbops.optim.watch import Watch
 from bnbops.sharded import local
 from bnbops.tracing import is_traced
 
@@ -105,6 +105,7 @@ class Optimizer(TraceableOptimizer):
         self._paged_memory: PagedMemory | None = None
         self._unified_memory: dict[torch.device, UnifiedMemory] = {}
         self._unmoved = False
+        self._watch = Watch()
         defaults |= {"is_paged": is_paged, "maximize": maximize, "format_version": FORMAT_VERSION}
         super().__init__(params, defaults)
         GlobalOptimManager.get_instance().watch(self)
@@ -118,10 +119,6 @@ class Optimizer(TraceableOptimizer):
     def _rule(self, group: dict[str, Any]) -> tuple[Callable[..., None], tuple[str, ...]]:
         """The operator that a group's options ask for, and its states."""
         return getattr(torch.ops.bnbops, self._op), self._state_names
-
-    def _initial(self, group: dict[str, Any]) -> dict[str, float]:
-        """Values of states that do not begin with 0."""
-        return {}
 
     def _trust(self, call: Call, scalars: dict[str, Any], group: dict[str, Any]) -> dict[str, Tensor]:
         """The operator's keyword arguments that are made from norms."""
@@ -162,20 +159,7 @@ class Optimizer(TraceableOptimizer):
         if len(devices := {str(local(param).device) for param in group["params"]}) > 1:
             raise ValueError(f"parameters on {', '.join(sorted(devices))} in one group; make a group for each device")
 
-    # ---- state -------------------------------------------------------------------------------------------------
-
-    def init_state(self) -> None:
-        """Creates what is missing of the state of every parameter that requires a gradient.
-
-        Raises:
-            ValueError: GlobalOptimManager overrides an option that this optimizer does not have, or a value it refuses.
-            OSError: no room in the directory for paged states; torch.OutOfMemoryError: none on the CUDA device.
-        """
-        self._prepare()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.requires_grad:
-                    self._state_of(param, self._plan(group, self._overrides.number(param)))
+    # ---- steps -------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
         """What a compiled graph has to find done."""
@@ -193,48 +177,6 @@ class Optimizer(TraceableOptimizer):
         config = self._overrides.applied(group, override)
         return Plan.of(config, *self._rule(config))
 
-    def _state_of(self, param: Tensor, plan: Plan) -> dict[str, Tensor]:
-        """A parameter's state, complete for its options."""
-        state = self.state[param]
-        for key in plan.needed:
-            if key not in state:
-                self._complete(param, state, plan)
-        return state
-
-    def _complete(self, param: Tensor, state: dict[str, Tensor], plan: Plan) -> None:
-        if is_traced():
-            raise RuntimeError(
-                f"{type(self).__name__}.step() is being compiled, but a parameter has no optimizer state yet; call "
-                "optimizer.init_state() before compiling (bnbops.compiled_train_step does it for you)"
-            )
-        state |= missing_tensors(
-            param,
-            state,
-            plan.names,
-            plan.config,
-            known=(*self._state_names, *self._optional_states),
-            initial=self._initial(plan.config),
-            allocate=self._allocator(param, plan.config),
-        )
-
-    def _allocator(self, param: Tensor, config: dict[str, Any]) -> Allocate | None:
-        if not config["is_paged"]:
-            return None
-        device = local(param).device
-        if device.type == "cpu":
-            return self._files().zeros
-        if device.type != "cuda":
-            wanted = "parameters on the CPU or a CUDA device"
-            raise ValueError(f"is_paged=True needs {wanted}, got one on {device}; use is_paged=False")
-        if device not in self._unified_memory:
-            self._unified_memory[device] = UnifiedMemory(device)
-        return self._unified_memory[device].zeros
-
-    def _files(self) -> PagedMemory:
-        if self._paged_memory is None:
-            self._paged_memory = PagedMemory(self._paged_directory)
-        return self._paged_memory
-
     # ---- steps -------------------------------------------------------------------------------------------------
 
     @property
@@ -249,7 +191,8 @@ class Optimizer(TraceableOptimizer):
             closure: reevaluates the model and returns the loss.
 
         Raises:
-            RuntimeError: gradients or states that do not fit. No tensor has changed then. Or `make_fx` traces the step.
+            RuntimeError: gradients or states that do not fit, or an 8-bit state that was written as if it were numbers.
+                No tensor has changed then. Or `make_fx` traces the step.
         """
         self._refuse_constants()
         loss = None
@@ -258,6 +201,7 @@ class Optimizer(TraceableOptimizer):
                 loss = closure()
         if not torch.compiler.is_compiling():
             self._prepare()
+            self._watch.check(self.state)
             if self._only_creates_states():
                 self.init_state()
                 return loss

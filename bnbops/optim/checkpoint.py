@@ -21,6 +21,7 @@ from bnbops.optim.overrides import Overrides
 from bnbops.optim.paged import PagedMemory
 from bnbops.optim.state import Allocate, absmax_name, wants_8bit
 from bnbops.optim.unified import UnifiedMemory
+from bnbops.optim.watch import Watch
 from bnbops.sharded import local
 
 FORMAT_VERSION = 1
@@ -43,6 +44,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
     _unified_memory: dict[torch.device, UnifiedMemory]
     _held: list[Batch] | None
     _unmoved: bool
+    _watch: Watch
 
     def _prepare(self) -> None:
         raise NotImplementedError
@@ -112,15 +114,16 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "defaults" not in state:  # load_state_dict
-            return
-        self._overrides, self._paged_memory, self._unified_memory, self._held = Overrides(), None, {}, None
-        self._unmoved = True  # a copy of one whose states are; where none are, it costs a look at each
-        GlobalOptimManager.get_instance().watch(self)
-        for group in self.param_groups:  # deepcopy and pickle put states into ordinary memory
-            for param in group["params"]:
-                if group["is_paged"] and param in self.state:
-                    self.state[param] = copied(param, self.state[param], self._allocator(param, group))
+        if "defaults" in state:  # not of load_state_dict
+            self._overrides, self._paged_memory, self._unified_memory, self._held = Overrides(), None, {}, None
+            self._unmoved = True  # a copy of one whose states are; where none are, it costs a look at each
+            GlobalOptimManager.get_instance().watch(self)
+            for group in self.param_groups:  # deepcopy and pickle put states into ordinary memory
+                for param in group["params"]:
+                    if group["is_paged"] and param in self.state:
+                        self.state[param] = copied(param, self.state[param], self._allocator(param, group))
+        self._watch = Watch()
+        self._watch.look(self.state)
 
 
 def _matched_params(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[int, Tensor]:

@@ -63,11 +63,6 @@ def placed_state(param: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor
     Raises:
         ValueError: a partial sum, on another mesh, or a part of something whole.
     """
-    for key, tensor in state.items():
-        if is_sharded(tensor) and any(placement.is_partial() for placement in tensor.placements):
-            raise ValueError(
-                f"'{key}' is a partial sum on each rank, which no state is; load what state_dict() returned"
-            )
     if not keeps_blocks(param, state):
         state = _decoded(param, state)
     return {key: placed(param, key, tensor) for key, tensor in state.items()}
@@ -95,14 +90,16 @@ def check_cast(param: Tensor, state: Mapping[str, Tensor]) -> str | None:
             continue
         if bool(((some >= 0) & (some <= 255) & (some == some.round())).all()):
             return (
-                f"the values of '{key}' are 8-bit codes, cast by torch.distributed.checkpoint, as the sharding here cuts "
-                f"their blocks ({param.placements}). load_checkpoint of bnbops.distributed decodes them"
+                f"the values of '{key}' are 8-bit codes, cast by torch.distributed.checkpoint, as the sharding here "
+                f"({param.placements}) cuts their blocks. load_checkpoint of bnbops.distributed decodes them"
             )
     return None
 
 
 def _decoded(param: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state in 32 bits, whole on every rank."""
+    for key, tensor in state.items():
+        _refuse_partial(key, tensor)
     if not shards_whole_blocks(param):
         log_32bit(param)
     whole = {key: tensor.full_tensor() if is_sharded(tensor) else tensor for key, tensor in state.items()}
@@ -117,8 +114,9 @@ def placed(param: Tensor, key: str, tensor: Tensor) -> Tensor:
     parts.
 
     Raises:
-        ValueError: it is on another mesh, or a part of something whole.
+        ValueError: a partial sum, on another mesh, or a part of something whole.
     """
+    _refuse_partial(key, tensor)
     if not is_sharded(param) or key in UNPAGED:
         if is_sharded(tensor) and not all(placement.is_replicate() for placement in tensor.placements):
             raise ValueError(
@@ -138,6 +136,11 @@ def placed(param: Tensor, key: str, tensor: Tensor) -> Tensor:
             "save and load it with torch.distributed.checkpoint, or load its full_tensor()"
         )
     return tensor.redistribute(placements=param.placements)
+
+
+def _refuse_partial(key: str, tensor: Tensor) -> None:
+    if is_sharded(tensor) and any(placement.is_partial() for placement in tensor.placements):
+        raise ValueError(f"'{key}' is a partial sum on each rank, which no state is; full_tensor() adds them up")
 
 
 @lasting()

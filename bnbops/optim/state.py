@@ -106,10 +106,10 @@ def _zeros(
     part = local(param)
     shape = shape_of(part.shape)
     zeros = allocate(shape, dtype) if allocate else torch.zeros(shape, dtype=dtype, device=part.device)
-    return _like(param, zeros, torch.Size(shape_of(param.shape))) if is_sharded(param) else zeros
+    return like(param, zeros, torch.Size(shape_of(param.shape))) if is_sharded(param) else zeros
 
 
-def _like(tensor: Tensor, part: Tensor, shape: torch.Size) -> Tensor:
+def like(tensor: Tensor, part: Tensor, shape: torch.Size) -> Tensor:
     """This rank's part of a DTensor that is sharded as another one, contiguous.
 
     As fully_shard makes them: DTensor.from_local() would move an offloaded part to the mesh's device.
@@ -125,7 +125,16 @@ def in_memory(tensor: Tensor, allocate: Allocate) -> Tensor:
     """A copy of a tensor in memory that `allocate` gives; of a DTensor, with this rank's part there."""
     if not is_sharded(tensor):
         return allocate(tensor.shape, tensor.dtype).copy_(tensor)
-    return _like(tensor, in_memory(tensor.to_local(), allocate), tensor.shape)
+    return like(tensor, in_memory(tensor.to_local(), allocate), tensor.shape)
+
+
+def begin(state: Mapping[str, Tensor], name: str, value: float) -> None:
+    """Sets a state to the value that it begins with, as `missing_tensors` makes it."""
+    scales = state.get(absmax_name(name))
+    if scales is not None:
+        local(scales).fill_(value)
+        value = 255 if value else 0  # the code of 1, and of anything
+    local(state[name]).fill_(value)
 
 
 def layout_of(state: Mapping[str, Tensor], names: Iterable[str]) -> tuple[bool, bool] | None:
@@ -169,14 +178,11 @@ def missing_tensors(
     for name in names:
         if name in state:
             continue
-        value = initial.get(name, 0.0)
         new[name] = _zeros(param, tuple, torch.uint8 if quantized else torch.float32, allocate)
         if quantized:
             new[absmax_name(name)] = _zeros(param, flat_absmax_shape if flat else absmax_shape, torch.float32, allocate)
-        if value:
-            local(new[name]).fill_(255 if quantized else value)  # 255 is the code of 1
-            if quantized:
-                local(new[absmax_name(name)]).fill_(value)
+        if initial.get(name):
+            begin(new, name, initial[name])
     if config["percentile_clipping"] != 100 and "gnorm_vec" not in state:
         # Infinite where there was no gradient yet: those clip nothing.
         new["gnorm_vec"] = torch.full((NORMS_KEPT,), math.inf, dtype=torch.float32, device=device)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from bnbops.optim.batch import Batch, as_tensors
 from bnbops.optim.call import Call, Plan
-from bnbops.optim.checkpoint import CheckpointedOptimizer
+from bnbops.optim.stateful import StatefulOptimizer
 from bnbops.tracing import is_traced
 
 
-class TraceableOptimizer(CheckpointedOptimizer):
+class TraceableOptimizer(StatefulOptimizer):
     """What `Optimizer` does for graphs."""
 
     def _plans(self) -> Iterator[tuple[Plan, list[Tensor]]]:
@@ -45,6 +45,7 @@ class TraceableOptimizer(CheckpointedOptimizer):
     def drop_options(self) -> None:
         """The compiled step is done."""
         self._held = None
+        self._watch.accept()  # what it has written
 
     # ---- other graphs ------------------------------------------------------------------------------------------
 
