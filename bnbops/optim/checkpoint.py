@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from bnbops.lasting import lasting
-from bnbops.optim import interchange
+from bnbops.optim import interchange, torch_interchange
 from bnbops.optim.batch import Batch
-from bnbops.optim.loading import check_cast, check_state, copied, placed_state
+from bnbops.optim.loading import check_cast, check_state, copied, in_precision, placed_state
 from bnbops.optim.manager import KNOWN_OPTIONS, GlobalOptimManager
 from bnbops.optim.overrides import Overrides
 from bnbops.optim.paged import PagedMemory
@@ -61,10 +61,11 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         return interchange.to_bitsandbytes(self)
 
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
-        """Loads what `state_dict()` returned, here or in bitsandbytes' class of the same name.
+        """Loads what `state_dict()` returned, here or in the class of the same name of bitsandbytes or torch.optim.
 
-        Tensors are copied, moved to where their parameter's states belong, and not cast. Those of sharded parameters
-        (DTensors) may be sharded alike or otherwise, or whole: every rank then takes its part.
+        Tensors are copied, moved to where their parameter's states belong, and not cast; torch's states get the
+        precision that this optimizer's options give them. Those of sharded parameters (DTensors) may be sharded alike
+        or otherwise, or whole: every rank then takes its part.
 
         Args:
             state_dict: see above; it is not changed.
@@ -80,7 +81,9 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
             state_dict = state_dict if replaced is None else replaced
         if interchange.is_bitsandbytes(state_dict):
             state_dict = interchange.from_bitsandbytes(self, state_dict)
-        loaded = _matched_states(self, state_dict)
+        if of_torch := torch_interchange.is_torch(state_dict):
+            state_dict = torch_interchange.from_torch(self, state_dict)
+        loaded = _matched_states(self, state_dict, any_float=of_torch)
         self._prepare()
 
         former, self._unified_memory = self._unified_memory, {}
@@ -89,7 +92,8 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
             for param in group["params"]:
                 if param in loaded:
                     config = self._overrides.applied(group, self._overrides.number(param))
-                    state[param] = copied(param, loaded[param], self._allocator(param, config), move_to_device)
+                    tensors = in_precision(param, loaded[param], config) if of_torch else loaded[param]
+                    state[param] = copied(param, tensors, self._allocator(param, config), move_to_device)
         groups = [_merged_group(*pair) for pair in zip(self.param_groups, state_dict["param_groups"], strict=True)]
         self.__setstate__({"state": state, "param_groups": groups})
         self._unmoved = not move_to_device
@@ -104,9 +108,19 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
             state.update({key: x.to(device) for key, x in state.items() if local(x).device != device})
         self._unmoved = False
 
-    def problem_with(self, param: Tensor, state: Mapping[str, object]) -> str | None:
+    def torch_state_dict(self) -> dict[str, Any]:
+        """`state_dict()` as torch.optim's class of the same name has it, for its `load_state_dict`, in float32.
+
+        The tensors are copies. What `GlobalOptimManager` overrides is no part of it.
+
+        Raises:
+            ValueError: there is no such class, or it lacks an option that is in use.
+        """
+        return torch_interchange.to_torch(self)
+
+    def problem_with(self, param: Tensor, state: Mapping[str, object], any_float: bool = False) -> str | None:
         """Why `load_state_dict` would refuse a parameter's state for its names, shapes or dtypes, or None."""
-        return check_state(param, state, self._state_names, self._optional_states)
+        return check_state(param, state, self._state_names, self._optional_states, any_float=any_float)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("_paged_directory", "fused_scaling")}
@@ -161,7 +175,9 @@ def _matched_params(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
     return dict(zip(ids, params, strict=True))
 
 
-def _matched_states(optimizer: CheckpointedOptimizer, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
+def _matched_states(
+    optimizer: CheckpointedOptimizer, state_dict: dict[str, Any], any_float: bool
+) -> dict[Tensor, dict[str, Tensor]]:
     """The states of a state dict by the optimizer's parameters, sharded as they are.
 
     Raises:
@@ -172,7 +188,7 @@ def _matched_states(optimizer: CheckpointedOptimizer, state_dict: dict[str, Any]
     if unknown := states.keys() - by_id.keys():
         raise ValueError(f"the state dict has states for parameters that no group holds: {sorted(unknown)}")
     for key, state in states.items():
-        if problem := optimizer.problem_with(by_id[key], state) or check_cast(by_id[key], state):
+        if problem := optimizer.problem_with(by_id[key], state, any_float) or check_cast(by_id[key], state):
             raise ValueError(f"state of parameter {key} (shape {list(by_id[key].shape)}): {problem}")
     matched = {by_id[key]: state for key, state in states.items()}
     for i, (group, saved) in enumerate(zip(optimizer.param_groups, state_dict["param_groups"], strict=True)):

@@ -87,11 +87,7 @@ def from_bitsandbytes(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[
             other codebooks than the dynamic maps, options that bitsandbytes ignored.
     """
     storage, saved_groups = _storage(optimizer), state_dict["param_groups"]
-    found, expected = ([len(group["params"]) for group in groups] for groups in (saved_groups, optimizer.param_groups))
-    if found != expected:
-        raise ValueError(
-            f"the bitsandbytes state dict has param groups of {found} parameters, this optimizer of {expected}"
-        )
+    check_groups(optimizer, saved_groups, "bitsandbytes")
     left = {key: state for key, state in state_dict["state"].items() if state}
     states, groups = {}, []
     for i, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
@@ -108,6 +104,13 @@ def from_bitsandbytes(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[
     if left:
         raise ValueError(f"the state dict has states for parameters that no group holds: {sorted(left)}")
     return {**state_dict, "state": states, "param_groups": groups}
+
+
+def check_groups(optimizer: torch.optim.Optimizer, saved_groups: list[dict[str, Any]], whose: str) -> None:
+    """Raises ValueError if a state dict's param groups have other numbers of parameters than the optimizer's."""
+    found, expected = ([len(group["params"]) for group in groups] for groups in (saved_groups, optimizer.param_groups))
+    if found != expected:
+        raise ValueError(f"the {whose} state dict has param groups of {found} parameters, this optimizer of {expected}")
 
 
 def to_bitsandbytes(optimizer: Optimizer) -> dict[str, Any]:

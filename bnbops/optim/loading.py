@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bnbops.lasting import lasting
-from bnbops.optim.codec import decoded
+from bnbops.optim.codec import decoded, encoded
 from bnbops.optim.state import (
     NORMS_KEPT,
     UNPAGED,
@@ -17,8 +18,10 @@ from bnbops.optim.state import (
     absmax_shape,
     flat_absmax_shape,
     in_memory,
+    like,
     log_32bit,
     shards_whole_blocks,
+    wants_8bit,
 )
 from bnbops.sharded import is_sharded, local
 
@@ -26,9 +29,22 @@ _SAMPLE, _FEW = 4096, 8  # elements that are looked at, and different values tha
 
 
 def check_state(
-    param: Tensor, state: Mapping[str, object], names: tuple[str, ...], optional: tuple[str, ...] = ()
+    param: Tensor,
+    state: Mapping[str, object],
+    names: tuple[str, ...],
+    optional: tuple[str, ...] = (),
+    *,
+    any_float: bool = False,
 ) -> str | None:
-    """What is wrong with a state loaded for a parameter, or None. States in `optional` may be missing."""
+    """What is wrong with a state loaded for a parameter, or None.
+
+    Args:
+        param: the parameter.
+        state: what is loaded.
+        names: of the optimizer's states.
+        optional: states that may be missing.
+        any_float: whether a 32-bit state may have another floating-point dtype, as `in_precision` will cast it.
+    """
     present = [name for name in dict.fromkeys((*names, *optional)) if name not in optional or name in state]
     quantized = any(absmax_name(name) in state for name in present)
     expected = {"step", *present, *(absmax_name(name) for name in present if quantized)}
@@ -49,7 +65,8 @@ def check_state(
             shapes, dtype = [tuple(param.shape)], torch.uint8 if quantized else torch.float32
         else:
             shapes, dtype = scales, torch.float32
-        if tuple(tensor.shape) not in shapes or tensor.dtype != dtype:
+        castable = any_float and dtype == torch.float32 and tensor.is_floating_point()
+        if tuple(tensor.shape) not in shapes or not (castable or tensor.dtype == dtype):
             found, wanted = f"{tensor.dtype} of shape {list(tensor.shape)}", f"{dtype} of shape {list(shapes[0])}"
             return f"'{key}' is {found}, expected {wanted}"
     return None
@@ -141,6 +158,17 @@ def placed(param: Tensor, key: str, tensor: Tensor) -> Tensor:
 def _refuse_partial(key: str, tensor: Tensor) -> None:
     if is_sharded(tensor) and any(placement.is_partial() for placement in tensor.placements):
         raise ValueError(f"'{key}' is a partial sum on each rank, which no state is; full_tensor() adds them up")
+
+
+def in_precision(param: Tensor, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A state of floating-point values in the precision that the options give a parameter."""
+    result = {name: x.float() for name, x in state.items()}
+    for name in state.keys() - set(UNPAGED) if wants_8bit(param, config) else ():
+        codes, absmax = encoded(name, local(result[name]).to(local(param).device), flat=param.dim() == 1)
+        if is_sharded(param):
+            codes, absmax = like(param, codes, param.shape), like(param, absmax, torch.Size(absmax_shape(param.shape)))
+        result |= {name: codes, absmax_name(name): absmax}
+    return result
 
 
 @lasting()
