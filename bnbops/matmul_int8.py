@@ -19,6 +19,7 @@ class MatmulLtState:
         SCB: fp32 scales `[N]` of its rows, their largest magnitudes, or None.
         threshold: magnitude from which on a column of activations is multiplied in floating point; 0 for none.
         has_fp16_weights: the weight is a float tensor, quantized anew for each product.
+        is_training: on a CPU, activations are not rounded to codes.
 
     The others have no meaning here; they are for code that reads or sets them.
     """
@@ -54,19 +55,19 @@ class _LinearOfFloatWeight(torch.autograd.Function):
     quantized weight, to the weight as if it had not been quantized (straight through)."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
-        return torch.ops.bnbops.linear_int8(x, *quantize_weight(weight), bias, threshold)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: float, training: bool) -> Tensor:
+        return _product(x, *quantize_weight(weight), bias, threshold, training)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, weight, _, _ = inputs
+        x, weight, *_ = inputs
         ctx.save_for_backward(x, weight)  # the codes are made again: they would take half the weight's memory
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
         if need_x:
             grad_x = torch.ops.bnbops.linear_int8_input_grad(grad, *quantize_weight(weight))
@@ -75,7 +76,7 @@ class _LinearOfFloatWeight(torch.autograd.Function):
             grad_weight = (rows.T @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
         if need_bias:
             grad_bias = rows.sum(0)
-        return grad_x, grad_weight, grad_bias, None
+        return grad_x, grad_weight, grad_bias, None, None
 
 
 def _to_autocast_dtype(x: Tensor) -> Tensor:
@@ -86,7 +87,18 @@ def _to_autocast_dtype(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind))
 
 
-def linear(x: Tensor, weight: Tensor, scales: Tensor | None, bias: Tensor | None, threshold: float) -> Tensor:
+def _product(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, threshold: float, training: bool
+) -> Tensor:
+    """bitsandbytes rounds activations to codes, but in training on a CPU, where it has no fast product of codes."""
+    if training and x.device.type == "cpu":
+        return torch.ops.bnbops.linear_int8_weight_only(x, weight, scales, bias)
+    return torch.ops.bnbops.linear_int8(x, weight, scales, bias, threshold)
+
+
+def linear(
+    x: Tensor, weight: Tensor, scales: Tensor | None, bias: Tensor | None, threshold: float, training: bool
+) -> Tensor:
     """`x @ W.T + bias` in x's dtype, or autocast's.
 
     Args:
@@ -95,12 +107,19 @@ def linear(x: Tensor, weight: Tensor, scales: Tensor | None, bias: Tensor | None
             on the fly.
         bias: float tensor `[N]` or None; it is cast to the dtype of the result.
         threshold: columns of x with a magnitude of at least this are multiplied in floating point; 0 for none.
+        training: on a CPU, all of them are.
+
+    Raises:
+        ValueError: the threshold is negative.
+        RuntimeError: shapes or dtypes that do not fit.
     """
+    if not threshold >= 0:
+        raise ValueError(f"threshold must be positive, or 0 for none, got {threshold}")
     x = _to_autocast_dtype(x)
     bias = None if bias is None else bias.to(x.dtype)
     if scales is not None:
-        return torch.ops.bnbops.linear_int8(x, weight, scales, bias, threshold)
-    return _LinearOfFloatWeight.apply(x, weight, bias, threshold)
+        return _product(x, weight, scales, bias, threshold, training)
+    return _LinearOfFloatWeight.apply(x, weight, bias, threshold, training)
 
 
 def matmul(
@@ -117,8 +136,9 @@ def matmul(
         A: fp32, bf16 or fp16 `[..., K]`.
         B: `[N, K]`: a float weight, quantized for this product; or int8 codes, with scales in `B.SCB` or `state.SCB`.
         out: tensor of the result's shape and dtype to write to; not differentiable then.
-        state: options, and a quantized weight. If it says `has_fp16_weights=False`, its CB and SCB stand for a float B;
-            where it has none yet, B is quantized into it. It is not changed otherwise.
+        state: options, and a quantized weight. If it says `has_fp16_weights=False`, its CB and SCB stand for B,
+            whatever that is; where it has none yet, a float B is quantized into it. It is not changed otherwise. By
+            default it says `is_training`, so that activations are rounded to codes on other devices than a CPU alone.
         threshold: if positive, instead of the state's.
         bias: float tensor `[N]` or None; it is cast to the dtype of the result.
 
@@ -126,13 +146,13 @@ def matmul(
         `[..., N]` (`out`, if given). Gradients go to A, bias, and a float B unless the state holds a quantized one.
 
     Raises:
-        ValueError: codes without scales, or an `out` that does not fit.
+        ValueError: codes without scales, a negative threshold, or an `out` that does not fit.
         RuntimeError: shapes or dtypes that do not fit.
     """
     state = MatmulLtState() if state is None else state
     threshold = threshold if threshold > 0 else state.threshold
     weight, scales = _weight_of(B, state)
-    result = linear(A, weight, scales, bias, threshold)
+    result = linear(A, weight, scales, bias, threshold, state.is_training)
     if out is None:
         return result
     if out.shape != result.shape or out.dtype != result.dtype:
@@ -146,16 +166,18 @@ def matmul(
 
 def _weight_of(B: Tensor, state: MatmulLtState) -> tuple[Tensor, Tensor | None]:
     """What `linear` takes as weight and scales."""
+    frozen = not state.has_fp16_weights
+    if frozen and B.requires_grad:
+        raise ValueError("B needs a gradient, which only has_fp16_weights=True gives it, but the state says False")
+    if frozen and state.CB is not None and state.SCB is not None:
+        return state.CB, state.SCB
     if B.dtype == torch.int8:
         scales = getattr(B, "SCB", None)
         scales = state.SCB if scales is None else scales
         if scales is None:
             raise ValueError("B is int8, but neither B.SCB nor state.SCB holds its scales")
         return B, scales
-    if state.has_fp16_weights:
-        return B, None
-    if B.requires_grad:
-        raise ValueError("B needs a gradient, which only has_fp16_weights=True gives it, but the state says False")
-    if state.CB is None or state.SCB is None:
+    if frozen:
         state.CB, state.SCB = quantize_weight(B)
-    return state.CB, state.SCB
+        return state.CB, state.SCB
+    return B, None

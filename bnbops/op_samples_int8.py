@@ -172,6 +172,13 @@ def _differentiable(dtype: torch.dtype) -> tuple[Tensor | float, ...]:
     return x, _codes(_N, _K), 0.1 * _scales(_N), bias, 1.0
 
 
+def _weight_only() -> list[Sample]:
+    """Those without a threshold, and a weight of several panels."""
+    values = normal(5, _K)
+    wide = Sample("several panels", (values, _codes(1100, _K), _scales(1100), normal(1100)))
+    return [Sample(s.name, s.args[:-1]) for s in _linear() if "nan" not in s.name and "outlier" not in s.name] + [wide]
+
+
 def _input_grad() -> list[Sample]:
     grad, weight, scale = normal(5, _N), _codes(_N, _K), 0.1 * _scales(_N)
     return [
@@ -196,5 +203,6 @@ BUILDERS: dict[str, Callable[[], list[Sample]]] = {
     "int8_mm_dequant": _mm_dequant,
     "int8_scaled_mm": _scaled_mm,
     "linear_int8": _linear,
+    "linear_int8_weight_only": _weight_only,
     "linear_int8_input_grad": _input_grad,
 }

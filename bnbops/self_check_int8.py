@@ -118,6 +118,14 @@ def _linear(before: dict[str, Any], result: Tensor, _after: dict[str, Any]) -> N
     expect_close(_matrix(result.detach()), expected, "values", magnitude)
 
 
+def _weight_only(before: dict[str, Any], result: Tensor, _after: dict[str, Any]) -> None:
+    x, bias = _matrix(before["x"].detach()).double(), before["bias"]
+    W = _weight(before["weight"], before["scale"]).to(result.dtype).double()
+    bias = torch.zeros(()).to(x) if bias is None else bias.detach().double()
+    expect(result.dtype == before["x"].dtype, "result of the wrong dtype")
+    expect_close(_matrix(result.detach()), x @ W.t() + bias, "values", x.abs() @ W.t().abs() + bias.abs())
+
+
 def _input_grad(before: dict[str, Any], result: Tensor, _after: dict[str, Any]) -> None:
     grad = _matrix(before["grad"].detach()).double()
     W = _weight(before["weight"], before["scale"]).to(result.dtype).double()
@@ -134,5 +142,6 @@ REFERENCES: dict[str, Callable[[dict[str, Any], Any, dict[str, Any]], None]] = {
     "int8_mm_dequant": _mm_dequant,
     "int8_scaled_mm": _scaled_mm,
     "linear_int8": _linear,
+    "linear_int8_weight_only": _weight_only,
     "linear_int8_input_grad": _input_grad,
 }

@@ -58,6 +58,7 @@ void define_int8(torch::stable::detail::StableLibrary& m) {
       "int8_scaled_mm(Tensor A, Tensor B, Tensor row_stats, Tensor col_stats, Tensor? bias=None, "
       "ScalarType? dtype=None) -> Tensor");
   m.def("linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, float threshold) -> Tensor");
+  m.def("linear_int8_weight_only(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
   m.def("linear_int8_input_grad(Tensor grad, Tensor weight, Tensor scale) -> Tensor");
 }
 
@@ -117,20 +118,19 @@ void check_int8_mm_dequant(const Tensor& A, const Tensor& row_stats, const Tenso
   check_int8_scales(kOp, A, rows_of(A), columns_of(A), row_stats, col_stats, bias, dtype);
 }
 
-void check_linear_int8(const Tensor& x, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias,
-                       double threshold) {
-  constexpr const char* kOp = "linear_int8";
-  check_float({x, kOp, "x"});
-  check_has_rows({x, kOp, "x"});
-  check_int8({weight, kOp, "weight"}, x);
-  check_matrix({weight, kOp, "weight"});
-  check_inner({x, kOp, "x"}, {weight, kOp, "weight"});
-  check_stats({scale, kOp, "scale"}, x, weight.size(0), "rows in weight");
+void check_linear_int8(const char* op, const Tensor& x, const Tensor& weight, const Tensor& scale,
+                       const std::optional<Tensor>& bias, double threshold) {
+  check_float({x, op, "x"});
+  check_has_rows({x, op, "x"});
+  check_int8({weight, op, "weight"}, x);
+  check_matrix({weight, op, "weight"});
+  check_inner({x, op, "x"}, {weight, op, "weight"});
+  check_stats({scale, op, "scale"}, x, weight.size(0), "rows in weight");
   if (bias) {
-    check_bias({*bias, kOp, "bias"}, x, weight.size(0));
-    check_dtype({*bias, kOp, "bias"}, x.scalar_type());
+    check_bias({*bias, op, "bias"}, x, weight.size(0));
+    check_dtype({*bias, op, "bias"}, x.scalar_type());
   }
-  check_threshold(kOp, threshold);
+  check_threshold(op, threshold);
 }
 
 void check_linear_int8_input_grad(const Tensor& grad, const Tensor& weight, const Tensor& scale) {

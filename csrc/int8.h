@@ -23,8 +23,8 @@ void check_int8_scales(const char* op, const Tensor& first, int64_t rows, int64_
                        const Tensor& col_stats, const std::optional<Tensor>& bias, ScalarType dtype);
 void check_int8_mm_dequant(const Tensor& A, const Tensor& row_stats, const Tensor& col_stats,
                            const std::optional<Tensor>& bias, ScalarType dtype);
-void check_linear_int8(const Tensor& x, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias,
-                       double threshold);
+void check_linear_int8(const char* op, const Tensor& x, const Tensor& weight, const Tensor& scale,
+                       const std::optional<Tensor>& bias, double threshold = 0);
 void check_linear_int8_input_grad(const Tensor& grad, const Tensor& weight, const Tensor& scale);
 
 }  // namespace bnbops

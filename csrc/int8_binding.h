@@ -1,6 +1,6 @@
 // The int8 operators of every device. A device says how it runs a job, and what fresh memory needs:
 //   struct Device {
-//     static constexpr int64_t kGradientPanel;  // columns of a weight that are dequantized at a time for a gradient
+//     static constexpr int64_t kWeightPanel;  // rows or columns of a weight that are dequantized at a time
 //     explicit Device(const Tensor& like);      // makes its device current for as long as it lives
 //     static void prepare(Tensor& fresh);
 //     void quantize_rows(const Int8QuantJob&) const;
@@ -104,7 +104,7 @@ struct Int8Operators {
 
   static Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias,
                        double threshold) {
-    check_linear_int8(x, weight, scale, bias, threshold);
+    check_linear_int8("linear_int8", x, weight, scale, bias, threshold);
     const Device device(x);
     const Tensor values = in_logical_order(x), matrix = in_logical_order(weight);
     const Tensor scales = in_logical_order(scale);
@@ -114,7 +114,28 @@ struct Int8Operators {
     return out;
   }
 
-  // grad @ W in panels of W's columns, so that a large W is never whole in floating point.
+  // x @ W.T + bias in panels of W's rows, so that a large W is never whole in floating point.
+  static Tensor linear_weight_only(const Tensor& x, const Tensor& weight, const Tensor& scale,
+                                   const OptionalTensor& bias) {
+    check_linear_int8("linear_int8_weight_only", x, weight, scale, bias);
+    const Device device(x);
+    const Tensor matrix = in_logical_order(weight), scales = in_logical_order(scale);
+    const int64_t rows = rows_of(x), outputs = weight.size(0), inner = weight.size(1);
+    const Tensor rows_of_x = torch::stable::view(in_logical_order(x), {rows, inner});
+    const Tensor scale_of_row = torch::stable::view(scales, {outputs});
+    Tensor out = torch::stable::new_empty(x, {rows, outputs});
+    for (int64_t begin = 0; begin < outputs; begin += Device::kWeightPanel) {
+      const int64_t width = std::min(Device::kWeightPanel, outputs - begin);
+      const auto of_panel = [&](Tensor whole) { return torch::stable::narrow(whole, 0, begin, width); };
+      Tensor panel = torch::stable::new_empty(x, {width, inner});
+      dequantized(device, of_panel(matrix), of_panel(scale_of_row), 0, inner, panel);
+      Tensor columns = torch::stable::narrow(out, 1, begin, width);
+      torch::stable::copy_(columns, dense_linear(rows_of_x, panel, bias ? OptionalTensor(of_panel(*bias)) : bias));
+    }
+    return torch::stable::view(out, with_last(x, outputs));
+  }
+
+  // grad @ W in panels of W's columns.
   static Tensor linear_input_grad(const Tensor& grad, const Tensor& weight, const Tensor& scale) {
     check_linear_int8_input_grad(grad, weight, scale);
     const Device device(grad);
@@ -122,9 +143,9 @@ struct Int8Operators {
     const int64_t rows = rows_of(grad), outputs = weight.size(0), inner = weight.size(1);
     const Tensor rows_of_grad = torch::stable::view(in_logical_order(grad), {rows, outputs});
     Tensor out = torch::stable::new_empty(grad, {rows, inner});
-    Tensor memory = torch::stable::new_empty(grad, {outputs * std::min(Device::kGradientPanel, inner)});
-    for (int64_t begin = 0; begin < inner; begin += Device::kGradientPanel) {
-      const int64_t width = std::min(Device::kGradientPanel, inner - begin);
+    Tensor memory = torch::stable::new_empty(grad, {outputs * std::min(Device::kWeightPanel, inner)});
+    for (int64_t begin = 0; begin < inner; begin += Device::kWeightPanel) {
+      const int64_t width = std::min(Device::kWeightPanel, inner - begin);
       Tensor part = torch::stable::narrow(memory, 0, 0, outputs * width);
       const Tensor panel = torch::stable::view(part, {outputs, width});
       matrix_product(rows_of_grad, dequantized(device, matrix, scales, begin, width, panel),
@@ -142,6 +163,7 @@ struct Int8Operators {
     m.impl("int8_mm_dequant", TORCH_BOX(&mm_dequant));
     m.impl("int8_scaled_mm", TORCH_BOX(&scaled_mm));
     m.impl("linear_int8", TORCH_BOX(&linear));
+    m.impl("linear_int8_weight_only", TORCH_BOX(&linear_weight_only));
     m.impl("linear_int8_input_grad", TORCH_BOX(&linear_input_grad));
   }
 

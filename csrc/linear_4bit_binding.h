@@ -10,14 +10,10 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <array>
-
 #include "tensors.h"
 #include "weight_4bit_view.h"
 
 namespace bnbops {
-
-using OptionalTensor = std::optional<Tensor>;
 
 inline Tensor as_matrix(const Tensor& x) { return torch::stable::reshape(x, {rows_of(x), columns_of(x)}); }
 
@@ -29,14 +25,6 @@ Tensor by_rows(const Tensor& x, int64_t features, const Product& product) {
   Tensor out_rows = torch::stable::view(out, {rows_of(x), features});
   product(as_matrix(x), out_rows);
   return out;
-}
-
-// torch's own layer.
-inline Tensor dense_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 template <class Device>

@@ -11,6 +11,8 @@
 
 namespace bnbops {
 
+using OptionalTensor = std::optional<Tensor>;
+
 inline DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::BFloat16: return DType::kBFloat16;
@@ -33,7 +35,7 @@ T* mutable_data(Tensor& tensor) {
 inline Tensor in_logical_order(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
-inline std::optional<Tensor> in_logical_order(const std::optional<Tensor>& tensor) {
+inline OptionalTensor in_logical_order(const OptionalTensor& tensor) {
   return tensor ? std::optional(in_logical_order(*tensor)) : std::nullopt;
 }
 
@@ -58,6 +60,14 @@ inline void matrix_product(const Tensor& a, const Tensor& b, const Tensor& out, 
                                     torch::stable::detail::from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "out", stack.data(), TORCH_ABI_VERSION));
   (void)torch::stable::detail::to<Tensor>(stack[0]);  // `out` once more
+}
+
+// torch's own layer.
+inline Tensor dense_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 }  // namespace bnbops

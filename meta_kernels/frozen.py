@@ -1,4 +1,4 @@
-"""Gradients of operators whose weight is frozen, and clear refusals of torch.func's transforms."""
+"""Gradients and autocast of operators whose weight is frozen, and clear refusals of torch.func's transforms."""
 
 from __future__ import annotations
 
@@ -59,6 +59,28 @@ def register_gradients(op: str, inputs: Sequence[str], gradients: Gradients) -> 
         return _Frozen.apply(call, gradients, frozen, *values) if differentiable else call()
 
     _library.impl(op, kernel, "Autograd", with_keyset=True)
+
+
+def register_autocast(op: str) -> None:
+    """x and bias of a linear operator in autocast's dtype, as for torch.nn.functional.linear; scales stay float32."""
+    overload = getattr(torch.ops.bnbops, op).default
+
+    def register(device: str) -> None:
+        key = "Autocast" + torch._C._dispatch_key_for_device(device)
+        below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def cast(x: Tensor | None) -> Tensor | None:
+            castable = x is not None and x.is_floating_point() and x.dtype != torch.float64
+            return x.to(torch.get_autocast_dtype(device)) if castable else x
+
+        def kernel(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+            with torch._C._ExcludeDispatchKeyGuard(below):
+                return overload(cast(x), weight, scales, cast(bias), *args, **kwargs)
+
+        _library.impl(op, kernel, key)
+
+    for device in ("cpu", "cuda"):
+        register(device)
 
 
 def refuse_vmap(op: str, advice: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .checks import FLOAT_DTYPES, check, check_device, check_dtype, check_float, name_of
-from .frozen import bias_gradient, refuse_vmap, register_gradients
+from .frozen import bias_gradient, refuse_vmap, register_autocast, register_gradients
 
 _MAX_PRODUCTS = 131071  # whose sum an int32 holds for certain
 
@@ -204,9 +204,7 @@ _library.impl("int8_linear_matmul.out", _bump_version, "ADInplaceOrView", with_k
 # ---- the linear layer ------------------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("bnbops::linear_int8")
-def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
-    op = "linear_int8"
+def _linear(op: str, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float = 0.0) -> Tensor:
     check_float(f"{op}: x", x)
     _check_has_rows(f"{op}: x", x)
     _check_int8(f"{op}: weight", weight, x)
@@ -218,6 +216,16 @@ def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, t
         check_dtype(f"{op}: bias", bias, x.dtype)
     _check_threshold(op, threshold)
     return _product(x, weight.shape[0], x.dtype)
+
+
+@torch.library.register_fake("bnbops::linear_int8")
+def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    return _linear("linear_int8", x, weight, scale, bias, threshold)
+
+
+@torch.library.register_fake("bnbops::linear_int8_weight_only")
+def linear_int8_weight_only(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return _linear("linear_int8_weight_only", x, weight, scale, bias)
 
 
 @torch.library.register_fake("bnbops::linear_int8_input_grad")
@@ -234,21 +242,22 @@ def linear_int8_input_grad(grad: Tensor, weight: Tensor, scale: Tensor) -> Tenso
 
 
 def _linear_gradients(frozen: dict[str, Any], grad: Tensor, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """As if x had not been rounded to codes (the straight-through estimator)."""
+    """Of `linear_int8` as if x had not been rounded to codes (the straight-through estimator)."""
     need_x, need_bias = needed
     grad_x = torch.ops.bnbops.linear_int8_input_grad(grad, frozen["weight"], frozen["scale"]) if need_x else None
     return grad_x, bias_gradient(grad) if need_bias else None
 
 
 def _input_grad_gradients(frozen: dict[str, Any], grad: Tensor, _needed: Sequence[bool]) -> tuple[Tensor]:
-    """The adjoint of grad @ W: times the transpose of W, with nothing rounded to codes."""
-    W = torch.ops.bnbops.int8_vectorwise_dequant(frozen["weight"], frozen["scale"]).to(grad.dtype)
-    return (grad @ W.t(),)
+    """The adjoint of grad @ W."""
+    return (torch.ops.bnbops.linear_int8_weight_only(grad, frozen["weight"], frozen["scale"], None),)
 
 
-register_gradients("linear_int8", ["x", "bias"], _linear_gradients)
+for _op in ("linear_int8", "linear_int8_weight_only"):
+    register_gradients(_op, ["x", "bias"], _linear_gradients)
+    register_autocast(_op)
 register_gradients("linear_int8_input_grad", ["grad"], _input_grad_gradients)
-for _op in ("linear_int8", "linear_int8_input_grad"):
+for _op in ("linear_int8", "linear_int8_weight_only", "linear_int8_input_grad"):
     refuse_vmap(_op, "it takes a batch of any size in one call")
 for _op in ("int8_vectorwise_quant", "int8_vectorwise_dequant", "int8_double_quant"):
     refuse_vmap(_op, "call it in a loop, or on a tensor with one more dimension")

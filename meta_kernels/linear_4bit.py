@@ -1,4 +1,4 @@
-"""Fakes, gradients and autocast of linear_4bit, grouped_linear_4bit and their adjoints."""
+"""Fakes and gradients of linear_4bit, grouped_linear_4bit and their adjoints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import check, check_contiguous, check_device, check_dtype, check_float
-from .frozen import Gradients, bias_gradient, refuse_vmap, register_gradients
+from .frozen import Gradients, bias_gradient, refuse_vmap, register_autocast, register_gradients
 from .quantize_4bit import Weight4bit
 
 # Each operator's gradient with respect to its first argument is the other one.
@@ -110,32 +110,8 @@ def _gradients(op: str) -> Gradients:
     return gradients
 
 
-_library = torch.library.Library("bnbops", "IMPL")
-
-
-# ---- autocast --------------------------------------------------------------------------------------------------
-
-
-def _register_autocast(op: str, device: str) -> None:
-    """x and bias in autocast's dtype, as for torch.nn.functional.linear; the scales stay float32."""
-    key = "Autocast" + torch._C._dispatch_key_for_device(device)
-    below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-    overload = getattr(torch.ops.bnbops, op).default
-
-    def cast(x: Tensor | None) -> Tensor | None:
-        castable = x is not None and x.is_floating_point() and x.dtype != torch.float64
-        return x.to(torch.get_autocast_dtype(device)) if castable else x
-
-    def kernel(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, *args: Any, **nested: Any) -> Tensor:
-        with torch._C._ExcludeDispatchKeyGuard(below):
-            return overload(cast(x), weight, absmax, cast(bias), *args, **nested)
-
-    _library.impl(op, kernel, key)
-
-
 for _op in _ADJOINTS:
     register_gradients(_op, ["grad"] if _op.endswith("_input_grad") else ["x", "bias"], _gradients(_op))
     refuse_vmap(_op, "it takes a batch of any size in one call")
 for _op in ("linear_4bit", "grouped_linear_4bit"):
-    for _device in ("cpu", "cuda"):
-        _register_autocast(_op, _device)
+    register_autocast(_op)

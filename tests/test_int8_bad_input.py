@@ -39,6 +39,12 @@ GOOD = {
         "bias": scales(5),
         "threshold": 1.0,
     },
+    "linear_int8_weight_only": lambda: {
+        "x": activations(3, 8),
+        "weight": codes(5, 8),
+        "scale": scales(5),
+        "bias": scales(5),
+    },
     "linear_int8_input_grad": lambda: {"grad": activations(3, 5), "weight": codes(5, 8), "scale": scales(5)},
 }
 ANY = {
@@ -72,26 +78,31 @@ WRONG = {
     },
     **{
         (op, "bias", how): change
-        for op in ("int8_mm_dequant", "int8_scaled_mm", "linear_int8")
+        for op in ("int8_mm_dequant", "int8_scaled_mm", "linear_int8", "linear_int8_weight_only")
         for how, change in {**ANY, "one more": STATS["one more"], "matrix": lambda x: x.view(1, -1)}.items()
     },
+    **{
+        (op, "x", how): change
+        for op in ("linear_int8", "linear_int8_weight_only")
+        for how, change in {**ANY, "one column less": lambda x: x[:, 1:]}.items()
+        if how != "elsewhere"
+    },
     ("linear_int8", "bias", "of another dtype"): Tensor.half,
-    **{("linear_int8", "x", how): change for how, change in ANY.items() if how != "elsewhere"},
-    ("linear_int8", "x", "one column less"): lambda x: x[:, 1:],
+    ("linear_int8_weight_only", "bias", "of another dtype"): Tensor.half,
     **{
         (op, "weight", how): change
-        for op in ("linear_int8", "linear_int8_input_grad")
+        for op in ("linear_int8", "linear_int8_weight_only", "linear_int8_input_grad")
         for how, change in (ANY | INT8).items()
     },
     ("linear_int8", "weight", "one column more"): MATRIX["one column more"],
     **{
         (op, "weight", how): MATRIX[how]
-        for op in ("linear_int8", "linear_int8_input_grad")
+        for op in ("linear_int8", "linear_int8_weight_only", "linear_int8_input_grad")
         for how in ("flat", "three dimensions")
     },
     **{
         (op, "scale", how): change
-        for op in ("linear_int8", "linear_int8_input_grad")
+        for op in ("linear_int8", "linear_int8_weight_only", "linear_int8_input_grad")
         for how, change in (ANY | STATS).items()
     },
     **{("linear_int8_input_grad", "grad", how): change for how, change in ANY.items() if how != "elsewhere"},

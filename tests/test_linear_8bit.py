@@ -92,16 +92,17 @@ def test_zero_rows_and_columns():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("has_fp16_weights", [False, True])
 def test_forward(has_fp16_weights, dtype):
-    """The product of the weight as it was; the same in training and evaluation; nothing is written."""
+    """The product of the weight as it was, in training and evaluation; nothing is written."""
     module = layer(has_fp16_weights)
     weight = module.weight if has_fp16_weights else module.weight.CB
-    expected = matmul(
-        inputs(2, 3, dtype=dtype), weight, state=MatmulLtState(SCB=module.SCB), threshold=3.0, bias=module.bias
-    )
     before = {name: (p, p.data_ptr(), p._version, p.detach().clone()) for name, p in module.named_parameters()}
+    results = []
     for mode in (True, False):
-        assert torch.equal(module.train(mode)(inputs(2, 3, dtype=dtype)), expected)
-    assert expected.dtype == dtype
+        state = MatmulLtState(SCB=module.SCB, threshold=3.0, is_training=mode)
+        expected = matmul(inputs(2, 3, dtype=dtype), weight, state=state, bias=module.bias)
+        results.append(module.train(mode)(inputs(2, 3, dtype=dtype)))
+        assert torch.equal(results[-1], expected) and expected.dtype == dtype
+    assert not torch.equal(*results)
     for name, p in module.named_parameters():
         same, pointer, version, value = before[name]
         assert p is same and (p.data_ptr(), p._version) == (pointer, version) and torch.equal(p, value)

@@ -1,8 +1,10 @@
-"""linear_int8 and its gradient: against bitsandbytes' golden layer, plain formulas (reference/int8.py) and autograd."""
+"""linear_int8, linear_int8_weight_only and their gradient: against bitsandbytes' golden layer, plain formulas
+(reference/int8.py) and autograd."""
 
 import ctypes
 import math
 import mmap
+from functools import partial
 
 import pytest
 import torch
@@ -19,14 +21,16 @@ INF, NAN, MAX = math.inf, math.nan, torch.finfo(torch.float32).max
 
 @pytest.mark.parametrize("threshold", [0, 6])
 def test_golden_layer(threshold, golden):
-    """bitsandbytes' recorded forward is that of training: x times the decoded weight, without rounding x to codes. The
-    difference is at most half a code of each activation."""
+    """bitsandbytes' recorded forward is that of training: x times the decoded weight, without rounding x to codes. To
+    the product of codes the difference is at most half a code of each activation."""
     g = golden(f"linear8bitlt_64x96_t{threshold}.safetensors")
     x, weight, scale = g["in.x"], g["state_dict.weight"], g["state_dict.SCB"]
     result, stats, _ = ops.int8_vectorwise_quant(g["in.weight"])
     assert equal(result, weight) and equal(stats, scale)
     y = ops.linear_int8(x, weight, scale, g["in.bias"], float(threshold))
     W = ref.dequantize(weight, scale).double()
+    size = x.double().abs() @ W.abs().t() + 1
+    assert_within(ops.linear_int8_weight_only(x, weight, scale, g["in.bias"]), g["out.forward"].double(), 2**-13 * size)
     _, activation_stats, _ = ref.quantize_rows(x, float(threshold))
     allowed = activation_stats.double()[:, None] / 254 * W.abs().sum(1)
     allowed += 2**-10 * (x.double().abs() @ W.abs().t() + 1)  # float16 of x, W and the results
@@ -46,6 +50,22 @@ def test_linear(dtype, outliers):
         y = ops.linear_int8(x, weight, scale, bias, 6.0)
         assert y.dtype == dtype
         assert_within(y, expected, error)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weight_only(dtype):
+    """The product with the decoded weight, of one panel and of several; a NaN stays one."""
+    for shape, N in [((1, 200), 67), ((2, 3, 65), 9), ((70,), 130), ((5, 64), 1100), ((0, 64), 9), ((3, 0), 9)]:
+        x, weight, scale = activations(*shape, dtype=dtype), codes(N, shape[-1]), 0.1 * scales(N)
+        W = ref.dequantize(weight, scale).to(dtype)
+        for bias in (None, scales(N, seed=1).to(dtype)):
+            y, b = ops.linear_int8_weight_only(x, weight, scale, bias), 0.0 if bias is None else bias.double()
+            eps = torch.finfo(dtype).eps
+            expected, size = (f(x.double()) @ f(W.double()).t() + b for f in (Tensor.clone, Tensor.abs))
+            assert y.dtype == dtype
+            assert_within(y, expected, eps * expected.abs() + 4 * torch.finfo(torch.float32).eps * size)
+    weight = codes(9, 3).clamp(1, 9)
+    assert ops.linear_int8_weight_only(torch.tensor([NAN, 1, 1], dtype=dtype), weight, scales(9), None).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -146,6 +166,8 @@ def test_gradients_are_those_of_the_decoded_weight(dtype):
         x, bias = activations(*shape, dtype=dtype).requires_grad_(), scales(20).to(dtype).requires_grad_()
         grad = activations(*shape[:-1], 20, dtype=dtype, seed=1)
         actual = torch.autograd.grad(ops.linear_int8(x, weight, scale, bias, 6.0), (x, bias), grad)
+        same = torch.autograd.grad(ops.linear_int8_weight_only(x, weight, scale, bias), (x, bias), grad)
+        assert all(map(equal, actual, same))
         expected = torch.autograd.grad(torch.nn.functional.linear(x, W, bias), (x, bias), grad)
         assert [g.dtype for g in actual] == [dtype, dtype]
         size = (ref.matrix(grad).double().abs() @ W.double().abs()).view(shape)
@@ -178,10 +200,20 @@ def test_gradient_of_dequantization():
 
 def test_only_weight_and_scale_are_saved():
     x, weight, scale = activations(8, 70).requires_grad_(), codes(9, 70), scales(9)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        ops.linear_int8(x, weight, scale, scales(9).requires_grad_(), 0.0)
-    assert {t.data_ptr() for t in saved} == {weight.data_ptr(), scale.data_ptr()}
+    for layer in (partial(ops.linear_int8, threshold=0.0), ops.linear_int8_weight_only):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            layer(x, weight, scale, scales(9).requires_grad_())
+        assert {t.data_ptr() for t in saved} == {weight.data_ptr(), scale.data_ptr()}
+
+
+def test_autocast():
+    """As torch's own layer: activations and bias are cast, scales are not."""
+    x, weight, scale, bias = activations(5, 70), codes(9, 70), scales(9), scales(9, seed=1)
+    for layer in (partial(ops.linear_int8, threshold=0.0), ops.linear_int8_weight_only):
+        expected = layer(x.bfloat16(), weight, scale, bias.bfloat16())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert equal(layer(x, weight, scale, bias), expected)
 
 
 def test_what_is_not_differentiable_says_so():

@@ -227,6 +227,10 @@ def _linear_int8(op: OpOverload, arguments: Arguments) -> DTensor:
     return _product(op, weight, arguments, "x", contracted=1)
 
 
+def _linear_int8_weight_only(op: OpOverload, arguments: Arguments) -> DTensor:
+    return _product(op, _weight_int8(op, arguments), arguments, "x", contracted=1)
+
+
 def _linear_int8_input_grad(op: OpOverload, arguments: Arguments) -> DTensor:
     return _product(op, _weight_int8(op, arguments), arguments, "grad", contracted=0)
 
@@ -276,6 +280,7 @@ RULES: dict[str, Rule] = {
     "linear_4bit": _linear_4bit,
     "linear_4bit_input_grad": _linear_4bit_input_grad,
     "linear_int8": _linear_int8,
+    "linear_int8_weight_only": _linear_int8_weight_only,
     "linear_int8_input_grad": _linear_int8_input_grad,
 }
 

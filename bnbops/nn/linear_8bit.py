@@ -16,7 +16,8 @@ class Linear8bitLt(Int8Module, nn.Linear):
 
     Each row of the weight and each row of the input is scaled to int8; the products are summed exactly and scaled back.
     Columns of the input that hold a magnitude of at least `threshold` are left out and multiplied in floating point
-    (Dettmers et al., "LLM.int8()", arXiv:2208.07339, section 3). Training and evaluation compute the same.
+    (Dettmers et al., "LLM.int8()", arXiv:2208.07339, section 3). In training mode on a CPU the input is not rounded to
+    int8, as in bitsandbytes: its product with the dequantized weight is one in floating point.
 
     With `has_fp16_weights=False` the weight is quantized by the first `.to(device)` ("cpu" counts) and frozen; the
     gradient of the input goes through it. With `has_fp16_weights=True` the weight stays a float one that can be
@@ -58,9 +59,9 @@ class Linear8bitLt(Int8Module, nn.Linear):
             RuntimeError: the weight is not quantized, or x does not fit it.
         """
         if self.has_fp16_weights and self.weight.is_floating_point():
-            return linear(x, self.weight, None, self.bias, self.threshold)
+            return linear(x, self.weight, None, self.bias, self.threshold, self.training)
         weight, scales = self._quantized_weight()
-        return linear(x, weight, scales, self.bias, self.threshold)
+        return linear(x, weight, scales, self.bias, self.threshold, self.training)
 
     @property
     def state(self) -> MatmulLtState:

@@ -75,7 +75,7 @@ void multiply_activations(const Activations& a, const Tensor& weight, int32_t* s
 }
 
 struct Int8OnCpu {
-  static constexpr int64_t kGradientPanel = 512;  // what caches hold
+  static constexpr int64_t kWeightPanel = 512;  // what caches hold
 
   explicit Int8OnCpu(const Tensor& /*like*/) {}
   static void prepare(Tensor& fresh) { prefer_huge_pages(fresh); }

@@ -22,7 +22,7 @@ void torch_product(const Tensor& codes, const Tensor& weight, const Tensor& sums
 Tensor as_matrix(const Tensor& tensor) { return torch::stable::view(tensor, {rows_of(tensor), columns_of(tensor)}); }
 
 struct Int8OnCuda : OnDevice {
-  static constexpr int64_t kGradientPanel = 8192;  // large enough for a fast product
+  static constexpr int64_t kWeightPanel = 8192;  // large enough for a fast product
 
   using OnDevice::OnDevice;
   static void prepare(Tensor& /*fresh*/) {}
