@@ -8,6 +8,7 @@ torch alone.
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 
 import torch
@@ -50,7 +51,7 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
 
     Args:
         signed: values of both signs in equal number; else only positive ones, twice as many.
-        max_exponent_bits: number of decades.
+        max_exponent_bits: number of decades. A signed map may name more than its codes reach; it lacks the lowest ones.
         total_bits: width of a code; maps of fewer than 8 bits are padded with zeros.
 
     Returns:
@@ -63,16 +64,16 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
     """
     _check_bits(total_bits)
     fraction_bits = total_bits - 1 - max_exponent_bits
-    if max_exponent_bits < 1 or fraction_bits < 0:
-        raise ValueError(
-            f"max_exponent_bits must be between 1 and total_bits - 1 = {total_bits - 1}, got {max_exponent_bits}"
-        )
+    if max_exponent_bits < 1 or (fraction_bits < 0 and not signed):
+        most = "at least 1" if signed else f"between 1 and total_bits - 1 = {total_bits - 1}"
+        raise ValueError(f"max_exponent_bits must be {most}, got {max_exponent_bits}")
 
     def cells(count: int, decade: int) -> Tensor:
         edges = _linspace(0.1, 1.0, count + 1)
         return (10.0 ** (decade - max_exponent_bits + 1)) * ((edges[:-1] + edges[1:]) / 2)
 
-    magnitudes = [cells(2 ** (i + fraction_bits + (not signed)), i) for i in range(max_exponent_bits)]
+    lowest = max(0, -fraction_bits)  # below it a decade has less than one cell
+    magnitudes = [cells(2 ** (i + fraction_bits + (not signed)), i) for i in range(lowest, max_exponent_bits)]
     if fraction_bits > 0:  # codes with no indicator bit at all: a coarser copy of the top decade
         magnitudes.append(cells(2**fraction_bits - 1, max_exponent_bits - 1))
     positive = torch.cat(magnitudes)
@@ -127,7 +128,8 @@ def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: 
         fraction * 2.0**-bias if exponent == 0 else (1 + fraction) * 2.0 ** (bias + 1 - exponent)
         for exponent, fraction in itertools.product(range(2**exponent_bits), fractions)
     ]
-    values = torch.tensor(magnitudes, dtype=torch.float32, device="cpu")
+    scale = 2.0 ** (1 - math.frexp(max(magnitudes))[1])  # float32 may not hold the largest
+    values = torch.tensor([magnitude * scale for magnitude in magnitudes], dtype=torch.float32, device="cpu")
     values = _padded(torch.cat([values, -values]) if signed else values)
     return values / values.max()
 

@@ -18,6 +18,7 @@ from bnbops.functional_int8 import (
     int8_vectorwise_dequant,
     int8_vectorwise_quant,
 )
+from bnbops.functional_optimizer import optimizer_update_8bit_blockwise, optimizer_update_32bit
 from bnbops.multiply_4bit import gemv_4bit
 from bnbops.quant_state import QuantState
 
@@ -33,13 +34,22 @@ __all__ = [
     "dequantize_nf4",
     "gemv_4bit",
     "get_4bit_type",
+    "has_avx512bf16",
     "int8_double_quant",
     "int8_linear_matmul",
     "int8_mm_dequant",
     "int8_vectorwise_dequant",
     "int8_vectorwise_quant",
+    "optimizer_update_8bit_blockwise",
+    "optimizer_update_32bit",
     "quantize_4bit",
     "quantize_blockwise",
     "quantize_fp4",
     "quantize_nf4",
 ]
+
+
+def has_avx512bf16() -> bool:
+    """Whether 4-bit layers repack their weights for this CPU when they evaluate, which bitsandbytes does if it has
+    AVX512-BF16: never."""
+    return False

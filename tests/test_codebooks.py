@@ -54,12 +54,28 @@ def test_every_map_can_be_used_as_a_code(name):
     assert torch.equal(code[codes.long()], code)
 
 
+@pytest.mark.parametrize(("exponent_bits", "total_bits"), [(8, 8), (11, 8), (6, 4)])
+def test_dynamic_maps_lack_decades_without_codes(exponent_bits, total_bits):
+    """Those that are left hold what they hold in a map of just as many: a code each in the lowest one."""
+    code = create_dynamic_map(True, exponent_bits, total_bits)
+    assert torch.equal(code, create_dynamic_map(True, total_bits - 1, total_bits))
+    assert len(code.unique()) == 2**total_bits
+
+
+def test_a_float_format_beyond_float32():
+    """8 bits of exponent and nothing else: powers of two up to 2^128, over the largest of them."""
+    code = create_fp8_map(signed=False, exponent_bits=8, precision_bits=0)
+    assert code[-150:].tolist() == [2.0**exponent for exponent in range(-149, 1)]
+    assert not code[:-150].any()
+
+
 @pytest.mark.parametrize(
     ("make", "kwargs"),
     [
         (create_dynamic_map, {"total_bits": 9}),
         (create_dynamic_map, {"total_bits": 0}),
-        (create_dynamic_map, {"max_exponent_bits": 8}),
+        (create_dynamic_map, {"signed": False, "max_exponent_bits": 8}),
+        (create_dynamic_map, {"max_exponent_bits": 0}),
         (create_dynamic_map, {"max_exponent_bits": -1}),
         (create_linear_map, {"total_bits": 9}),
         (create_linear_map, {"total_bits": 0}),

@@ -29,11 +29,12 @@ def install_as_bitsandbytes() -> None:
             "bnbops.install_as_bitsandbytes() before anything imports it, in the first lines of the program",
             name=finder.NAME,
         )
-    from bnbops.alias import names, repair
+    from bnbops.alias import names, operators, repair
 
     _installed = True
     finder.install()
     names.rename()
+    operators.install()
     repair.announce()
 
 
@@ -42,9 +43,10 @@ def uninstall_as_bitsandbytes() -> None:
     global _installed
     if not _installed:
         return
-    from bnbops.alias import names, repair
+    from bnbops.alias import names, operators, repair
 
     _installed = False
     names.restore()
+    operators.uninstall()
     finder.uninstall()
     repair.withdraw()
