@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def matmul_4bit(
         A: fp32, bf16 or fp16 tensor `[..., K]`.
         B: packed codes of W, of any shape, or a transpose of them.
         quant_state: W's scales and its shape `[N, K]`. If W was quantized as `[K, N]` (and is not square), the result
-            is `A @ W + bias`.
+            is `A @ W + bias`, with a DeprecationWarning, as bitsandbytes gives it.
         out: tensor `[..., N]` to copy the result into.
         bias: `[N]` in A's dtype.
 
@@ -54,6 +55,13 @@ def matmul_4bit(
     weight = _weight_arguments("matmul_4bit", B, quant_state)
     rows, columns = weight["shape"]
     if A.shape[-1] == rows != columns:
+        if not torch.compiler.is_compiling():
+            warnings.warn(
+                f"matmul_4bit: weight was quantized from a [K, N] tensor, of shape {[rows, columns]}. Re-quantize from "
+                "the weight as [N, K] (out_features, in_features): bitsandbytes will refuse the other form",
+                DeprecationWarning,
+                stacklevel=2,
+            )
         result = torch.ops.bnbops.linear_4bit_input_grad(A, **weight)
         return _written(result if bias is None else result + bias, out)
     return _written(torch.ops.bnbops.linear_4bit(A, bias=bias, **weight), out)

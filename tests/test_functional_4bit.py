@@ -1,5 +1,7 @@
 """bnbops.functional's 4-bit functions and bnbops.matmul_4bit: bitsandbytes' names, defaults and order of arguments."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -116,13 +118,20 @@ def test_matmul_takes_every_form_of_the_weight(dtype, nested):
 
 
 def test_matmul_with_a_weight_quantized_the_other_way():
-    """[K, N] in the state: A @ W, with its gradient."""
+    """[K, N] in the state: A @ W, with its gradient, and bitsandbytes' warning."""
     weight, x, bias = Weight(64, 20), normal(3, 64).requires_grad_(), normal(20, seed=2).requires_grad_()
-    y = bnbops.matmul_4bit(x, weight.packed, weight.state, bias=bias)
+    message = r"weight was quantized from a \[K, N\] tensor.*\[64, 20\].*Re-quantize from the weight as \[N, K\]"
+    with pytest.warns(DeprecationWarning, match=message) as caught:
+        y = bnbops.matmul_4bit(x, weight.packed, weight.state, bias=bias)
+    assert caught[0].filename == __file__
     torch.testing.assert_close(y, x @ weight.values + bias)
     actual = torch.autograd.grad(y.sum(), (x, bias))
     expected = torch.autograd.grad((x @ weight.values + bias).sum(), (x, bias))
     torch.testing.assert_close(actual, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bnbops.matmul_4bit(normal(3, 20), weight.packed, weight.state)
+        torch.compile(bnbops.matmul_4bit, backend="eager", fullgraph=True)(x, weight.packed, weight.state)
 
 
 def test_matmul_has_gradients():

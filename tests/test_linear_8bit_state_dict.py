@@ -211,8 +211,13 @@ def test_bad_state_dicts(case, assign):
         before = copy.deepcopy(module.state_dict())
         state = {key: value for key, value in (quantized().state_dict() | change).items() if value is not None}
         given = dict(state)
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(RuntimeError, match=message) as refusal:
             module.load_state_dict(state, assign=assign)
+        if case == "floats with scales":
+            words = (
+                "Loading a quantized checkpoint into non-quantized Linear8bitLt"  # which users of bitsandbytes match
+            )
+            assert (words in str(refusal.value)) == (module.SCB is None)
         assert list(state) == list(given)
         if case not in ("unknown key", "no bias"):  # torch loads the rest and then raises
             assert same(module.state_dict(), before)
@@ -220,7 +225,8 @@ def test_bad_state_dicts(case, assign):
 
 def test_codes_for_a_float_weight_are_refused():
     module = fresh(has_fp16_weights=True)
-    with pytest.raises(RuntimeError, match="has_fp16_weights must be False"):
+    message = "Loading a quantized checkpoint into non-quantized Linear8bitLt: .*has_fp16_weights must be False"
+    with pytest.raises(RuntimeError, match=message):
         module.load_state_dict(quantized().state_dict())
     assert module.weight.is_floating_point() and module.weight_scale is None
 

@@ -289,8 +289,8 @@ def test_a_second_parametrization():
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("nothing", AttributeError, "no parameter 'nothing'"),
-        ("head", TypeError, "Linear, not a parameter"),
+        ("nothing", AttributeError, "Module does not have parameter 'nothing'"),
+        ("head", TypeError, "Parameter 'head' is not an instance of nn.Parameter; it is a Linear"),
         ("up", TypeError, "parametrized already"),
     ],
 )

@@ -30,8 +30,10 @@ def install_as_bitsandbytes() -> None:
             name=finder.NAME,
         )
     from bnbops.alias import names, operators, repair
+    from bnbops.nn import bias
 
     _installed = True
+    bias.cast_for_good = True
     finder.install()
     names.rename()
     operators.install()
@@ -44,8 +46,10 @@ def uninstall_as_bitsandbytes() -> None:
     if not _installed:
         return
     from bnbops.alias import names, operators, repair
+    from bnbops.nn import bias
 
     _installed = False
+    bias.cast_for_good = False
     names.restore()
     operators.uninstall()
     finder.uninstall()

@@ -30,9 +30,9 @@ RENAMED = {
 }
 # Those that bnbops does not have, and why.
 MISSING = {
-    "_ops": "the operators are torch.ops.bnbops.*",
-    "backends": "the operators are torch.ops.bnbops.*",
-    "cextension": "there is no ctypes library; the operators are torch.ops.bnbops.*",
+    "_ops": "torch.ops.bitsandbytes has its operators all the same",
+    "backends": "the kernels are those of torch.ops.bnbops.*",
+    "cextension": "there is no ctypes library; the kernels are those of torch.ops.bnbops.*",
     "consts": "it describes bitsandbytes' own files",
     "cuda_specs": "torch.version.cuda and torch.cuda.get_device_capability() tell as much",
     "diagnostics": "use `python -m bnbops`",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from bnbops.nn.bias import bias_in
 from bnbops.nn.weight_4bit import Weight4bit
 
 
@@ -69,7 +72,9 @@ class Linear4bit(Weight4bit, nn.Linear):
         """`x @ weight.T + bias`, the weight dequantized on the fly. Changes nothing of the module."""
         weight, absmax, blocksize, quant_type, nested = self._arguments()
         dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
+        if dtype == torch.float16 and self.compute_dtype is None:
+            _warn_of_float16(self, x)
+        bias = bias_in(self, dtype)
         out = torch.ops.bnbops.linear_4bit(
             x.to(dtype), weight, absmax, bias, self._shape, blocksize, quant_type, **nested
         )
@@ -77,6 +82,21 @@ class Linear4bit(Weight4bit, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self._describe_4bit()}"
+
+
+_warned: WeakSet[Linear4bit] = WeakSet()  # not an attribute: `forward` changes nothing of a module
+
+
+def _warn_of_float16(layer: Linear4bit, x: Tensor) -> None:
+    """On a CPU, in a layer's first forward. bitsandbytes warns there, too: of inference if there is one row."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or layer in _warned:
+        return
+    _warned.add(layer)
+    what = "inference" if x.numel() == x.shape[-1] else "inference or training"
+    logging.getLogger(Linear4bit.__module__).warning(
+        "Input type into Linear4bit is torch.float16, and no compute_dtype is given: on a CPU, products of more than a "
+        f"few rows are as slow as in torch.float32. compute_dtype=torch.bfloat16 makes for faster {what}."
+    )
 
 
 class LinearFP4(Linear4bit):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bnbops.matmul_int8 import MatmulLtState, linear
+from bnbops.nn.bias import bias_in
 from bnbops.nn.params_8bit import Int8Module, Int8Params
 
 __all__ = ["Int8Params", "Linear8bitLt"]
@@ -58,10 +59,11 @@ class Linear8bitLt(Int8Module, nn.Linear):
         Raises:
             RuntimeError: the weight is not quantized, or x does not fit it.
         """
+        bias = bias_in(self, x.dtype)
         if self.has_fp16_weights and self.weight.is_floating_point():
-            return linear(x, self.weight, None, self.bias, self.threshold, self.training)
+            return linear(x, self.weight, None, bias, self.threshold, self.training)
         weight, scales = self._quantized_weight()
-        return linear(x, weight, scales, self.bias, self.threshold, self.training)
+        return linear(x, weight, scales, bias, self.threshold, self.training)
 
     @property
     def state(self) -> MatmulLtState:

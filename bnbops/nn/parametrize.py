@@ -152,11 +152,11 @@ def replace_parameter_4bit_prequantized(
 
 def _parameter(module: nn.Module, name: str) -> nn.Parameter:
     if not hasattr(module, name):
-        raise AttributeError(f"this {type(module).__name__} has no parameter '{name}'")
+        raise AttributeError(f"Module does not have parameter '{name}'; it is a {type(module).__name__}")
     if parametrize.is_parametrized(module, name):
         raise TypeError(f"'{name}' of this {type(module).__name__} is parametrized already")
     if not isinstance(parameter := getattr(module, name), nn.Parameter):
-        raise TypeError(f"'{name}' of this {type(module).__name__} is a {type(parameter).__name__}, not a parameter")
+        raise TypeError(f"Parameter '{name}' is not an instance of nn.Parameter; it is a {type(parameter).__name__}")
     return parameter
 
 

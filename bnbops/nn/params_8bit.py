@@ -329,16 +329,21 @@ class Int8Module(nn.Module):
             if self.weight.dtype != torch.int8:
                 return state_dict
             weight, scales = _quantize(weight)
+        into = (
+            ""
+            if self.weight.dtype == torch.int8
+            else f"Loading a quantized checkpoint into non-quantized {type(self).__name__}: "
+        )
         if weight.dtype != torch.int8 or scales is None:
             found = f"{weight.dtype} {'without' if scales is None else 'with'} SCB"
             raise ValueError(
-                f"{key} must be int8 with its scales in {prefix}SCB, or a float tensor alone; it is {found}"
+                f"{into}{key} must be int8 with its scales in {prefix}SCB, or a float tensor alone; it is {found}"
             )
         if scales.numel() != weight.shape[0]:
             raise ValueError(f"{prefix}SCB has {scales.numel()} scales, but {key} has {weight.shape[0]} rows")
-        if self.has_fp16_weights and self.weight.dtype != torch.int8:
+        if self.has_fp16_weights and into:
             raise ValueError(
-                f"{key} is int8, but the module is to train a float weight: has_fp16_weights must be False"
+                f"{into}{key} is int8, but the module is to train a float weight: has_fp16_weights must be False"
             )
         state_dict[key], state_dict[prefix + "weight_scale"] = weight, to_bits(scales).view(-1)
         return state_dict

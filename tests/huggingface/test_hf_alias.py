@@ -33,7 +33,10 @@ FAMILIES = ("Adagrad", "Adam", "AdamW", "AdEMAMix", "LAMB", "LARS", "Lion", "RMS
 PUBLIC = {
     "autograd": (),
     "autograd._functions": ("MatMul4Bit", "MatMul8bitFp", "MatMul8bitLt", "MatmulLtState", "matmul", "matmul_4bit"),
-    "functional": ("QuantState", "dequantize_4bit", "int8_vectorwise_dequant", "quantize_4bit", "quantize_blockwise"),
+    "functional": (
+        *("QuantState", "dequantize_4bit", "int8_vectorwise_dequant", "quantize_4bit", "quantize_blockwise"),
+        *("has_avx512bf16", "optimizer_update_32bit", "optimizer_update_8bit_blockwise"),
+    ),
     "nn": ("Embedding4bit", "Int8Params", "Linear4bit", "Linear8bitLt", "LinearNF4", "Params4bit", "StableEmbedding"),
     "nn.modules": ("Embedding8bit", "Int8Params", "Linear4bit", "Linear8bitLt", "Params4bit"),
     "nn.parametrize": ("Bnb4bitParametrization", "replace_parameter_4bit", "replace_parameter_4bit_prequantized"),
@@ -252,6 +255,8 @@ def surroundings() -> tuple[object, ...]:
         {name for name in sys.modules if name.partition(".")[0] == "bitsandbytes"},
         [{**vars(module)}.keys() for module in modules],
         [value.__module__ for value in public_classes()],
+        [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("bitsandbytes::")],
+        hasattr(torch.ops.bitsandbytes, "gemm_4bit"),
     )
 
 
