@@ -57,6 +57,12 @@ void check_float(const Named& named) {
   BNBOPS_CHECK(is_float(dtype), named, " must be float32, bfloat16 or float16, got ", dtype_name(dtype));
 }
 
+void check_scales(const Named& named) {
+  const ScalarType dtype = named.tensor.scalar_type();
+  BNBOPS_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Int, named,
+               " must be float32, or int32 for the bits of float32, got ", dtype_name(dtype));
+}
+
 void check_same_device(const Named& named, const Tensor& other) {
   if (named.tensor.is_cpu() && other.is_cpu()) return;  // the common case, without making two device objects
   BNBOPS_CHECK(named.tensor.device() == other.device(), named, " is on another device than the first tensor");
@@ -86,6 +92,10 @@ void check_codebook(const Named& named, const Tensor& like) {
   check_dtype(named, ScalarType::Float);
   check_same_device(named, like);
   check_contiguous(named);
+  check_codebook_shape(named);
+}
+
+void check_codebook_shape(const Named& named) {
   BNBOPS_CHECK(named.tensor.dim() == 1 && named.tensor.numel() == kCodebookSize, named, " must have shape [",
                kCodebookSize, "], got ", shape_of(named.tensor));
 }

@@ -43,12 +43,14 @@ bool is_float(ScalarType dtype);  // float32, bfloat16 or float16
 
 void check_dtype(const Named& named, ScalarType expected);
 void check_float(const Named& named);
+void check_scales(const Named& named);  // float32, or int32: the bits of float32
 void check_same_device(const Named& named, const Tensor& other);
 void check_readable(const Named& named, const Tensor& like);  // on the device of `like`, or the CPU
 void check_contiguous(const Named& named);
 void check_not_expanded(const Named& named);
 void check_one_element(const Named& named);
 void check_codebook(const Named& named, const Tensor& like);
+void check_codebook_shape(const Named& named);
 
 // Memory that a call touches. No written range may overlap any other.
 class Overlaps {

@@ -17,7 +17,7 @@ void check_matrix(const Named& named) {
 }
 
 void check_stats(const Named& named, const Tensor& first, int64_t count, const char* what) {
-  check_dtype(named, ScalarType::Float);
+  check_scales(named);
   check_same_device(named, first);
   BNBOPS_CHECK(named.tensor.numel() == count, named, " has ", named.tensor.numel(), " elements, but there are ", count,
                " ", what);

@@ -89,17 +89,23 @@ void Weight4bitArguments::check(size_t dims) const {
   const bool nested = nested_absmax || nested_code || nested_offset;
   BNBOPS_CHECK(!nested || (nested_absmax && nested_code && nested_offset), "bnbops::", op,
                ": nested_absmax, nested_code and nested_offset go together: give all of them or none");
-  check_dtype(scales, nested ? ScalarType::Byte : ScalarType::Float);
+  if (nested) {
+    check_dtype(scales, ScalarType::Byte);
+  } else {
+    check_scales(scales);
+  }
   BNBOPS_CHECK(absmax.numel() == blocks, scales, " has ", absmax.numel(), " elements, but shape ", text_of(shape),
                " in blocks of ", blocksize, " needs ", blocks);
   if (!nested) return;
   BNBOPS_CHECK(nested_blocksize > 0, "bnbops::", op, ": nested_blocksize must be positive, got ", nested_blocksize);
-  check_codebook({*nested_code, op, "nested_code"}, weight);
-  for (const Named& named : {Named{*nested_absmax, op, "nested_absmax"}, Named{*nested_offset, op, "nested_offset"}}) {
-    check_dtype(named, ScalarType::Float);
+  const Named code{*nested_code, op, "nested_code"};
+  for (const Named& named :
+       {code, Named{*nested_absmax, op, "nested_absmax"}, Named{*nested_offset, op, "nested_offset"}}) {
+    check_scales(named);
     check_same_device(named, weight);
     check_contiguous(named);
   }
+  check_codebook_shape(code);
   check_one_element({*nested_offset, op, "nested_offset"});
   const int64_t nested_blocks = divide_up(blocks, nested_blocksize);
   BNBOPS_CHECK(nested_absmax->numel() == nested_blocks, Named{*nested_absmax, op, "nested_absmax"}, " has ",

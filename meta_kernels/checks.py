@@ -25,6 +25,11 @@ def check_dtype(what: str, tensor: Tensor, dtype: torch.dtype) -> None:
     check(tensor.dtype == dtype, f"{what} must be {name_of(dtype)}, got {name_of(tensor.dtype)}")
 
 
+def check_scales(what: str, tensor: Tensor) -> None:
+    fits, found = tensor.dtype in (torch.float32, torch.int32), name_of(tensor.dtype)
+    check(fits, f"{what} must be float32, or int32 for the bits of float32, got {found}")
+
+
 def check_device(what: str, tensor: Tensor, other: Tensor) -> None:
     check(tensor.device == other.device, f"{what} is on another device than the first tensor")
 

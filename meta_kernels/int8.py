@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .checks import FLOAT_DTYPES, check, check_device, check_dtype, check_float, name_of
+from .checks import FLOAT_DTYPES, check, check_device, check_dtype, check_float, check_scales, name_of
 from .frozen import bias_gradient, refuse_vmap, register_autocast, register_gradients
 
 _MAX_PRODUCTS = 131071  # whose sum an int32 holds for certain
@@ -34,7 +34,7 @@ def _check_matrix(what: str, tensor: Tensor) -> None:
 
 
 def _check_stats(what: str, stats: Tensor, first: Tensor, count: int, of: str) -> None:
-    check_dtype(what, stats, torch.float32)
+    check_scales(what, stats)
     check_device(what, stats, first)
     check(stats.numel() == count, f"{what} has {stats.numel()} elements, but there are {count} {of}")
 

@@ -20,6 +20,7 @@ from .checks import (
     check_float,
     check_not_expanded,
     check_one_element,
+    check_scales,
     name_of,
 )
 from .frozen import refuse_vmap
@@ -80,7 +81,10 @@ class Weight4bit:
             all(given) or not any(given),
             f"{op}: nested_absmax, nested_code and nested_offset go together: give all of them or none",
         )
-        check_dtype(what, self.absmax, torch.uint8 if any(given) else torch.float32)
+        if any(given):
+            check_dtype(what, self.absmax, torch.uint8)
+        else:
+            check_scales(what, self.absmax)
         check(
             self.absmax.numel() == blocks,
             f"{what} has {self.absmax.numel()} elements, but shape {list(self.shape)} in blocks of {self.blocksize} "
@@ -94,7 +98,7 @@ class Weight4bit:
         check(size > 0, f"{op}: nested_blocksize must be positive, got {size}")
         for name in ("nested_code", "nested_absmax", "nested_offset"):
             what, tensor = f"{op}: {name}", getattr(self, name)
-            check_dtype(what, tensor, torch.float32)
+            check_scales(what, tensor)
             check_device(what, tensor, self.codes)
             check_contiguous(what, tensor)
             if name == "nested_code":

@@ -18,11 +18,11 @@ from bnbops.nn.scales_4bit import (
     as_arguments,
     check_state,
     in_rows,
-    quant_state,
     register_scales,
     save,
     scales_of,
     set_scales,
+    state_of,
     take_statistics,
     tensors_of,
 )
@@ -54,7 +54,7 @@ class Bnb4bitParametrization(nn.Module):
     @property
     def quant_state(self) -> QuantState:
         """Scales and description of the parameter, in the memory of the registered tensors."""
-        return quant_state(self, "", self.format)
+        return state_of(scales_of(self, ""), self.format)
 
     def forward(self, quantized_param: Tensor) -> Tensor:
         """The parameter in its shape and dtype."""

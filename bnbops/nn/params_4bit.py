@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bnbops.functional_4bit import quantize_4bit
 from bnbops.lasting import lasting
 from bnbops.nn.freed_memory import give_back
-from bnbops.nn.scales_4bit import check_state, packed_bytes
+from bnbops.nn.scales_4bit import Format, check_state, packed_bytes, state_of, tensors_of
 from bnbops.quant_state import QuantState
 
 # What the constructor takes beside the data, and what `__dict__` holds.
@@ -57,7 +57,17 @@ def _moved(state: QuantState, device: torch.device) -> QuantState:
     return state
 
 
-def _rebuild(cls: type, data: Tensor, requires_grad: bool, attributes: dict[str, Any]) -> Params4bit:
+def _rebuild(
+    cls: type,
+    data: Tensor,
+    requires_grad: bool,
+    attributes: dict[str, Any],
+    scales: tuple[dict[str, Tensor], Format] | None = None,
+) -> Params4bit:
+    """An unpickled parameter; `scales` are None if it has none, and in pickles of the time before attributes lost their
+    `quant_state`."""
+    if scales is not None:
+        attributes |= {"quant_state": state_of(*scales)}
     return cls(data, requires_grad, **attributes)
 
 
@@ -183,6 +193,17 @@ class Params4bit(nn.Parameter):
         is_module = isinstance(module, nn.Module)
         self.__dict__["module"] = weakref.ref(module) if is_module else module  # else of another one's `__dict__`
 
+    def hold_in(self, module: nn.Module) -> None:
+        """Remembers, weakly, that the module has this weight."""
+        if self.module is None:
+            self.module = module
+        self.__dict__.setdefault("_holders", weakref.WeakSet()).add(module)
+
+    def holders(self) -> list[nn.Module]:
+        """The modules that share this weight."""
+        known = self.__dict__.get("_holders", ())
+        return [module for module in known if module._parameters.get("weight") is self]
+
     # ---- conversions -------------------------------------------------------------------------------------------
 
     def to(self, *args: Any, **kwargs: Any) -> Params4bit:
@@ -246,21 +267,18 @@ class Params4bit(nn.Parameter):
 
     def _with(self, data: Tensor) -> Params4bit:
         """A parameter like this one, on the device of its data."""
-        attributes = {name: self.__dict__[name] for name in _ATTRIBUTES}
-        if self.quant_state is not None:
-            attributes["quant_state"] = _moved(self.quant_state, data.device)
-        return type(self)(data, self.requires_grad, **attributes)
+        state = None if self.quant_state is None else _moved(self.quant_state, data.device)
+        return type(self)(data, self.requires_grad, **self._attributes(quant_state=state))
 
     def _float(self, data: Tensor, requires_grad: bool = False) -> Params4bit:
         """A float parameter with this one's settings."""
-        attributes = {name: self.__dict__[name] for name in _ATTRIBUTES} | {"quant_state": None, "bnb_quantized": False}
-        return type(self)(data, requires_grad, **attributes)
+        return type(self)(data, requires_grad, **self._attributes(quant_state=None, bnb_quantized=False))
 
     def _become(self, other: Params4bit) -> None:
         """Takes the other one's data and settings; who holds this parameter keeps it."""
         self.requires_grad_(False)
         self.data = other.data
-        self.__dict__.update({name: other.__dict__[name] for name in _ATTRIBUTES})
+        self.__dict__.update(other._attributes())
 
     def module_load(self, other: Tensor, assign: bool = False) -> Params4bit:
         """What torch swaps this parameter with when it loads `other` (`set_swap_module_params_on_conversion`)."""
@@ -284,16 +302,21 @@ class Params4bit(nn.Parameter):
     # ---- copies ------------------------------------------------------------------------------------------------
 
     def __copy__(self) -> Params4bit:
-        return type(self)(self.data, self.requires_grad, **{name: self.__dict__[name] for name in _ATTRIBUTES})
+        return type(self)(self.data, self.requires_grad, **self._attributes())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Params4bit:
         """A copy is no module's weight until it is registered in one."""
-        return type(self)(self.data.clone(), self.requires_grad, **self._detached_attributes(memo))
+        attributes = self._attributes(quant_state=copy.deepcopy(self.quant_state, memo), module=None)
+        return type(self)(self.data.clone(), self.requires_grad, **attributes)
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
-        # A copy of the state, too: torch.save refuses memory that a module holds as int32, and the state as fp32.
-        return _rebuild, (type(self), self.data, self.requires_grad, self._detached_attributes())
+        # The tensors that a module registers, no views of another dtype and no copies: torch.save refuses memory of two
+        # dtypes, and what other processes are to share must live until they have opened it.
+        state = self.quant_state
+        scales = None if state is None else (tensors_of(state), Format.of(state))
+        attributes = self._attributes(quant_state=None, module=None)
+        return _rebuild, (type(self), self.data, self.requires_grad, attributes, scales)
 
-    def _detached_attributes(self, memo: dict[int, Any] | None = None) -> dict[str, Any]:
-        own = {"quant_state": copy.deepcopy(self.quant_state, memo), "module": None}
-        return {name: self.__dict__[name] for name in _ATTRIBUTES} | own
+    def _attributes(self, **others: Any) -> dict[str, Any]:
+        """What the constructor takes beside the data, `others` in the place of this parameter's own."""
+        return {name: self.__dict__[name] for name in _ATTRIBUTES} | others

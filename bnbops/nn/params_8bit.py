@@ -14,7 +14,7 @@ from bnbops.lasting import lasting
 from bnbops.matmul_int8 import quantize_weight
 from bnbops.nn.finite import is_finite
 from bnbops.nn.freed_memory import give_back
-from bnbops.nn.plain_state import of_quantized_layer, of_whole_layer
+from bnbops.nn.plain_state import entries_before, of_quantized_layer, of_whole_layer
 from bnbops.nn.scale_bits import from_bits, to_bits
 from bnbops.nn.weight_source import as_float16
 from bnbops.sharded import is_sharded
@@ -119,11 +119,14 @@ class Int8Params(nn.Parameter):
 
     def _quantize_in_place(self, device: torch.device) -> Int8Params:
         with lasting(self):
-            codes, scales = _quantize(self.detach().to(device))
+            self._become(*_quantize(self.detach().to(device)))
+        return self
+
+    def _become(self, codes: Tensor, scales: Tensor) -> None:
+        """Takes codes and scales; who holds this parameter keeps it."""
         self.grad = None
         self.requires_grad_(False)
         self.data, self._scales = codes, scales
-        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Int8Params:
         if id(self) not in memo:
@@ -163,16 +166,21 @@ class Int8Module(nn.Module):
         else:
             self.weight = Int8Params(self.weight.data, requires_grad=False)
 
+    def _scales_of(self, weight: Tensor) -> Tensor | None:
+        """Of the weight that this module holds, in the form that the operators take; None before quantization."""
+        if weight.dtype != torch.int8:
+            return None
+        scale = self.weight_scale
+        carried = getattr(weight, "_scales", scale)  # plain tensors carry none
+        if scale is None or carried is None or carried.dtype != torch.int32:
+            return carried  # of a weight that was put into `_parameters`, past this module
+        return scale
+
     @property
     def SCB(self) -> Tensor | None:
         """The fp32 scales `[rows]`; None before quantization."""
-        weight = self.weight
-        if traceable_weight(weight).dtype != torch.int8:
-            return None
-        carried = getattr(weight, "_scales", self.weight_scale)  # plain tensors carry none
-        if carried is None or carried.dtype != torch.int32:
-            return carried  # of a weight that was put into `_parameters`, past this module
-        return from_bits((carried if self.weight_scale is None else self.weight_scale).detach())
+        scales = self._scales_of(traceable_weight(self.weight))
+        return None if scales is None else from_bits(scales.detach())
 
     @property
     def weight_format(self) -> Tensor:
@@ -180,12 +188,13 @@ class Int8Module(nn.Module):
         return torch.tensor(0, dtype=torch.uint8, device="cpu")
 
     def _quantized_weight(self) -> tuple[Tensor, Tensor]:
-        """The int8 codes and their scales.
+        """The int8 codes and their scales, fp32 or its bits.
 
         Raises:
             RuntimeError: the weight is not quantized.
         """
-        weight, scales = traceable_weight(self.weight), self.SCB
+        weight = traceable_weight(self.weight)  # read once: data_parallel gathers it at each read
+        scales = self._scales_of(weight)
         if weight.dtype != torch.int8:
             raise RuntimeError(
                 f"the weight of this {type(self).__name__} is not quantized: load it, then move the module with "
@@ -278,6 +287,7 @@ class Int8Module(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        entries = self._entries_before(missing_keys)
         self._adopt_scales()
         try:
             state_dict = self._with_parameters(state_dict, prefix)
@@ -285,17 +295,32 @@ class Int8Module(nn.Module):
             error_msgs.append(str(error))
             return
         held, has_fp16_weights = isinstance(self.weight, Int8Params), getattr(self.weight, "has_fp16_weights", False)
-        if prefix + "weight_scale" in state_dict and self.weight_scale is None:  # make room
-            with lasting(self.weight):
-                codes = torch.empty_like(self.weight, dtype=torch.int8, requires_grad=False)
-                scales = torch.empty(codes.shape[0], dtype=torch.float32, device=codes.device)
-            self.weight = Int8Params(codes, SCB=scales)
+        if prefix + "weight_scale" in state_dict and self.weight_scale is None:
+            self._make_room()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        missing_keys[:] = [prefix + "SCB" if key == prefix + "weight_scale" else key for key in missing_keys]
+        if prefix + "weight_scale" in missing_keys:
+            missing_keys.remove(prefix + "weight_scale")
+            missing_keys += [prefix + name for name in entries]
         if held:
             self._restore_weight(has_fp16_weights)
+
+    def _entries_before(self, missing_keys: list[str]) -> list[str]:
+        entries = [] if self.SCB is None else ["SCB"]
+        return entries_before(missing_keys, self.weight, entries) if isinstance(self.weight, Int8Params) else entries
+
+    def _make_room(self) -> None:
+        """For codes and scales; in the parameter that is there, which other modules may share."""
+        with lasting(self.weight):
+            codes = torch.empty_like(self.weight, dtype=torch.int8, requires_grad=False)
+            scales = torch.empty(codes.shape[0], dtype=torch.float32, device=codes.device)
+        room = Int8Params(codes, SCB=scales)
+        if isinstance(self.weight, Int8Params):
+            self.weight._become(room.data, room._scales)
+            self._adopt_scales()
+        else:
+            self.weight = room
 
     def _with_parameters(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
         """A state dict with this module's parameters instead of bitsandbytes' entries. Float weights for a module that

@@ -1,4 +1,7 @@
-"""fp32 scales as int32: no cast of a model to another float dtype, nor FSDP's mixed precision, touches their bits."""
+"""fp32 scales as int32: no cast of a model to another float dtype, nor FSDP's mixed precision, touches their bits.
+
+The operators take the bits as they are. Only what shows scales to people and files views them as fp32.
+"""
 
 from __future__ import annotations
 

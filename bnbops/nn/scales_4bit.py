@@ -1,7 +1,7 @@
 """The scales of a packed 4-bit weight as tensors that a module can register.
 
 What a module registers gets cast: by `.half()`, `.to(torch.bfloat16)`, by FSDP's mixed precision. Scales must not be.
-So fp32 tensors are registered as the int32 tensors of the same bits, and viewed as fp32 where they are used.
+So fp32 tensors are registered as the int32 tensors of the same bits, which is how the operators take them, too.
 
 A module registers, each name with a prefix of its own:
 
@@ -143,22 +143,23 @@ def scales_of(module: nn.Module, prefix: str) -> dict[str, Tensor]:
 
 def as_arguments(tensors: dict[str, Tensor], format: Format) -> tuple[Tensor, dict[str, Any]]:
     """absmax and, if doubly quantized, the nested arguments of the operators."""
-    nested = {name: from_bits(tensor) for name, tensor in tensors.items() if name != "absmax"}
-    if not nested:
-        return from_bits(tensors["absmax"]), {}
+    if len(tensors) == 1:
+        return tensors["absmax"], {}
+    nested = {name: tensor for name, tensor in tensors.items() if name != "absmax"}
     return tensors["absmax"], nested | {"nested_blocksize": format.nested_blocksize}
 
 
-def quant_state(module: nn.Module, prefix: str, format: Format) -> QuantState:
-    """The registered tensors as bitsandbytes shows them, in the same memory."""
+def state_of(tensors: dict[str, Tensor], format: Format) -> QuantState:
+    """The tensors to register as bitsandbytes shows them, in the same memory."""
     # .data: a view that autograd knows of keeps its base in use, and torch refuses to swap parameters in use
-    tensors = {name: tensor.data for name, tensor in scales_of(module, prefix).items()}
-    absmax, nested = as_arguments(tensors, format)
-    offset = state2 = None
-    if nested:
-        offset = nested["nested_offset"].view(())
-        absmax2, code, blocksize = (nested[name] for name in ("nested_absmax", "nested_code", "nested_blocksize"))
-        state2 = QuantState(absmax2, code=code, blocksize=blocksize, dtype=torch.float32)
+    tensors = {name: tensor.data for name, tensor in tensors.items()}
+    absmax, offset, state2 = tensors["absmax"], None, None
+    if len(tensors) == 1:
+        absmax = from_bits(absmax)
+    else:
+        absmax2, offset, code = (from_bits(tensors[name]) for name in ("nested_absmax", "nested_offset", BUFFER))
+        offset = offset.view(())
+        state2 = QuantState(absmax2, code=code, blocksize=format.nested_blocksize, dtype=torch.float32)
     return QuantState(
         absmax.view(-1),
         shape=torch.Size(format.shape),
@@ -184,6 +185,12 @@ def save(destination: dict[str, Any], key: str, packed: Tensor, state: QuantStat
     destination[key] = packed.detach().view(-1, 1)
     for name, tensor in state.as_dict(packed=True).items():
         destination[f"{key}.{name}"] = tensor.detach()
+
+
+def entries_of(state: QuantState) -> list[str]:
+    """The names that `save` gives to what describes a packed weight."""
+    nested = ("nested_absmax", "nested_quant_map") if state.nested else ()
+    return ["absmax", "quant_map", *nested, f"quant_state.bitsandbytes__{state.quant_type}"]
 
 
 def take_statistics(state_dict: dict[str, Any], key: str) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bnbops.default_device import traceable_weight
 from bnbops.lasting import lasting
 from bnbops.nn.params_4bit import Params4bit
-from bnbops.nn.plain_state import of_quantized_layer, of_whole_layer
+from bnbops.nn.plain_state import entries_before, of_quantized_layer, of_whole_layer
 from bnbops.nn.scales_4bit import (
     BUFFER,
     NAMES,
@@ -21,12 +21,13 @@ from bnbops.nn.scales_4bit import (
     as_arguments,
     check_settings,
     check_state,
+    entries_of,
     in_rows,
-    quant_state,
     register_scales,
     save,
     scales_of,
     set_scales,
+    state_of,
     take_statistics,
     tensors_of,
 )
@@ -77,7 +78,7 @@ class Weight4bit(nn.Module):
                 f"the weight of this {type(self).__name__} is sharded: call unshard() on the module that fully_shard "
                 "was given, which gathers weight and scales, and reshard() afterwards"
             )
-        return quant_state(self, _PREFIX, self._format)
+        return state_of(scales_of(self, _PREFIX), self._format)
 
     @quant_state.setter
     def quant_state(self, state: QuantState) -> None:
@@ -160,10 +161,7 @@ class Weight4bit(nn.Module):
         if not tied:
             weight.module = self
         if tied and owner._format is not None:
-            self._format = owner._format
-            for name in PARAMETERS:
-                self._parameters[_PREFIX + name] = owner._parameters[_PREFIX + name]
-            self._buffers[_PREFIX + BUFFER] = owner._buffers[_PREFIX + BUFFER]
+            self._share_scales(owner)
         elif not weight.bnb_quantized:
             self._set_scales(None)
         elif weight.quant_state is not None:
@@ -184,16 +182,28 @@ class Weight4bit(nn.Module):
             )
 
     def _set_scales(self, state: QuantState | None) -> None:
+        """Registers new scales, here and in the modules that share the weight."""
         set_scales(self, _PREFIX, {} if state is None else tensors_of(state))
         self._format = None if state is None else Format.of(state)
+        weight = self._parameters.get("weight")
+        for other in weight.holders() if isinstance(weight, Params4bit) else ():
+            if other is not self:
+                other._share_scales(self)
+                other._link()
+
+    def _share_scales(self, owner: Weight4bit) -> None:
+        """Registers what another module has."""
+        self._format = owner._format
+        for name in PARAMETERS:
+            self._parameters[_PREFIX + name] = owner._parameters[_PREFIX + name]
+        self._buffers[_PREFIX + BUFFER] = owner._buffers[_PREFIX + BUFFER]
 
     def _link(self) -> None:
         """Lets a Params4bit show what the module holds."""
         weight = self._parameters.get("weight")
         if not isinstance(weight, Params4bit):
             return
-        if weight.module is None:
-            weight.module = self
+        weight.hold_in(self)
         if self._format is not None and weight.bnb_quantized:
             weight.data = in_rows(weight.data, self._format)
             self.quant_storage = weight.dtype
@@ -255,13 +265,15 @@ class Weight4bit(nn.Module):
             self._link()
             return
         weight = state_dict.pop(key, None)
+        entries = [] if self._format is None else entries_of(self.quant_state)
+        entries = entries_before(missing_keys, self.weight, entries)
         if statistics and not assign:
             self._materialize(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)  # the others; misses the ones of the weight
         own_names = {key, *(prefix + _PREFIX + name for name in NAMES)}
         missing_keys[:] = [name for name in missing_keys if name not in own_names]
         if weight is None:
-            missing_keys.append(key)
+            missing_keys += [key, *(f"{key}.{name}" for name in entries if name not in statistics)]
             return
         try:
             self._load_weight(weight, statistics, assign)
