@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bnbops.codebooks import create_dynamic_map
+from bnbops.nn.scale_bits import to_bits
 from bnbops.sample import DTYPES, Sample, full, normal, random_codes, strided, tensor
 
 _FLOAT, _BYTES = torch.float32, torch.uint8
@@ -23,6 +24,12 @@ def _weight(shape: list[int], blocksize: int = 64, storage: torch.dtype = _BYTES
     """Packed codes and scales of a tensor of `shape`."""
     numel = math.prod(shape)
     return random_codes((numel + 1) // 2).view(storage).view(-1, 1), 0.1 + normal(-(numel // -blocksize)).abs()
+
+
+def _bits(nested: tuple[Tensor, dict[str, Any]]) -> tuple[Tensor, dict[str, Any]]:
+    """Scales, and what `_nested` gives, as layers hold them."""
+    codes, arguments = nested
+    return codes, {name: to_bits(x) if isinstance(x, Tensor) else x for name, x in arguments.items()}
 
 
 def _nested(blocks: int, nested_blocksize: int | None = None) -> tuple[Tensor, dict[str, Any]]:
@@ -83,13 +90,15 @@ def _dequantize() -> list[Sample]:
         Sample("empty", (*_weight([0, 8]), 64, "nf4", [0, 8], _FLOAT)),
         Sample("nested", (packed, nested_absmax, 64, "nf4", odd, torch.bfloat16), nested),
         Sample("nested in blocks of 16", (packed, _nested(24)[0], 64, "fp4", odd, _FLOAT), _nested(24, 16)[1]),
+        Sample("bits of scales", (packed, to_bits(absmax), 64, "nf4", odd, _FLOAT)),
+        Sample("nested, bits of scales", (packed, nested_absmax, 64, "nf4", odd, _FLOAT), _bits(_nested(24))[1]),
         Sample("absmax requires grad", (packed, absmax.clone().requires_grad_(), 64, "nf4", odd, _FLOAT)),
     ]
 
 
 def _dequantize_out() -> list[Sample]:
     """Samples of dequantize_4bit with an `out`, contiguous and not."""
-    names = ("to bfloat16", "stored as float32", "scalar", "empty", "nested", "nested in blocks of 16")
+    names = ("to bfloat16", "stored as float32", "scalar", "empty", "nested in blocks of 16", "nested, bits of scales")
     calls = [sample for sample in _dequantize() if sample.name in names]
 
     def with_out(sample: Sample, name: str, out: Tensor) -> Sample:
@@ -118,6 +127,7 @@ def _embedding() -> list[Sample]:
         Sample("rows of two blocks", (indices, *by_blocks, [7, 128], 64, "nf4", _FLOAT)),
         Sample("nested", (indices, codes, nested_absmax, shape, 64, "nf4", torch.bfloat16), _nested(8)[1]),
         Sample("nested in blocks of 3", (indices, codes, nested_absmax, shape, 64, "nf4", _FLOAT), _nested(8, 3)[1]),
+        Sample("bits of scales", (indices, codes, to_bits(weight[1]), shape, 64, "nf4", _FLOAT)),
     ]
 
 
@@ -176,6 +186,8 @@ def _products(biased: bool) -> list[Sample]:
         sample("requires grad, bfloat16", 40, grad=True, bias=True, dtype=low, quant_type="fp4"),
         sample("nested", 3, dtype=low, nested=_nested(15), bias=True),
         sample("nested in blocks of 4, requires grad", 3, nested=_nested(15, 4), grad=True),
+        sample("bits of scales", 3, dtype=low, nested=(to_bits(_weight(shape)[1]), {})),
+        sample("nested, bits of scales, requires grad", 3, nested=_bits(_nested(15)), grad=True),
     ]
 
 
@@ -206,9 +218,11 @@ def _grouped_products(biased: bool) -> list[Sample]:
         view: Callable[[Tensor], Tensor] = lambda x: x,
         nested_blocksize: int | None = None,
         nested: bool = False,
+        bits: bool = False,
     ) -> Sample:
         packed, absmax = _weight(of)
         absmax, arguments = _nested(absmax.numel(), nested_blocksize) if nested else (absmax, {})
+        absmax = to_bits(absmax) if bits else absmax
         x = view(normal(tokens, of[2] if biased else of[1], seed=1).to(dtype)).requires_grad_(grad)
         b = [normal(*of[:2], seed=2).to(dtype).requires_grad_(grad) if bias else None] if biased else []
         offsets = tensor(ends, torch.int32)
@@ -227,6 +241,7 @@ def _grouped_products(biased: bool) -> list[Sample]:
         sample("requires grad", 7, [3, 3, 6], grad=True, bias=True),
         sample("nested, requires grad", 5, [1, 3, 5], nested=True, grad=True, dtype=low),
         sample("nested in blocks of 7", 5, [1, 3, 5], nested=True, nested_blocksize=7),
+        sample("bits of scales", 5, [1, 3, 5], bits=True),
     ]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bnbops.nn.scale_bits import to_bits
 from bnbops.sample import Sample, full, integers, normal, strided, uniform
 
 __all__ = ["BUILDERS"]
@@ -70,6 +71,7 @@ def _dequant() -> list[Sample]:
         Sample("no rows", (codes[:0], stats[:0])),
         Sample("no columns", (codes[:, :0], stats)),
         Sample("stats require grad", (codes, stats.clone().requires_grad_())),
+        Sample("bits of scales", (codes, to_bits(stats))),
     ]
 
 
@@ -120,6 +122,7 @@ def _mm_dequant() -> list[Sample]:
         Sample("strided", (strided(A), strided(rows), strided(columns), None, strided(bias))),
         Sample("no rows", (A[:0], rows[:0], columns)),
         Sample("no columns", (A[:, :0], rows, columns[:0])),
+        Sample("bits of scales", (A, to_bits(rows), to_bits(columns))),
     ]
 
 
@@ -135,6 +138,7 @@ def _scaled_mm() -> list[Sample]:
         Sample("no rows", (A[:0], B, rows[:0], columns, bias)),
         Sample("no columns", (A, B[:0], rows, columns[:0])),
         Sample("no products", (A[:, :0], B[:, :0], rows, columns, bias)),
+        Sample("bits of scales", (A, B, rows, to_bits(columns))),
     ]
 
 
@@ -163,6 +167,7 @@ def _linear() -> list[Sample]:
         Sample("no products", (x[:, :0], weight[:, :0], scale, bias, 1.0)),
         Sample("nan, infinity and zeros", (_with_special(x.clone()), weight, scale, bias, 0.0)),
         Sample("nan and zeros with a threshold", (_with_special(x.clone())[[0, 2]], weight, scale, bias, 1.0)),
+        Sample("bits of scales", (outliers(torch.bfloat16), weight, to_bits(scale), None, 6.0)),
         *(Sample(f"requires grad, {d}".replace("torch.", ""), _differentiable(d)) for d in _DTYPES[:2]),
     ]
 
@@ -190,7 +195,7 @@ def _input_grad() -> list[Sample]:
         Sample("no rows", (grad[:0], weight, scale)),
         Sample("no columns", (grad, weight[:, :0], scale)),
         Sample("no products", (grad[:, :0], weight[:0], scale[:0])),
-        Sample("requires grad", (grad.clone().requires_grad_(), weight, scale)),
+        Sample("requires grad, bits of scales", (grad.clone().requires_grad_(), weight, to_bits(scale))),
     ]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bnbops.codebooks import create_4bit_map
 from bnbops.expect import absmax_of, blocked, expect, expect_nearest, normalise
+from bnbops.nn.scale_bits import from_bits
 
 
 def _unpacked(packed: Tensor) -> Tensor:
@@ -22,8 +23,11 @@ def _weight(before: dict[str, Any], packed: str = "weight", dtype: torch.dtype =
     """What the arguments of a call mean."""
     absmax, size = before["absmax"].detach().flatten(), before["blocksize"]
     if before.get("nested_absmax") is not None:
-        scale = before["nested_absmax"].repeat_interleave(before.get("nested_blocksize", 256))[: absmax.numel()]
-        absmax = before["nested_code"][absmax.long()] * scale + before["nested_offset"]
+        scale, code, offset = (from_bits(before[f"nested_{name}"]) for name in ("absmax", "code", "offset"))
+        scale = scale.repeat_interleave(before.get("nested_blocksize", 256))[: absmax.numel()]
+        absmax = code[absmax.long()] * scale + offset
+    else:
+        absmax = from_bits(absmax)
     numel = torch.Size(before["shape"]).numel()
     code = create_4bit_map(before["quant_type"]).to(absmax.device)[_unpacked(before[packed])[:numel].long()]
     return (code * absmax.repeat_interleave(size)[:numel]).to(dtype).view(before["shape"])

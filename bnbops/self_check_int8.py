@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bnbops.expect import expect, expect_close
+from bnbops.nn.scale_bits import from_bits
 from bnbops.sample import tensor
 
 __all__ = ["REFERENCES"]
@@ -66,7 +67,8 @@ def _double_quant(before: dict[str, Any], result: tuple[Tensor, ...], _after: di
 
 
 def _weight(weight: Tensor, scale: Tensor) -> Tensor:
-    return weight * scale.detach().view(*weight.shape[:-1], 1) * tensor(1 / 127).to(weight.device)
+    scales = from_bits(scale).detach().view(*weight.shape[:-1], 1)
+    return weight * scales * tensor(1 / 127).to(weight.device)
 
 
 def _dequant(before: dict[str, Any], result: Tensor, _after: dict[str, Any]) -> None:
@@ -87,8 +89,8 @@ def _matmul_out(before: dict[str, Any], _result: None, after: dict[str, Any]) ->
 
 
 def _scaled(sums: Tensor, before: dict[str, Any]) -> Tensor:
-    rows = before["row_stats"].reshape(*sums.shape[:-1], 1)
-    values = sums * (rows * before["col_stats"].flatten()) * _INVERSE.to(sums.device)
+    rows, columns = from_bits(before["row_stats"]), from_bits(before["col_stats"])
+    values = sums * (rows.reshape(*sums.shape[:-1], 1) * columns.flatten()) * _INVERSE.to(sums.device)
     if before.get("bias") is not None:
         values = values + before["bias"].float()
     return values.to(before.get("dtype") or torch.float16)
@@ -107,7 +109,7 @@ def _linear(before: dict[str, Any], result: Tensor, _after: dict[str, Any]) -> N
     x, weight, scale, bias = (before[name] for name in ("x", "weight", "scale", "bias"))
     matrix = _matrix(x)
     codes, _, stats, _, outliers = _quantized(matrix, before["threshold"])
-    scales = (stats[:, None] * scale.flatten()).clamp(max=_FLOAT_MAX)
+    scales = (stats[:, None] * from_bits(scale).flatten()).clamp(max=_FLOAT_MAX)
     parts = [(_product(codes, weight) * scales * _INVERSE.to(x.device)).double()]
     W = _weight(weight, scale).to(x.dtype)
     parts.append(_counted(matrix, 0.0)[0].double()[:, outliers] @ W.double().t()[outliers])

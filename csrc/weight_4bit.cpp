@@ -29,6 +29,12 @@ void check_storage(const Named& named) {
   BNBOPS_CHECK(is_storage(dtype), named, " must be uint8, int8, float32, bfloat16 or float16, got ", dtype_name(dtype));
 }
 
+void check_nested(const Named& named, const Tensor& weight) {
+  check_scales(named);
+  check_same_device(named, weight);
+  check_contiguous(named);
+}
+
 // `last` is the size that the last dimension must have, `which` its place in the weight's shape.
 void check_features(const Named& named, const Weight4bitArguments& weight, int64_t last, const char* which) {
   check_float(named);
@@ -98,14 +104,10 @@ void Weight4bitArguments::check(size_t dims) const {
                " in blocks of ", blocksize, " needs ", blocks);
   if (!nested) return;
   BNBOPS_CHECK(nested_blocksize > 0, "bnbops::", op, ": nested_blocksize must be positive, got ", nested_blocksize);
-  const Named code{*nested_code, op, "nested_code"};
-  for (const Named& named :
-       {code, Named{*nested_absmax, op, "nested_absmax"}, Named{*nested_offset, op, "nested_offset"}}) {
-    check_scales(named);
-    check_same_device(named, weight);
-    check_contiguous(named);
-  }
-  check_codebook_shape(code);
+  check_nested({*nested_code, op, "nested_code"}, weight);
+  check_codebook_shape({*nested_code, op, "nested_code"});
+  check_nested({*nested_absmax, op, "nested_absmax"}, weight);
+  check_nested({*nested_offset, op, "nested_offset"}, weight);
   check_one_element({*nested_offset, op, "nested_offset"});
   const int64_t nested_blocks = divide_up(blocks, nested_blocksize);
   BNBOPS_CHECK(nested_absmax->numel() == nested_blocks, Named{*nested_absmax, op, "nested_absmax"}, " has ",

@@ -355,7 +355,7 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
     "float scales of nested ones": ({"absmax": torch.zeros(10)}, "absmax must be uint8, got float32"),
     "byte scales not nested": (
         {"nested_absmax": None, "nested_code": None, "nested_offset": None},
-        "absmax must be float32, got uint8",
+        "absmax must be float32, or int32 .* got uint8",
     ),
     "nested_code missing": ({"nested_code": None}, "go together"),
     "nested_absmax missing": ({"nested_absmax": None}, "go together"),
