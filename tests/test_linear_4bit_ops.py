@@ -292,7 +292,11 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "shape of experts": (LINEAR, {"shape": [1, 10, 64]}, "shape must have 2 dimensions"),
     "weight too short": (LINEAR, {"weight": GOOD.packed[:-1]}, "weight has 319 bytes, but shape .10, 64. needs 320"),
     "absmax too short": (LINEAR, {"absmax": GOOD.absmax[:-1]}, "absmax has 9 elements"),
-    "absmax in bytes": (LINEAR, {"absmax": torch.zeros(10, dtype=torch.uint8)}, "absmax must be float32, or int32 .* got uint8"),
+    "absmax in bytes": (
+        LINEAR,
+        {"absmax": torch.zeros(10, dtype=torch.uint8)},
+        "absmax must be float32, or int32 .* got uint8",
+    ),
     "nested_code alone": (LINEAR, {"nested_code": torch.zeros(256)}, "go together"),
     "blocksize": (LINEAR, {"blocksize": 100}, "power of two"),
     "type": (LINEAR, {"quant_type": "int4"}, "quant_type must be 'nf4' or 'fp4'"),

@@ -320,3 +320,6 @@ class Params4bit(nn.Parameter):
     def _attributes(self, **others: Any) -> dict[str, Any]:
         """What the constructor takes beside the data, `others` in the place of this parameter's own."""
         return {name: self.__dict__[name] for name in _ATTRIBUTES} | others
+
+
+torch.serialization.add_safe_globals([Params4bit, Format, _rebuild])  # they run no code of a file

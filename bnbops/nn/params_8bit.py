@@ -144,6 +144,9 @@ def _rebuild(cls: type, data: Tensor, requires_grad: bool, has_fp16_weights: boo
     return self
 
 
+torch.serialization.add_safe_globals([Int8Params, _rebuild])  # they run no code of a file
+
+
 class Int8Module(nn.Module):
     """A module with an int8 `weight` and, as a parameter of its own, `weight_scale`: the scales of its rows.
 
@@ -274,7 +277,8 @@ class Int8Module(nn.Module):
             return  # torch's functions for sharded state dicts know parameters by their own names only
         destination.pop(prefix + "weight_scale", None)
         if self.SCB is not None:
-            destination[prefix + "SCB"] = self.SCB
+            # Beside an Int8Params, which has them, too, as int32: torch.save refuses memory of two dtypes.
+            destination[prefix + "SCB"] = self.SCB.clone() if keep_vars else self.SCB
             destination[prefix + "weight_format"] = self.weight_format
 
     def _load_from_state_dict(

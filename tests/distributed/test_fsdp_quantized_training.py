@@ -126,9 +126,11 @@ def saved_storages(model: nn.Module) -> tuple[Tensor, list[torch.UntypedStorage]
     """The loss, and the memory of codes and scales that its backward pass reads."""
     storages = []
 
+    whole = {buffer.data_ptr() for buffer in model.buffers()}  # the codebook of nested scales
+
     def pack(x: Tensor) -> Tensor:
         held = x.dtype in INTEGERS or any(x.data_ptr() == p.data_ptr() for p in model.parameters())
-        if held or x.untyped_storage().nbytes() == 0:
+        if (held and x.data_ptr() not in whole) or x.untyped_storage().nbytes() == 0:
             storages.append(x.untyped_storage())
         return x
 
