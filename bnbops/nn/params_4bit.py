@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import weakref
 from collections.abc import Callable
@@ -203,6 +204,15 @@ class Params4bit(nn.Parameter):
         """The modules that share this weight."""
         known = self.__dict__.get("_holders", ())
         return [module for module in known if module._parameters.get("weight") is self]
+
+    def saved_as(self, state_dict: dict[str, Any], key: str) -> str:
+        """The key by which the first module that shares this weight saved it to this state dict; `key` if none did."""
+        held, first = self.__dict__.get("_saved_as", (None, key))
+        if held is not None and held() is state_dict and first in state_dict:
+            return first
+        with contextlib.suppress(TypeError):  # a plain dict, which torch does not pass, cannot be referenced weakly
+            self._saved_as = weakref.ref(state_dict), key
+        return key
 
     # ---- conversions -------------------------------------------------------------------------------------------
 

@@ -239,7 +239,14 @@ class Weight4bit(nn.Module):
             return
         for name in NAMES:
             destination.pop(prefix + _PREFIX + name, None)
-        save(destination, prefix + "weight", weight, self.quant_state)
+        state, key = weight.quant_state, prefix + "weight"
+        first = weight.saved_as(destination, key)
+        if first == key:
+            save(destination, key, weight, state)
+            return
+        # Tied: the same tensors under both names, so that savers which leave out duplicates leave out all of them.
+        for name in ("", *(f".{entry}" for entry in entries_of(state))):
+            destination[key + name] = destination[first + name]
 
     def _load_from_state_dict(
         self,
@@ -254,8 +261,11 @@ class Weight4bit(nn.Module):
         """Takes bitsandbytes' keys, a float weight, or the tensors by their own names."""
         key, rest = prefix + "weight", (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         assign = local_metadata.get("assign_to_params_buffers", False)
+        own_names = {prefix + _PREFIX + name for name in NAMES}
+        statistics = take_statistics(state_dict, key) if isinstance(self.weight, Params4bit) else {}
+        if statistics:  # they count: torch's set_model_state_dict adds what the module has, by its own names
+            state_dict = {name: value for name, value in state_dict.items() if name not in own_names}
         by_own_names = prefix + _PREFIX + "absmax" in state_dict or not isinstance(self.weight, Params4bit)
-        statistics = {} if by_own_names else take_statistics(state_dict, key)
         stays_float = self._format is None and not statistics and not assign
         if by_own_names and (misfit := self._misfit(state_dict, key)) is not None:
             error_msgs.append(misfit)
@@ -270,8 +280,7 @@ class Weight4bit(nn.Module):
         if statistics and not assign:
             self._materialize(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)  # the others; misses the ones of the weight
-        own_names = {key, *(prefix + _PREFIX + name for name in NAMES)}
-        missing_keys[:] = [name for name in missing_keys if name not in own_names]
+        missing_keys[:] = [name for name in missing_keys if name != key and name not in own_names]
         if weight is None:
             missing_keys += [key, *(f"{key}.{name}" for name in entries if name not in statistics)]
             return
