@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import weakref
 from collections.abc import Callable
@@ -193,26 +192,6 @@ class Params4bit(nn.Parameter):
     def module(self, module: nn.Module | weakref.ref | None) -> None:
         is_module = isinstance(module, nn.Module)
         self.__dict__["module"] = weakref.ref(module) if is_module else module  # else of another one's `__dict__`
-
-    def hold_in(self, module: nn.Module) -> None:
-        """Remembers, weakly, that the module has this weight."""
-        if self.module is None:
-            self.module = module
-        self.__dict__.setdefault("_holders", weakref.WeakSet()).add(module)
-
-    def holders(self) -> list[nn.Module]:
-        """The modules that share this weight."""
-        known = self.__dict__.get("_holders", ())
-        return [module for module in known if module._parameters.get("weight") is self]
-
-    def saved_as(self, state_dict: dict[str, Any], key: str) -> str:
-        """The key by which the first module that shares this weight saved it to this state dict; `key` if none did."""
-        held, first = self.__dict__.get("_saved_as", (None, key))
-        if held is not None and held() is state_dict and first in state_dict:
-            return first
-        with contextlib.suppress(TypeError):  # a plain dict, which torch does not pass, cannot be referenced weakly
-            self._saved_as = weakref.ref(state_dict), key
-        return key
 
     # ---- conversions -------------------------------------------------------------------------------------------
 

@@ -14,8 +14,9 @@ from bnbops.lasting import lasting
 from bnbops.matmul_int8 import quantize_weight
 from bnbops.nn.finite import is_finite
 from bnbops.nn.freed_memory import give_back
-from bnbops.nn.plain_state import entries_before, of_quantized_layer, of_whole_layer
+from bnbops.nn.plain_state import of_quantized_layer, of_whole_layer
 from bnbops.nn.scale_bits import from_bits, to_bits
+from bnbops.nn.tied import hold, others, saved_as
 from bnbops.nn.weight_source import as_float16
 from bnbops.sharded import is_sharded
 
@@ -232,9 +233,12 @@ class Int8Module(nn.Module):
         weight = self._parameters["weight"]
         if not isinstance(weight, Int8Params):
             return  # FSDP, for one, puts tensors of its own there
+        hold(weight, self)
         scales = weight._scales
         if scales is None or scales.dtype != torch.int32:
             self.weight_scale = None if scales is None else nn.Parameter(to_bits(scales).view(-1), requires_grad=False)
+            for other in others(weight, self):
+                other.weight_scale = self.weight_scale
         elif self.weight_scale is None:
             self.weight_scale = scales
         weight._scales = self.weight_scale
@@ -277,8 +281,11 @@ class Int8Module(nn.Module):
             return  # torch's functions for sharded state dicts know parameters by their own names only
         destination.pop(prefix + "weight_scale", None)
         if self.SCB is not None:
-            # Beside an Int8Params, which has them, too, as int32: torch.save refuses memory of two dtypes.
-            destination[prefix + "SCB"] = self.SCB.clone() if keep_vars else self.SCB
+            # A copy beside an Int8Params, which has them as int32: torch.save refuses memory of two dtypes. And in the
+            # second of tied modules: Transformers refuses tensors that share memory, but for the ones that it ties.
+            key = prefix + "weight"
+            copied = keep_vars or saved_as(self.weight, destination, key) != key
+            destination[prefix + "SCB"] = self.SCB.clone() if copied else self.SCB
             destination[prefix + "weight_format"] = self.weight_format
 
     def _load_from_state_dict(
@@ -291,7 +298,6 @@ class Int8Module(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        entries = self._entries_before(missing_keys)
         self._adopt_scales()
         try:
             state_dict = self._with_parameters(state_dict, prefix)
@@ -306,13 +312,12 @@ class Int8Module(nn.Module):
         )
         if prefix + "weight_scale" in missing_keys:
             missing_keys.remove(prefix + "weight_scale")
-            missing_keys += [prefix + name for name in entries]
+            missing_keys += [] if self._is_tied() else [prefix + "SCB"]  # tied: savers of duplicates may have left it
         if held:
             self._restore_weight(has_fp16_weights)
 
-    def _entries_before(self, missing_keys: list[str]) -> list[str]:
-        entries = [] if self.SCB is None else ["SCB"]
-        return entries_before(missing_keys, self.weight, entries) if isinstance(self.weight, Int8Params) else entries
+    def _is_tied(self) -> bool:
+        return isinstance(self.weight, Int8Params) and len(others(self.weight, self)) > 0
 
     def _make_room(self) -> None:
         """For codes and scales; in the parameter that is there, which other modules may share."""
@@ -341,7 +346,7 @@ class Int8Module(nn.Module):
         if layout not in (0, "row"):
             raise ValueError(f"{key}_format is {layout}; only weights by rows (0) can be loaded")
         if weight is None:
-            if scales is not None:
+            if scales is not None and not self._is_tied():
                 raise ValueError(f"{prefix}SCB came without {key}, whose scales they are")
             return state_dict
         if not isinstance(self.weight, Int8Params) and is_sharded(self.weight) and not self.has_fp16_weights:

@@ -40,20 +40,6 @@ def registered(name: str, read: Callable[[str], Tensor]) -> Tensor | None:
     return of_entries(f"{path}weight", read)[own] if found and own in NAMES else None
 
 
-def entries_before(missing_keys: list[str], weight: Tensor, entries: list[str]) -> list[str]:
-    """The names of what describes a weight in a state dict: `entries` if it is the first module with this weight that
-    `load_state_dict` comes to in a call, which is known by its list of missing keys, and then the same again.
-
-    They are what a module misses whose tied weight a saver left out as a duplicate: what its state dict had before the
-    call, though the other module may have loaded another format into the weight meanwhile.
-    """
-    call, names = getattr(weight, "_entries_before", (None, entries))
-    if call is missing_keys:
-        return names
-    weight._entries_before = missing_keys, entries
-    return entries
-
-
 def of_whole_layer(key: str, weight: Tensor, held: Tensor) -> str:
     """The error that `weight` is in a format that a sharded layer cannot take."""
     return (

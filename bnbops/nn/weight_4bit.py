@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bnbops.default_device import traceable_weight
 from bnbops.lasting import lasting
 from bnbops.nn.params_4bit import Params4bit
-from bnbops.nn.plain_state import entries_before, of_quantized_layer, of_whole_layer
+from bnbops.nn.plain_state import of_quantized_layer, of_whole_layer
 from bnbops.nn.scales_4bit import (
     BUFFER,
     NAMES,
@@ -31,6 +31,7 @@ from bnbops.nn.scales_4bit import (
     take_statistics,
     tensors_of,
 )
+from bnbops.nn.tied import entries_before, hold, others, saved_as
 from bnbops.quant_state import QuantState
 from bnbops.sharded import is_sharded
 
@@ -186,10 +187,9 @@ class Weight4bit(nn.Module):
         set_scales(self, _PREFIX, {} if state is None else tensors_of(state))
         self._format = None if state is None else Format.of(state)
         weight = self._parameters.get("weight")
-        for other in weight.holders() if isinstance(weight, Params4bit) else ():
-            if other is not self:
-                other._share_scales(self)
-                other._link()
+        for other in others(weight, self) if isinstance(weight, Params4bit) else ():
+            other._share_scales(self)
+            other._link()
 
     def _share_scales(self, owner: Weight4bit) -> None:
         """Registers what another module has."""
@@ -203,7 +203,9 @@ class Weight4bit(nn.Module):
         weight = self._parameters.get("weight")
         if not isinstance(weight, Params4bit):
             return
-        weight.hold_in(self)
+        if weight.module is None:
+            weight.module = self
+        hold(weight, self)
         if self._format is not None and weight.bnb_quantized:
             weight.data = in_rows(weight.data, self._format)
             self.quant_storage = weight.dtype
@@ -240,7 +242,7 @@ class Weight4bit(nn.Module):
         for name in NAMES:
             destination.pop(prefix + _PREFIX + name, None)
         state, key = weight.quant_state, prefix + "weight"
-        first = weight.saved_as(destination, key)
+        first = saved_as(weight, destination, key)
         if first == key:
             save(destination, key, weight, state)
             return
@@ -276,13 +278,16 @@ class Weight4bit(nn.Module):
             return
         weight = state_dict.pop(key, None)
         entries = [] if self._format is None else entries_of(self.quant_state)
-        entries = entries_before(missing_keys, self.weight, entries)
+        entries = entries_before(self.weight, missing_keys, entries)
         if statistics and not assign:
             self._materialize(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)  # the others; misses the ones of the weight
         missing_keys[:] = [name for name in missing_keys if name != key and name not in own_names]
         if weight is None:
-            missing_keys += [key, *(f"{key}.{name}" for name in entries if name not in statistics)]
+            there = (
+                [] if others(self.weight, self) else statistics
+            )  # of a tied one they are what a saver has not left out
+            missing_keys += [key, *(f"{key}.{name}" for name in entries if name not in there)]
             return
         try:
             self._load_weight(weight, statistics, assign)
