@@ -123,7 +123,7 @@ def _linear(before: dict[str, Any], result: Tensor, _after: dict[str, Any]) -> N
 def _weight_only(before: dict[str, Any], result: Tensor, _after: dict[str, Any]) -> None:
     x, bias = _matrix(before["x"].detach()).double(), before["bias"]
     W = _weight(before["weight"], before["scale"]).to(result.dtype).double()
-    bias = torch.zeros(()).to(x) if bias is None else bias.detach().double()
+    bias = tensor(0.0).to(x) if bias is None else bias.detach().double()
     expect(result.dtype == before["x"].dtype, "result of the wrong dtype")
     expect_close(_matrix(result.detach()), x @ W.t() + bias, "values", x.abs() @ W.t().abs() + bias.abs())
 

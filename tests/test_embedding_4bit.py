@@ -37,7 +37,7 @@ def test_arguments_reach_the_weight():
     assert weight.is_meta and weight.dtype == layer.dtype == torch.float16 and layer.padding_idx == 3
     found = (weight.compress_statistics, weight.quant_type, weight.quant_storage, weight.blocksize)
     assert found == (False, "nf4", torch.bfloat16, 32)
-    assert isinstance(layer, nn.Embedding) and type(weight) is Params4bit and not weight.requires_grad
+    assert isinstance(layer, nn.Embedding) and isinstance(weight, Params4bit) and not weight.requires_grad
     assert (EmbeddingNF4(4, 64).weight.quant_type, EmbeddingFP4(4, 64).weight.quant_type) == ("nf4", "fp4")
     assert EmbeddingNF4(4, 64, compress_statistics=True).weight.compress_statistics
     with pytest.raises(ValueError, match="quant_type"):

@@ -40,7 +40,7 @@ def test_arguments_reach_the_weight():
     found = (weight.compress_statistics, weight.quant_type, weight.quant_storage, weight.blocksize)
     assert found == (False, "nf4", torch.bfloat16, 32) and layer.quant_storage == torch.bfloat16
     assert linear(quantized=False, dtype=torch.float16).bias.dtype == torch.float16
-    assert isinstance(layer, nn.Linear) and type(weight) is Params4bit and not weight.requires_grad
+    assert isinstance(layer, nn.Linear) and isinstance(weight, Params4bit) and not weight.requires_grad
     assert (LinearNF4(64, 8).weight.quant_type, LinearFP4(64, 8, blocksize=32).weight.quant_type) == ("nf4", "fp4")
     assert LinearFP4(64, 8, blocksize=32).weight.blocksize == 32
     assert bnbops.nn.Linear4bit is Linear4bit

@@ -178,7 +178,7 @@ def test_codes_and_scales_survive(way, storage):
     layer = linear(quant_storage=storage)
     expected = copies(layer.state_dict())
     result = CASTS[way](layer)
-    assert type(result) is Linear4bit and type(result.weight) is Params4bit
+    assert type(result) is Linear4bit and isinstance(result.weight, Params4bit)
     assert set(differing(result.state_dict(), expected)) <= {"bias"}  # which is cast
     result.bias = nn.Parameter(expected["bias"])
     for x in (inputs(), inputs(dtype=torch.bfloat16)):
@@ -203,11 +203,11 @@ def test_meta_and_back(quantized):
     """Empty tensors of the same shapes, which can be loaded into."""
     layer = linear(quantized)
     meta = copy.deepcopy(layer).to("meta")
-    assert all(t.is_meta for t in plain_tensors(meta).values()) and type(meta.weight) is Params4bit
+    assert all(t.is_meta for t in plain_tensors(meta).values()) and isinstance(meta.weight, Params4bit)
     empty = meta.to_empty(device="cpu")
     shapes = {name: (t.dtype, t.shape) for name, t in plain_tensors(layer).items()}
     assert {name: (t.dtype, t.shape) for name, t in plain_tensors(empty).items()} == shapes
-    assert type(empty.weight) is Params4bit and empty.weight.bnb_quantized == quantized
+    assert isinstance(empty.weight, Params4bit) and empty.weight.bnb_quantized == quantized
     empty.load_state_dict(layer.state_dict())
     assert torch.equal(empty.to("cpu")(inputs()), linear()(inputs()))
 
@@ -217,7 +217,7 @@ def test_unquantized_layers_are_like_linear():
     state = nn.Linear(IN, OUT).state_dict()
     layer.load_state_dict(state)
     assert differing(layer.state_dict(), state) == [] and not layer.half().weight.bnb_quantized
-    assert layer.weight.dtype == torch.float16 and type(layer.weight) is Params4bit
+    assert layer.weight.dtype == torch.float16 and isinstance(layer.weight, Params4bit)
     twin = pickle.loads(pickle.dumps(layer))
     assert twin.weight.module is twin and torch.equal(twin.to("cpu")(inputs()), layer.to("cpu")(inputs()))
 
@@ -294,7 +294,7 @@ def test_loading(options, target, assign):
     settings = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
     assert [getattr(layer.weight, s) for s in settings] == [getattr(source.weight, s) for s in settings]
     aliased = layer.weight.data_ptr() == given["weight"].data_ptr()
-    assert aliased == assign and type(layer.weight) is Params4bit and layer.weight.module is layer
+    assert aliased == assign and isinstance(layer.weight, Params4bit) and layer.weight.module is layer
 
 
 def test_loading_keeps_tensors_that_fit():
@@ -317,7 +317,7 @@ def test_assigned_floats_are_quantized_later():
     layer = linear(quantized=False, device="meta", blocksize=128)
     state = nn.Linear(IN, OUT).state_dict()
     layer.load_state_dict(state, assign=True)
-    assert layer.weight.data_ptr() == state["weight"].data_ptr() and type(layer.weight) is Params4bit
+    assert layer.weight.data_ptr() == state["weight"].data_ptr() and isinstance(layer.weight, Params4bit)
     assert layer.to("cpu").quant_state.blocksize == 128
 
 
@@ -331,7 +331,7 @@ def test_a_foreign_switch_of_torch(quantized):
 
     for target in ("fresh", "quantized"):
         layer = with_future("swap", load)(TARGETS[target]())
-        assert type(layer.weight) is Params4bit
+        assert isinstance(layer.weight, Params4bit)
         assert differing(layer.to("cpu").state_dict(), linear().state_dict()) == []
 
 
@@ -440,7 +440,7 @@ def test_names_of_a_sharded_checkpoint():
     assert differing(layer.state_dict(), source.state_dict()) == []
     layer = linear(seed=1)
     layer.load_state_dict({n: t.detach().clone() for n, t in plain_tensors(source).items()}, assign=True)
-    assert differing(layer.state_dict(), source.state_dict()) == [] and type(layer.weight) is Params4bit
+    assert differing(layer.state_dict(), source.state_dict()) == [] and isinstance(layer.weight, Params4bit)
 
 
 class Tied(nn.Module):

@@ -43,7 +43,7 @@ def test_what_does_not_quantize():
     param = Params4bit(weight())
     assert param.to("meta").is_meta and not param.to("meta").bnb_quantized
     low = param.to(torch.bfloat16)
-    assert type(low) is Params4bit and torch.equal(low.data, weight(torch.bfloat16)) and not low.bnb_quantized
+    assert isinstance(low, Params4bit) and torch.equal(low.data, weight(torch.bfloat16)) and not low.bnb_quantized
     assert param.to(torch.float32) is param and param.half().dtype == torch.float16
     with pytest.raises(NotImplementedError, match="meta"):
         Params4bit(weight().to("meta")).to("cpu")
@@ -97,7 +97,7 @@ def test_packed_codes_survive(way, storage):
     param = Params4bit(weight(), quant_type="nf4", quant_storage=storage).to("cpu")
     expected, attributes = F.dequantize_4bit(param.data, param.quant_state), dict(vars(param))
     result = CONVERSIONS[way](param)
-    assert type(result) is Params4bit and result.dtype == storage and result.bnb_quantized
+    assert isinstance(result, Params4bit) and result.dtype == storage and result.bnb_quantized
     assert torch.equal(F.dequantize_4bit(result.data, result.quant_state), expected)
     assert vars(result) | {"quant_state": None} == attributes | {"quant_state": None}
     assert torch.equal(F.dequantize_4bit(param.data, param.quant_state), expected)
@@ -221,7 +221,7 @@ def test_marks_of_a_plain_parameter_are_kept(quantized):
         plain = nn.Parameter(value, requires_grad=False)
         plain.loaded = True
         layer.weight = plain
-        assert type(layer.weight) is Params4bit and layer.weight.loaded and torch.equal(layer.weight, value)
+        assert isinstance(layer.weight, Params4bit) and layer.weight.loaded and torch.equal(layer.weight, value)
 
 
 def test_offloading():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable
-from typing import Any
+from copy import copy, deepcopy
+from functools import cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from bnbops.functional_4bit import quantize_4bit
 from bnbops.lasting import lasting
 from bnbops.nn.freed_memory import give_back
+from bnbops.nn.quantized_parameter import QuantizedParameter
 from bnbops.nn.scales_4bit import Format, check_state, packed_bytes, state_of, tensors_of
 from bnbops.quant_state import QuantState
 
@@ -51,10 +53,33 @@ def _moved(state: QuantState, device: torch.device) -> QuantState:
     """A copy on another device; without data to move (meta), the state itself."""
     if state.absmax.is_meta:
         return state
-    state = copy.copy(state)
-    state.state2 = copy.copy(state.state2)
+    state = copy(state)
+    state.state2 = copy(state.state2)
     state.to(device)
     return state
+
+
+class _NotQuantized:
+    """Mixed into the class of a weight that is not quantized yet: torch.chunk and torch.split make such weights of it.
+
+    Quantizing takes this away, as making torch's lazy parameters changes their class: with a `__torch_function__` every
+    call of an operator takes longer, and Dynamo traces less.
+    """
+
+    @classmethod
+    def __torch_function__(cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = super().__torch_function__(function, types, args, kwargs)
+        if function not in (torch.chunk, torch.split):
+            return result
+        whole = args[0] if args else kwargs["input" if function is torch.chunk else "tensor"]
+        return tuple(whole._float(part, whole.requires_grad, module=None) for part in result)
+
+
+@cache
+def _not_quantized(cls: type) -> type:
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_quantized_class": cls}
+    return type(cls.__name__, (_NotQuantized, cls), names)
 
 
 def _rebuild(
@@ -71,7 +96,7 @@ def _rebuild(
     return cls(data, requires_grad, **attributes)
 
 
-class Params4bit(nn.Parameter):
+class Params4bit(QuantizedParameter):
     """A weight that `.to(device)`, `.cuda()` or `.cpu()` quantizes to 4 bits, in place; the meta device does not.
 
     Before, it is a float parameter like any other. Afterwards its data are packed codes, `quant_state` tells their
@@ -105,6 +130,7 @@ class Params4bit(nn.Parameter):
     quant_state: QuantState | None
     quant_storage: torch.dtype
     bnb_quantized: bool
+    _quantized_class: ClassVar[type | None] = None  # of a class of weights that are not quantized yet
 
     def __new__(
         cls,
@@ -122,7 +148,9 @@ class Params4bit(nn.Parameter):
         data = torch.empty(0) if data is None else data
         if quant_state is not None:
             bnb_quantized = _is_packed(data, quant_state)
-        self = super().__new__(cls, data.data if isinstance(data, Params4bit) else data, requires_grad)
+        cls = cls._quantized_class or cls
+        data = data.data if isinstance(data, Params4bit) else data
+        self = super().__new__(cls if bnb_quantized else _not_quantized(cls), data, requires_grad)
         self.blocksize = 64 if blocksize is None else blocksize
         self.compress_statistics = compress_statistics
         self.quant_type = quant_type
@@ -195,45 +223,15 @@ class Params4bit(nn.Parameter):
 
     # ---- conversions -------------------------------------------------------------------------------------------
 
-    def to(self, *args: Any, **kwargs: Any) -> Params4bit:
-        """As `torch.Tensor.to`, but a float weight that is given a device is quantized in place, and returned.
+    @property
+    def _is_quantized(self) -> bool:
+        return self.bnb_quantized
 
-        Quantizing, and a quantized weight, ignore a dtype.
+    @property
+    def _quantizes(self) -> bool:
+        return not self.bnb_quantized
 
-        Raises:
-            ValueError: a weight of a dtype, or settings, that quantization does not support; nothing has changed.
-        """
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if self.bnb_quantized:
-            dtype = None
-        elif device is not None and device.type != "meta":
-            return self._quantize(device)
-        data = self.data.to(device=device, dtype=dtype, non_blocking=non_blocking)
-        unchanged = data.device == self.device and data.dtype == self.dtype
-        return self if unchanged else self._with(data)
-
-    def cpu(self) -> Params4bit:
-        return self.to("cpu")
-
-    def cuda(self, device: torch.device | str | int | None = None, non_blocking: bool = False) -> Params4bit:
-        return self.to(device="cuda" if device is None else device, non_blocking=non_blocking)
-
-    def xpu(self, device: torch.device | str | int | None = None, non_blocking: bool = False) -> Params4bit:
-        return self.to(device="xpu" if device is None else device, non_blocking=non_blocking)
-
-    def half(self) -> Params4bit:
-        return self.to(torch.float16)
-
-    def bfloat16(self) -> Params4bit:
-        return self.to(torch.bfloat16)
-
-    def float(self) -> Params4bit:
-        return self.to(torch.float32)
-
-    def double(self) -> Params4bit:
-        return self.to(torch.float64)
-
-    def _quantize(self, device: torch.device) -> Params4bit:
+    def _quantize_on(self, device: torch.device) -> Params4bit:
         if self.is_cpu:
             give_back(self.nbytes)  # of the weights before this one
         with lasting(self):
@@ -246,27 +244,31 @@ class Params4bit(nn.Parameter):
             )
         self.requires_grad_(False)
         self.data, self.quant_state, self.bnb_quantized = packed, state, True
+        self.__class__ = self._quantized_class or type(self)
         self._tell_module()
         return self
+
+    def _scale_tensors(self) -> list[Tensor]:
+        return [] if self.quant_state is None else list(tensors_of(self.quant_state).values())
 
     def _tell_module(self) -> None:
         """The module whose weight this is, or shall be, registers the scales."""
         if (adopt := getattr(self.module, "_weight_was_quantized", None)) is not None:
             adopt(self)
 
-    def _with(self, data: Tensor) -> Params4bit:
-        """A parameter like this one, on the device of its data."""
+    def _with(self, data: Tensor, copy: bool = False) -> Params4bit:
         state = None if self.quant_state is None else _moved(self.quant_state, data.device)
+        state = deepcopy(state) if copy else state
         return type(self)(data, self.requires_grad, **self._attributes(quant_state=state))
 
-    def _float(self, data: Tensor, requires_grad: bool = False) -> Params4bit:
-        """A float parameter with this one's settings."""
-        return type(self)(data, requires_grad, **self._attributes(quant_state=None, bnb_quantized=False))
+    def _float(self, data: Tensor, requires_grad: bool = False, **others: Any) -> Params4bit:
+        """A float parameter with this one's settings, but for `others`."""
+        return type(self)(data, requires_grad, **self._attributes(quant_state=None, bnb_quantized=False, **others))
 
     def _become(self, other: Params4bit) -> None:
         """Takes the other one's data and settings; who holds this parameter keeps it."""
         self.requires_grad_(False)
-        self.data = other.data
+        self.data, self.__class__ = other.data, type(other)
         self.__dict__.update(other._attributes())
 
     def module_load(self, other: Tensor, assign: bool = False) -> Params4bit:
@@ -295,7 +297,7 @@ class Params4bit(nn.Parameter):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Params4bit:
         """A copy is no module's weight until it is registered in one."""
-        attributes = self._attributes(quant_state=copy.deepcopy(self.quant_state, memo), module=None)
+        attributes = self._attributes(quant_state=deepcopy(self.quant_state, memo), module=None)
         return type(self)(self.data.clone(), self.requires_grad, **attributes)
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
@@ -304,7 +306,8 @@ class Params4bit(nn.Parameter):
         state = self.quant_state
         scales = None if state is None else (tensors_of(state), Format.of(state))
         attributes = self._attributes(quant_state=None, module=None)
-        return _rebuild, (type(self), self.data, self.requires_grad, attributes, scales)
+        cls = self._quantized_class or type(self)
+        return _rebuild, (cls, self.data, self.requires_grad, attributes, scales)
 
     def _attributes(self, **others: Any) -> dict[str, Any]:
         """What the constructor takes beside the data, `others` in the place of this parameter's own."""

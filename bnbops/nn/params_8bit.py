@@ -15,6 +15,7 @@ from bnbops.matmul_int8 import quantize_weight
 from bnbops.nn.finite import is_finite
 from bnbops.nn.freed_memory import give_back
 from bnbops.nn.plain_state import of_quantized_layer, of_whole_layer
+from bnbops.nn.quantized_parameter import QuantizedParameter, sparing_integers
 from bnbops.nn.scale_bits import from_bits, to_bits
 from bnbops.nn.tied import hold, others, saved_as
 from bnbops.nn.weight_source import as_float16
@@ -34,7 +35,7 @@ def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     return quantize_weight(rounded)
 
 
-class Int8Params(nn.Parameter):
+class Int8Params(QuantizedParameter):
     """A weight `[rows, columns]` that its first `.to(device)`, `.cuda()` or `.cpu()` quantizes to int8, in place.
 
     The scale of a row is its largest magnitude, and a code c stands for `c * scale / 127` (LLM.int8, arXiv:2208.07339,
@@ -88,40 +89,27 @@ class Int8Params(nn.Parameter):
     def SCB(self, scales: Tensor | None) -> None:
         self._scales = None if scales is None else from_bits(scales.detach())
 
-    def to(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As `torch.Tensor.to`; a float weight is quantized, in place, by a device other than "meta", unless
-        `has_fp16_weights`. int8 codes keep their dtype.
+    # ---- what `to` needs ---------------------------------------------------------------------------------------
 
-        Raises:
-            ValueError: a weight to quantize has a value that float16 cannot hold; it is as it was.
-        """
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-        quantized = self.dtype == torch.int8
-        if device is not None and device.type != "meta" and not quantized and not self.has_fp16_weights:
-            return self._quantize_in_place(device)
-        dtype = self.dtype if dtype is None or quantized else dtype
-        moved = super().to(device=device or self.device, dtype=dtype, non_blocking=non_blocking)
-        if moved is self or moved.grad_fn is not None:
-            return moved
-        scales = self.SCB if self.SCB is None else self.SCB.to(moved.device, non_blocking=non_blocking)
-        return type(self)(moved, self.requires_grad, self.has_fp16_weights, SCB=scales)
+    @property
+    def _is_quantized(self) -> bool:
+        return self.dtype == torch.int8
 
-    def cpu(self, *args: Any, **kwargs: Any) -> Tensor:
-        """`.to("cpu")`."""
-        return self.to("cpu")
+    @property
+    def _quantizes(self) -> bool:
+        return not self._is_quantized and not self.has_fp16_weights
 
-    def cuda(self, device: torch.device | str | int | None = None, non_blocking: bool = False) -> Tensor:
-        """`.to("cuda")`."""
-        return self.to("cuda" if device is None else device, non_blocking=non_blocking)
-
-    def xpu(self, device: torch.device | str | int | None = None, non_blocking: bool = False) -> Tensor:
-        """`.to("xpu")`."""
-        return self.to("xpu" if device is None else device, non_blocking=non_blocking)
-
-    def _quantize_in_place(self, device: torch.device) -> Int8Params:
+    def _quantize_on(self, device: torch.device) -> Int8Params:
         with lasting(self):
             self._become(*_quantize(self.detach().to(device)))
         return self
+
+    def _with(self, data: Tensor, copy: bool = False) -> Int8Params:
+        scales = None if self.SCB is None else self.SCB.to(data.device, copy=copy)
+        return type(self)(data, self.requires_grad, self.has_fp16_weights, SCB=scales)
+
+    def _scale_tensors(self) -> list[Tensor]:
+        return [] if self._scales is None else [self._scales]
 
     def _become(self, codes: Tensor, scales: Tensor) -> None:
         """Takes codes and scales; who holds this parameter keeps it."""
@@ -258,7 +246,7 @@ class Int8Module(nn.Module):
             self.weight = Int8Params(self.weight.data, False)  # a float weight that was assigned, to be quantized
         self._adopt_scales()
         held, has_fp16_weights = isinstance(self.weight, Int8Params), getattr(self.weight, "has_fp16_weights", False)
-        scales = None
+        scales, fn = None, sparing_integers(fn)
 
         def to_plain(tensor: Tensor) -> Tensor:  # of which alone torch makes parameters
             nonlocal scales

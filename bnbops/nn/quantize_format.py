@@ -81,7 +81,7 @@ class QuantizationFormat:
                 quant_type=self.quant,
                 quant_storage=self.quant_storage,
             )
-            return weight._quantize(data.device)  # also on the meta device, where .to() does not
+            return weight._quantize_on(data.device)  # also on the meta device, where .to() does not
         codes, scales = quantize_weight(as_float16(data).contiguous())
         return Int8Params(codes, requires_grad=False, SCB=scales)
 

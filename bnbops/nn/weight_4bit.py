@@ -13,6 +13,7 @@ from bnbops.default_device import traceable_weight
 from bnbops.lasting import lasting
 from bnbops.nn.params_4bit import Params4bit
 from bnbops.nn.plain_state import of_quantized_layer, of_whole_layer
+from bnbops.nn.quantized_parameter import sparing_integers
 from bnbops.nn.scales_4bit import (
     BUFFER,
     NAMES,
@@ -213,7 +214,7 @@ class Weight4bit(nn.Module):
                 weight.quant_state = self.quant_state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        weight = self._parameters.get("weight")
+        weight, fn = self._parameters.get("weight"), sparing_integers(fn)
         if not isinstance(weight, Params4bit):
             return super()._apply(fn, recurse)
         self._parameters["weight"] = None  # keeps its place; torch would make a plain Parameter of it
