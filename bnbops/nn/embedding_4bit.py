@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnbops.nn.codes import codes_as_they_are
+from bnbops.nn.nested import over_nested
 from bnbops.nn.weight_4bit import Weight4bit
 
 
@@ -53,10 +55,13 @@ class Embedding4bit(Weight4bit, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """The dequantized rows of the indices."""
-        weight, absmax, blocksize, quant_type, nested = self._arguments()
-        return torch.ops.bnbops.embedding_4bit(
-            input, weight, absmax, self._shape, blocksize, quant_type, self.dtype, **nested
-        )
+        with codes_as_they_are():
+            weight, absmax, blocksize, quant_type, nested = self._arguments()
+            if input.is_nested:
+                return over_nested(self.forward, input)
+            return torch.ops.bnbops.embedding_4bit(
+                input, weight, absmax, self._shape, blocksize, quant_type, self.dtype, **nested
+            )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self._describe_4bit()}"

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bnbops.nn.codes import codes_as_they_are
+from bnbops.nn.nested import over_nested
 from bnbops.nn.params_8bit import Int8Module
 
 
@@ -48,7 +50,10 @@ class Embedding8bit(Int8Module, nn.Embedding):
         Raises:
             RuntimeError: the weight is not quantized.
         """
-        weight, scales = self._quantized_weight()
-        rows = F.embedding(input, weight)
+        with codes_as_they_are():
+            weight, scales = self._quantized_weight()
+            if input.is_nested:
+                return over_nested(self.forward, input)
+            rows = F.embedding(input, weight)
         stats = F.embedding(input, scales.unsqueeze(1))
         return torch.ops.bnbops.int8_vectorwise_dequant(rows, stats.flatten()).to(self.dtype)

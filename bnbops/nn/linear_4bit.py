@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from bnbops.nn.bias import bias_in
+from bnbops.nn.codes import codes_as_they_are
+from bnbops.nn.nested import over_nested
 from bnbops.nn.weight_4bit import Weight4bit
 
 
@@ -70,15 +72,18 @@ class Linear4bit(Weight4bit, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x @ weight.T + bias`, the weight dequantized on the fly. Changes nothing of the module."""
-        weight, absmax, blocksize, quant_type, nested = self._arguments()
-        dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
-        if dtype == torch.float16 and self.compute_dtype is None:
-            _warn_of_float16(self, x)
-        bias = bias_in(self, dtype)
-        out = torch.ops.bnbops.linear_4bit(
-            x.to(dtype), weight, absmax, bias, self._shape, blocksize, quant_type, **nested
-        )
-        return out if self.compute_dtype is None else out.to(x.dtype)
+        with codes_as_they_are():
+            weight, absmax, blocksize, quant_type, nested = self._arguments()
+            if x.is_nested:
+                return over_nested(self.forward, x)
+            dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
+            if dtype == torch.float16 and self.compute_dtype is None:
+                _warn_of_float16(self, x)
+            bias = bias_in(self, dtype)
+            out = torch.ops.bnbops.linear_4bit(
+                x.to(dtype), weight, absmax, bias, self._shape, blocksize, quant_type, **nested
+            )
+            return out if self.compute_dtype is None else out.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self._describe_4bit()}"

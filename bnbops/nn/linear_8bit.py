@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from bnbops.matmul_int8 import MatmulLtState, linear
 from bnbops.nn.bias import bias_in
+from bnbops.nn.codes import codes_as_they_are
+from bnbops.nn.nested import over_nested
 from bnbops.nn.params_8bit import Int8Module, Int8Params
 
 __all__ = ["Int8Params", "Linear8bitLt"]
@@ -59,11 +61,12 @@ class Linear8bitLt(Int8Module, nn.Linear):
         Raises:
             RuntimeError: the weight is not quantized, or x does not fit it.
         """
-        bias = bias_in(self, x.dtype)
-        if self.has_fp16_weights and self.weight.is_floating_point():
-            return linear(x, self.weight, None, bias, self.threshold, self.training)
-        weight, scales = self._quantized_weight()
-        return linear(x, weight, scales, bias, self.threshold, self.training)
+        with codes_as_they_are():
+            floats = self.has_fp16_weights and self.weight.is_floating_point()
+            weight, scales = (self.weight, None) if floats else self._quantized_weight()
+            if x.is_nested:
+                return over_nested(self.forward, x)
+            return linear(x, weight, scales, bias_in(self, x.dtype), self.threshold, self.training)
 
     @property
     def state(self) -> MatmulLtState:

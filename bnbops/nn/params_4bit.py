@@ -5,14 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from copy import copy, deepcopy
-from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bnbops.functional_4bit import quantize_4bit
+from bnbops.functional_4bit import quantize_4bit, scale_arguments
 from bnbops.lasting import lasting
+from bnbops.nn.codes import codes_as_they_are
 from bnbops.nn.freed_memory import give_back
 from bnbops.nn.quantized_parameter import QuantizedParameter
 from bnbops.nn.scales_4bit import Format, check_state, packed_bytes, state_of, tensors_of
@@ -57,29 +57,6 @@ def _moved(state: QuantState, device: torch.device) -> QuantState:
     state.state2 = copy(state.state2)
     state.to(device)
     return state
-
-
-class _NotQuantized:
-    """Mixed into the class of a weight that is not quantized yet: torch.chunk and torch.split make such weights of it.
-
-    Quantizing takes this away, as making torch's lazy parameters changes their class: with a `__torch_function__` every
-    call of an operator takes longer, and Dynamo traces less.
-    """
-
-    @classmethod
-    def __torch_function__(cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = super().__torch_function__(function, types, args, kwargs)
-        if function not in (torch.chunk, torch.split):
-            return result
-        whole = args[0] if args else kwargs["input" if function is torch.chunk else "tensor"]
-        return tuple(whole._float(part, whole.requires_grad, module=None) for part in result)
-
-
-@cache
-def _not_quantized(cls: type) -> type:
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_quantized_class": cls}
-    return type(cls.__name__, (_NotQuantized, cls), names)
 
 
 def _rebuild(
@@ -130,7 +107,6 @@ class Params4bit(QuantizedParameter):
     quant_state: QuantState | None
     quant_storage: torch.dtype
     bnb_quantized: bool
-    _quantized_class: ClassVar[type | None] = None  # of a class of weights that are not quantized yet
 
     def __new__(
         cls,
@@ -148,9 +124,8 @@ class Params4bit(QuantizedParameter):
         data = torch.empty(0) if data is None else data
         if quant_state is not None:
             bnb_quantized = _is_packed(data, quant_state)
-        cls = cls._quantized_class or cls
         data = data.data if isinstance(data, Params4bit) else data
-        self = super().__new__(cls if bnb_quantized else _not_quantized(cls), data, requires_grad)
+        self = super().__new__(cls, data, requires_grad)
         self.blocksize = 64 if blocksize is None else blocksize
         self.compress_statistics = compress_statistics
         self.quant_type = quant_type
@@ -210,6 +185,32 @@ class Params4bit(QuantizedParameter):
     nested_dtype = _of_state("state2", "dtype")
     nested_offset = _of_state("offset")
 
+    _values_by = "bnbops.functional.dequantize_4bit(weight.data, weight.quant_state)"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs)
+        if func not in (torch.chunk, torch.split):
+            return result
+        whole = args[0] if args else kwargs["input" if func is torch.chunk else "tensor"]
+        if whole.bnb_quantized:
+            return result
+        return tuple(whole._float(part, whole.requires_grad, module=None) for part in result)
+
+    @property
+    def _holds_codes(self) -> bool:
+        return self.bnb_quantized
+
+    def _values(self, dtype: torch.dtype | None) -> Tensor:
+        if (state := self.quant_state) is None:
+            raise RuntimeError("this Params4bit holds codes, but has no quant_state that tells their meaning")
+        dtype = state.dtype if dtype is None else dtype
+        absmax, nested = scale_arguments(state)
+        exact = torch.float32 if dtype == torch.float64 else dtype
+        return torch.ops.bnbops.dequantize_4bit(
+            self.data, absmax, state.blocksize, state.quant_type, state.shape, exact, **nested
+        ).to(dtype)
+
     @property
     def module(self) -> nn.Module | None:
         """The module whose weight this is."""
@@ -222,10 +223,6 @@ class Params4bit(QuantizedParameter):
         self.__dict__["module"] = weakref.ref(module) if is_module else module  # else of another one's `__dict__`
 
     # ---- conversions -------------------------------------------------------------------------------------------
-
-    @property
-    def _is_quantized(self) -> bool:
-        return self.bnb_quantized
 
     @property
     def _quantizes(self) -> bool:
@@ -244,7 +241,6 @@ class Params4bit(QuantizedParameter):
             )
         self.requires_grad_(False)
         self.data, self.quant_state, self.bnb_quantized = packed, state, True
-        self.__class__ = self._quantized_class or type(self)
         self._tell_module()
         return self
 
@@ -268,7 +264,8 @@ class Params4bit(QuantizedParameter):
     def _become(self, other: Params4bit) -> None:
         """Takes the other one's data and settings; who holds this parameter keeps it."""
         self.requires_grad_(False)
-        self.data, self.__class__ = other.data, type(other)
+        with codes_as_they_are():  # which may be of another dtype
+            self.data = other.data
         self.__dict__.update(other._attributes())
 
     def module_load(self, other: Tensor, assign: bool = False) -> Params4bit:
@@ -306,8 +303,7 @@ class Params4bit(QuantizedParameter):
         state = self.quant_state
         scales = None if state is None else (tensors_of(state), Format.of(state))
         attributes = self._attributes(quant_state=None, module=None)
-        cls = self._quantized_class or type(self)
-        return _rebuild, (cls, self.data, self.requires_grad, attributes, scales)
+        return _rebuild, (type(self), self.data, self.requires_grad, attributes, scales)
 
     def _attributes(self, **others: Any) -> dict[str, Any]:
         """What the constructor takes beside the data, `others` in the place of this parameter's own."""

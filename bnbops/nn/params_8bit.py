@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bnbops.default_device import traceable_weight
 from bnbops.lasting import lasting
 from bnbops.matmul_int8 import quantize_weight
+from bnbops.nn.codes import check_name
 from bnbops.nn.finite import is_finite
 from bnbops.nn.freed_memory import give_back
 from bnbops.nn.plain_state import of_quantized_layer, of_whole_layer
@@ -70,6 +71,18 @@ class Int8Params(QuantizedParameter):
         self.SCB = scales if data.dtype == torch.int8 else None
         return self
 
+    _values_by = "bnbops.functional.int8_vectorwise_dequant(weight.data, weight.SCB)"
+
+    @property
+    def _holds_codes(self) -> bool:
+        return self.dtype == torch.int8
+
+    def _values(self, dtype: torch.dtype | None) -> Tensor:
+        if self.SCB is None:
+            raise RuntimeError("this Int8Params holds codes, but has no scales: set its SCB")
+        floats = torch.ops.bnbops.int8_vectorwise_dequant(self.data, self.SCB)
+        return floats if dtype is None else floats.to(dtype)
+
     @property
     def CB(self) -> Tensor | None:
         """The int8 codes, or None before quantization."""
@@ -92,12 +105,8 @@ class Int8Params(QuantizedParameter):
     # ---- what `to` needs ---------------------------------------------------------------------------------------
 
     @property
-    def _is_quantized(self) -> bool:
-        return self.dtype == torch.int8
-
-    @property
     def _quantizes(self) -> bool:
-        return not self._is_quantized and not self.has_fp16_weights
+        return not self._holds_codes and not self.has_fp16_weights
 
     def _quantize_on(self, device: torch.device) -> Int8Params:
         with lasting(self):
@@ -202,6 +211,7 @@ class Int8Module(nn.Module):
         Raises:
             ValueError: a quantized weight of another shape, or with more or fewer scales than rows.
         """
+        check_name(name, param)
         if name == "weight" and isinstance(param, Int8Params) and param.SCB is not None:
             rows, scales = param.shape[0], param.SCB.numel()
             if rows != scales:

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from bnbops.nn.materialize import Change, Sources, check_sources, load_others, read
-from bnbops.nn.params_8bit import Int8Module
 from bnbops.nn.quantize_format import QuantizationFormat
 from bnbops.nn.quantize_plan import SHARDED, QuantizationPlan, Skip, places_by_tensor, quantization_plan
 from bnbops.nn.quantized_layers import find, quantize_weight
-from bnbops.nn.weight_4bit import Weight4bit
+from bnbops.nn.requantize import is_quantized
 from bnbops.nn.weight_source import open_state
 
 State = Mapping[str, Tensor] | str | os.PathLike[str]
@@ -101,7 +100,7 @@ def quantize_(
             changes.append(change)
     for change in changes:
         change()
-    _avoid_fast_paths(model)
+    _avoid_fused_layers(model)
     return model if device is None else model.to(device)
 
 
@@ -153,11 +152,8 @@ def _with_progress(names: list[list[str]], quant: str, progress: bool) -> Iterab
     return tqdm(names, desc=f"quantize to {quant}", unit="weight")
 
 
-def _avoid_fast_paths(model: nn.Module) -> None:
-    """torch's encoder layers hand the weights of their linear layers to a kernel that takes them for floats."""
+def _avoid_fused_layers(model: nn.Module) -> None:
+    """A quantized weight keeps torch's fused encoder layers off by itself; what FSDP puts in its place does not."""
     for module in model.modules():
-        if not isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer):
-            continue
-        if any(isinstance(part, Weight4bit | Int8Module) for part in module.modules()):
-            module.use_nested_tensor = False  # an encoder's
-            module.activation_relu_or_gelu = 0  # a layer's: "unknown", which rules the kernel out
+        if isinstance(module, nn.TransformerEncoderLayer) and any(map(is_quantized, module.modules())):
+            module.activation_relu_or_gelu = 0  # "unknown", which rules the fused layer out

@@ -7,7 +7,9 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from bnbops.nn.codes import CodesParameter
 
 _Device = torch.device | str | int | None
 _PRESERVE = torch.preserve_format
@@ -57,19 +59,14 @@ def sparing_integers(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
     return apply
 
 
-class QuantizedParameter(nn.Parameter):
+class QuantizedParameter(CodesParameter):
     """A weight that its first move to a device quantizes.
 
-    Quantized, it keeps its class and its codes through casts to floats, and its scales go where it goes. What computes
-    with the codes, or views, indexes, clones or detaches them, gives plain tensors of codes, as for any parameter.
+    Quantized, it keeps its class and its codes through casts to floats, and its scales go where it goes. What views,
+    indexes, clones or detaches it gives plain tensors of codes, as for any parameter.
 
-    A class says what it is (`_is_quantized`, `_quantizes`), and how it is quantized and copied.
+    A class says what it is (`_holds_codes`, `_quantizes`), and how it is quantized and copied.
     """
-
-    @property
-    def _is_quantized(self) -> bool:
-        """Whether the data are codes."""
-        raise NotImplementedError
 
     @property
     def _quantizes(self) -> bool:
@@ -100,7 +97,7 @@ class QuantizedParameter(nn.Parameter):
             return (deepcopy(self) if copy else self)._quantize_on(device)
         moved = super().to(
             device=self.device if device is None else device,
-            dtype=self.dtype if dtype is None or self._is_quantized else dtype,
+            dtype=self.dtype if dtype is None or self._holds_codes else dtype,
             non_blocking=non_blocking,
             copy=copy,
             memory_format=_PRESERVE if memory_format is None else memory_format,
@@ -126,30 +123,6 @@ class QuantizedParameter(nn.Parameter):
     def type_as(self, other: Tensor) -> Tensor:
         """As `torch.Tensor.type_as`."""
         return self.type(other.type())
-
-    def copy_(self, src: Tensor, non_blocking: bool = False) -> QuantizedParameter:
-        """As `torch.Tensor.copy_`.
-
-        Raises:
-            RuntimeError: numbers, say averages, to be copied into codes.
-        """
-        if self._is_quantized and src.dtype != self.dtype:
-            raise RuntimeError(
-                f"this weight is quantized: its {str(self.dtype).removeprefix('torch.')} codes cannot be copied from "
-                f"{str(src.dtype).removeprefix('torch.')} numbers; give its module a new weight, or load a state dict "
-                "into that, and leave quantized weights out of averages"
-            )
-        return super().copy_(src, non_blocking)
-
-    def requires_grad_(self, requires_grad: bool = True) -> QuantizedParameter:
-        """As `torch.Tensor.requires_grad_`.
-
-        Raises:
-            RuntimeError: codes have no gradient.
-        """
-        if requires_grad and self._is_quantized:
-            raise RuntimeError("this weight is quantized: its codes cannot require gradients; train adapters beside it")
-        return super().requires_grad_(requires_grad)
 
     def share_memory_(self) -> QuantizedParameter:
         """As `torch.Tensor.share_memory_`, for the scales, too."""

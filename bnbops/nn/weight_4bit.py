@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bnbops.default_device import traceable_weight
 from bnbops.lasting import lasting
+from bnbops.nn.codes import check_name
 from bnbops.nn.params_4bit import Params4bit
 from bnbops.nn.plain_state import of_quantized_layer, of_whole_layer
 from bnbops.nn.quantized_parameter import sparing_integers
@@ -133,6 +134,7 @@ class Weight4bit(nn.Module):
             ValueError: a quantized weight of another shape.
         """
         if name != "weight":
+            check_name(name, param)
             super().register_parameter(name, param)
             return
         param = self._as_params_4bit(param)
