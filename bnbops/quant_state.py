@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# To add to what is wrong with the entries of a state dict.
+NO_NUMBERS = "quantized entries cannot be averaged or cast: do that with the float weights, and quantize the result"
 _PACKED_PREFIX = "quant_state.bitsandbytes__"
 
 
@@ -16,8 +18,30 @@ def _pack(source_dict: dict[str, Any]) -> Tensor:
     return torch.tensor(list(json.dumps(source_dict).encode("utf-8")), dtype=torch.uint8, device="cpu")
 
 
-def _unpack(tensor_data: Tensor) -> dict[str, Any]:
-    return json.loads(bytes(tensor_data.cpu().tolist()).decode("utf-8"))
+def _unpack(key: str, packed: Tensor) -> dict[str, Any]:
+    if packed.dtype != torch.uint8:
+        raise ValueError(f"{key} is {packed.dtype}, expected uint8, the bytes of a text; {NO_NUMBERS}")
+    try:
+        values = json.loads(bytes(packed.cpu().tolist()).decode("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{key} is not the JSON text of a quantization state: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{key} is not the JSON text of a quantization state, but of a {type(values).__name__}")
+    return values
+
+
+def _check_complete(values: dict[str, Any]) -> None:
+    tensors, others = ["absmax", "quant_map"], ["blocksize", "dtype", "quant_type", "shape"]
+    if "nested_absmax" in values:
+        tensors += ["nested_absmax", "nested_quant_map"]
+        others += ["nested_blocksize", "nested_dtype", "nested_offset"]
+    if missing := [name for name in (*tensors, *others) if name not in values]:
+        raise ValueError(
+            f"there is no {', '.join(missing)} in the quantization state, only {', '.join(sorted(values))}"
+        )
+    for name in tensors:
+        if not isinstance(values[name], Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(values[name]).__name__}")
 
 
 def _dtype_from_name(name: str) -> torch.dtype:
@@ -85,10 +109,11 @@ class QuantState:
                 f"'quant_type'; got the keys {sorted(values)}"
             )
         for key in packed:
-            values.update(_unpack(values.pop(key)))
+            values.update(_unpack(key, values.pop(key)))
         values = {k.split(".")[-1]: v for k, v in values.items()}
         if unknown := values.keys() - set(cls.valid_qs_keys):
             raise ValueError(f"unknown keys in a quantization state: {sorted(unknown)}")
+        _check_complete(values)
 
         offset = state2 = None
         if "nested_absmax" in values:

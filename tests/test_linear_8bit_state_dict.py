@@ -192,7 +192,7 @@ def bad_states() -> dict[str, tuple[dict[str, object], str]]:
         "no codes": ({"weight": None}, "SCB came without weight"),
         "floats with scales": ({"weight": codes.float()}, "torch.float32 with SCB"),
         "uint8": ({"weight": codes.view(torch.uint8)}, "torch.uint8 with SCB"),
-        "few scales": ({"SCB": scales[:63]}, "SCB has 63 scales, but weight has 64 rows"),
+        "few scales": ({"SCB": scales[:63]}, "SCB has 63 scales, but the weight has 64 rows"),
         "another shape": ({"weight": codes[:, :95]}, r"size mismatch for weight: \[64, 95\] in the state dict"),
         "NaN": ({"weight": torch.full((64, 96), torch.nan), "SCB": None}, "float16 cannot hold"),
         "unknown key": ({"CB": codes}, 'Unexpected key.* "CB"'),

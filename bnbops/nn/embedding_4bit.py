@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnbops.nn.codes import codes_as_they_are
+from bnbops.nn.frozen_table import FrozenTable
 from bnbops.nn.nested import over_nested
 from bnbops.nn.weight_4bit import Weight4bit
 
 
-class Embedding4bit(Weight4bit, nn.Embedding):
+class Embedding4bit(Weight4bit, FrozenTable):
     """`torch.nn.Embedding` whose weight `.to(device)` quantizes to 4 bits.
 
     Rows are looked up and dequantized one by one, never the whole table; any `embedding_dim` serves. Everything else

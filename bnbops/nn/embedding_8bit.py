@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from bnbops.nn.codes import codes_as_they_are
+from bnbops.nn.frozen_table import FrozenTable
 from bnbops.nn.nested import over_nested
 from bnbops.nn.params_8bit import Int8Module
 
 
-class Embedding8bit(Int8Module, nn.Embedding):
+class Embedding8bit(Int8Module, FrozenTable):
     """`torch.nn.Embedding` with int8 rows, each with a scale of its own; only the rows looked up are dequantized.
 
     The weight is quantized by the first `.to(device)` ("cpu" counts) and frozen.

@@ -1,9 +1,13 @@
-"""Whether a weight can be quantized: NaN and infinity cannot."""
+"""Whether a weight can be quantized: NaN and infinity cannot. And whether numbers can be the scales of one."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from bnbops.sharded import is_sharded
 
 
 def is_within(weight: Tensor, limit: float) -> bool:
@@ -16,4 +20,12 @@ def is_within(weight: Tensor, limit: float) -> bool:
 
 def is_finite(weight: Tensor) -> bool:
     """As `weight.isfinite().all()`, in a tenth of the time."""
-    return is_within(weight, torch.finfo(weight.dtype).max)
+    return weight.is_meta or is_within(weight, torch.finfo(weight.dtype).max)
+
+
+def are_scales(magnitudes: Tensor) -> bool:
+    """Whether none is negative, infinite or NaN. Those of which not all are at hand (meta, sharded) pass."""
+    if magnitudes.is_meta or magnitudes.numel() == 0 or is_sharded(magnitudes):
+        return True
+    low, high = torch.stack(torch.aminmax(magnitudes)).tolist()
+    return low >= 0 and math.isfinite(high)

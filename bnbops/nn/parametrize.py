@@ -12,10 +12,12 @@ from torch.nn.utils import parametrize
 from bnbops.functional_4bit import quantize_4bit
 from bnbops.lasting import lasting
 from bnbops.nn.plain_state import of_whole_layer
+from bnbops.nn.quantized_parameter import QuantizedParameter
 from bnbops.nn.scales_4bit import (
     NAMES,
     Format,
     as_arguments,
+    check_entry,
     check_state,
     in_rows,
     register_scales,
@@ -157,6 +159,8 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter:
         raise TypeError(f"'{name}' of this {type(module).__name__} is parametrized already")
     if not isinstance(parameter := getattr(module, name), nn.Parameter):
         raise TypeError(f"Parameter '{name}' is not an instance of nn.Parameter; it is a {type(parameter).__name__}")
+    if isinstance(parameter, QuantizedParameter):
+        raise TypeError(f"'{name}' of this {type(module).__name__} is quantized, or will be by .to(device)")
     return parameter
 
 
@@ -258,6 +262,7 @@ def _loaded(
     data: Tensor, statistics: dict[str, Tensor], parametrization: Bnb4bitParametrization, original: nn.Parameter
 ) -> tuple[Tensor, QuantState]:
     format = parametrization.format
+    check_entry(data, statistics, format.shape)
     device = data.device if original.is_meta else original.device
     data = data.detach().to(device).contiguous()
     if statistics:
@@ -266,11 +271,6 @@ def _loaded(
         if tuple(state.shape) != format.shape:
             raise ValueError(f"the quantized parameter has shape {list(state.shape)}, not {list(format.shape)}")
         return data, state
-    if not data.is_floating_point() or tuple(data.shape) != format.shape:
-        raise ValueError(
-            f"expected a float parameter of shape {list(format.shape)}, or a packed one with its quantization state, "
-            f"got {data.dtype} of shape {list(data.shape)}"
-        )
     return parametrization.quantize(data)
 
 

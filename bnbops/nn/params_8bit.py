@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from bnbops.default_device import traceable_weight
 from bnbops.lasting import lasting
 from bnbops.matmul_int8 import quantize_weight
-from bnbops.nn.codes import check_name
+from bnbops.nn.codes import check_name, check_size, no_reset
+from bnbops.nn.entries_8bit import check_scales, take_entries
 from bnbops.nn.finite import is_finite
 from bnbops.nn.freed_memory import give_back
 from bnbops.nn.plain_state import of_quantized_layer, of_whole_layer
@@ -20,6 +21,7 @@ from bnbops.nn.quantized_parameter import QuantizedParameter, sparing_integers
 from bnbops.nn.scale_bits import from_bits, to_bits
 from bnbops.nn.tied import hold, others, saved_as
 from bnbops.nn.weight_source import as_float16
+from bnbops.quant_state import NO_NUMBERS
 from bnbops.sharded import is_sharded
 
 
@@ -209,18 +211,16 @@ class Int8Module(nn.Module):
         """As in torch. A new weight brings its scales with it.
 
         Raises:
-            ValueError: a quantized weight of another shape, or with more or fewer scales than rows.
+            ValueError: a weight of another shape, or with more or fewer scales than rows.
         """
         check_name(name, param)
         if name == "weight" and isinstance(param, Int8Params) and param.SCB is not None:
             rows, scales = param.shape[0], param.SCB.numel()
             if rows != scales:
                 raise ValueError(f"the weight has {rows} rows, but its SCB has {scales} scales")
-            if tuple(param.shape) != self._shape:
-                raise ValueError(
-                    f"the quantized weight has shape {list(param.shape)}, but this {type(self).__name__} needs "
-                    f"{list(self._shape)}"
-                )
+        held = self._parameters.get("weight")
+        if name == "weight" and isinstance(held, Int8Params) and type(param) in (nn.Parameter, Int8Params):
+            check_size(self, param.shape, "weight" if param.is_floating_point() else "quantized weight")
         super().register_parameter(name, param)
         if name == "weight" and isinstance(param, Int8Params):
             self.weight_scale = None
@@ -270,6 +270,16 @@ class Int8Module(nn.Module):
         if held:
             self._restore_weight(has_fp16_weights, scales)
         return self
+
+    def reset_parameters(self) -> None:
+        """Draws a float weight anew.
+
+        Raises:
+            RuntimeError: the weight is quantized.
+        """
+        if self.weight.dtype == torch.int8:
+            raise RuntimeError(no_reset(self))
+        super().reset_parameters()
 
     # ---- state dicts -----------------------------------------------------------------------------------------------
 
@@ -337,12 +347,8 @@ class Int8Module(nn.Module):
             ValueError: entries that do not fit each other or the module.
         """
         state_dict, key = dict(state_dict), prefix + "weight"
-        weight, scales = state_dict.get(key), state_dict.pop(prefix + "SCB", None)
+        weight, scales = take_entries(state_dict, prefix)
         bits = state_dict.get(prefix + "weight_scale")
-        layout = state_dict.pop(prefix + "weight_format", "row")
-        layout = layout.item() if isinstance(layout, Tensor) else layout
-        if layout not in (0, "row"):
-            raise ValueError(f"{key}_format is {layout}; only weights by rows (0) can be loaded")
         if weight is None:
             if scales is not None and not self._is_tied():
                 raise ValueError(f"{prefix}SCB came without {key}, whose scales they are")
@@ -360,7 +366,10 @@ class Int8Module(nn.Module):
         if weight.is_floating_point() and scales is None:
             if self.weight.dtype != torch.int8:
                 return state_dict
-            weight, scales = _quantize(weight)
+            try:
+                weight, scales = _quantize(weight)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
         into = (
             ""
             if self.weight.dtype == torch.int8
@@ -370,9 +379,9 @@ class Int8Module(nn.Module):
             found = f"{weight.dtype} {'without' if scales is None else 'with'} SCB"
             raise ValueError(
                 f"{into}{key} must be int8 with its scales in {prefix}SCB, or a float tensor alone; it is {found}"
+                + ("" if scales is None else f"; {NO_NUMBERS}")
             )
-        if scales.numel() != weight.shape[0]:
-            raise ValueError(f"{prefix}SCB has {scales.numel()} scales, but {key} has {weight.shape[0]} rows")
+        check_scales(scales, weight.shape[0], f"{prefix}SCB")
         if self.has_fp16_weights and into:
             raise ValueError(
                 f"{into}{key} is int8, but the module is to train a float weight: has_fp16_weights must be False"

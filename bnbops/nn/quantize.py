@@ -14,6 +14,7 @@ from bnbops.nn.quantize_format import QuantizationFormat
 from bnbops.nn.quantize_plan import SHARDED, QuantizationPlan, Skip, places_by_tensor, quantization_plan
 from bnbops.nn.quantized_layers import find, quantize_weight
 from bnbops.nn.requantize import is_quantized
+from bnbops.nn.resizing import guard_resizing
 from bnbops.nn.weight_source import open_state
 
 State = Mapping[str, Tensor] | str | os.PathLike[str]
@@ -101,6 +102,7 @@ def quantize_(
     for change in changes:
         change()
     _avoid_fused_layers(model)
+    guard_resizing(model)
     return model if device is None else model.to(device)
 
 

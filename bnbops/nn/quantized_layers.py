@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bnbops.functional import quantize_4bit
 from bnbops.lasting import lasting
+from bnbops.nn.entries_8bit import check_scales
 from bnbops.nn.materialize import Change
 from bnbops.nn.parametrize import replace_parameter_4bit, replace_parameter_4bit_prequantized
 from bnbops.nn.params_4bit import Params4bit
@@ -75,6 +76,7 @@ def _int8_weight(codes: Tensor, statistics: Mapping[str, Tensor], shape: tuple[i
         raise ValueError(f"weight_format is {layout.item()}; only weights by rows (0) can be loaded")
     if codes.dtype != torch.int8 or tuple(codes.shape) != shape:
         raise ValueError(f"expected int8 codes {list(shape)}, got {codes.dtype} {list(codes.shape)}")
+    check_scales(statistics["SCB"], shape[0])
     return Int8Params(codes, requires_grad=False, SCB=statistics["SCB"].to(codes.device))
 
 

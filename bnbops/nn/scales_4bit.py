@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from bnbops.functional_4bit import get_4bit_type, scale_arguments
+from bnbops.nn.finite import are_scales, is_finite
 from bnbops.nn.scale_bits import from_bits, to_bits
-from bnbops.quant_state import QuantState
+from bnbops.quant_state import NO_NUMBERS, QuantState
 
 PARAMETERS = ("absmax", "nested_absmax", "nested_offset")
 BUFFER = "nested_code"
@@ -85,6 +86,20 @@ def check_state(packed: Tensor, state: QuantState) -> None:
         raise ValueError("a 4-bit quantization state needs a shape and a quant_type")
     if not state.nested and not state.absmax.is_floating_point():
         raise ValueError(f"absmax is {state.absmax.dtype}: codes of scales, but there is no nested_absmax")
+    found, needed = packed.numel() * packed.element_size(), packed_bytes(state.shape)
+    if found != needed:
+        raise ValueError(
+            f"the codes are {packed.dtype} {list(packed.shape)}, which is {found} bytes, but a weight of shape "
+            f"{list(state.shape)} needs {needed}; {NO_NUMBERS}"
+        )
+    if state.nested and state.absmax.dtype != torch.uint8:
+        raise ValueError(f"absmax is {state.absmax.dtype}, expected uint8, codes of scales; {NO_NUMBERS}")
+    if not are_scales(state.state2.absmax if state.nested else state.absmax):
+        raise ValueError(
+            f"{'nested_absmax' if state.nested else 'absmax'} has values that are negative, infinite or NaN"
+        )
+    if state.nested and not is_finite(state.offset.view(1)):
+        raise ValueError("nested_offset is infinite or NaN")
     absmax, nested = scale_arguments(state)
     arguments = (absmax, state.blocksize, state.quant_type, list(state.shape), state.dtype)
     try:
@@ -97,6 +112,26 @@ def check_state(packed: Tensor, state: QuantState) -> None:
         expected = get_4bit_type(state.quant_type, state.code.device)
         if state.code.shape != expected.shape or (state.code - expected).abs().max() > 1e-6:
             raise ValueError(f"the quant_map is not that of {state.quant_type}: {state.code.tolist()}")
+
+
+def check_entry(data: Any, statistics: dict[str, Tensor], shape: tuple[int, ...]) -> None:
+    """Refuses what cannot become a weight of this shape: no tensor, or without statistics no floats to quantize.
+
+    Raises:
+        ValueError: it says why.
+    """
+    if not isinstance(data, Tensor):
+        raise ValueError(f"expected a tensor, got {type(data).__name__}")
+    if statistics:
+        return
+    if not data.is_floating_point() or tuple(data.shape) != shape:
+        codes = "; int8 codes are for a Linear8bitLt or an Embedding8bit" if data.dtype == torch.int8 else ""
+        raise ValueError(
+            f"expected floats of shape {list(shape)}, or packed codes with their quantization state, got {data.dtype} "
+            f"of shape {list(data.shape)}{codes}"
+        )
+    if not is_finite(data):
+        raise ValueError("NaN and infinite values cannot be quantized")
 
 
 def in_rows(packed: Tensor, format: Format) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bnbops.default_device import traceable_weight
 from bnbops.lasting import lasting
-from bnbops.nn.codes import check_name
+from bnbops.nn.codes import check_name, check_size, no_reset
 from bnbops.nn.params_4bit import Params4bit
 from bnbops.nn.plain_state import of_quantized_layer, of_whole_layer
 from bnbops.nn.quantized_parameter import sparing_integers
@@ -21,10 +21,12 @@ from bnbops.nn.scales_4bit import (
     PARAMETERS,
     Format,
     as_arguments,
+    check_entry,
     check_settings,
     check_state,
     entries_of,
     in_rows,
+    packed_bytes,
     register_scales,
     save,
     scales_of,
@@ -97,7 +99,7 @@ class Weight4bit(nn.Module):
             RuntimeError: the weight is quantized.
         """
         if self._format is not None:
-            raise RuntimeError(f"the weight of this {type(self).__name__} is quantized; load or assign a new one")
+            raise RuntimeError(no_reset(self))
         super().reset_parameters()
 
     def _arguments(self) -> tuple[Tensor, Tensor, int, str, dict[str, Any]]:
@@ -131,7 +133,7 @@ class Weight4bit(nn.Module):
         parameter becomes a Params4bit, to be quantized.
 
         Raises:
-            ValueError: a quantized weight of another shape.
+            ValueError: a weight of another shape.
         """
         if name != "weight":
             check_name(name, param)
@@ -151,6 +153,9 @@ class Weight4bit(nn.Module):
             return param
         if param.is_floating_point() and tuple(param.shape) == self._shape:
             new = held._float(param.data, param.requires_grad)
+        elif param.nbytes != packed_bytes(self._shape):
+            check_size(self, param.shape, f"weight ({param.dtype})")
+            return param
         elif held.bnb_quantized:
             new = held._with(param.data)
         else:
@@ -179,11 +184,7 @@ class Weight4bit(nn.Module):
             self.register_parameter("weight", weight)
 
     def _check_shape(self, state: QuantState) -> None:
-        if tuple(state.shape) != self._shape:
-            raise ValueError(
-                f"the quantized weight has shape {list(state.shape)}, but this {type(self).__name__} needs "
-                f"{list(self._shape)}"
-            )
+        check_size(self, state.shape, "quantized weight")
 
     def _set_scales(self, state: QuantState | None) -> None:
         """Registers new scales, here and in the modules that share the weight."""
@@ -319,6 +320,7 @@ class Weight4bit(nn.Module):
     def _load_weight(self, data: Tensor, statistics: dict[str, Tensor], assign: bool) -> None:
         """Packed codes with what describes them, or floats, which a quantized module quantizes. `assign` takes the
         tensors themselves, on their device."""
+        check_entry(data, statistics, self._shape)
         weight = self.weight
         device = data.device if assign or weight.is_meta else weight.device
         if statistics:
@@ -326,11 +328,6 @@ class Weight4bit(nn.Module):
             self._check_shape(new.quant_state)
             self._replace_weight(new, assign)
             return
-        if not data.is_floating_point() or tuple(data.shape) != self._shape:
-            raise ValueError(
-                f"expected a float weight of shape {list(self._shape)}, or a packed one with its quantization state, "
-                f"got {data.dtype} of shape {list(data.shape)}"
-            )
         new = weight._float(data)
         if self._format is None:
             self.weight = new

@@ -1,4 +1,7 @@
-"""bnbops.nn.quantize_ on Transformers' `Conv1D`, a linear layer whose weight is transposed."""
+"""bnbops.nn.quantize_ on models of Transformers: `Conv1D`, a linear layer whose weight is transposed, and resizing."""
+
+import copy
+import pickle
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from transformers import GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 import bnbops
+from bnbops.integrations.transformers import BnbOpsConfig
 from bnbops.nn import Linear4bit, quantization_plan
 from hf_cases import tiny_gpt2, token_batch
 from quantize_model_cases import FORMATS, by_hand, quantize_
@@ -58,3 +62,41 @@ def test_subclasses_of_conv1d_are_left() -> None:
     model.wide = Other(96, 64)
     assert quantization_plan(model).leave == {"wide": "it is a Other, not a plain Conv1D"}
     assert bnbops.nn.quantization_plan(model).convert == {"narrow": "Linear4bit"}
+
+
+@pytest.mark.parametrize("how", ["as it is", "copied", "pickled"])
+@pytest.mark.parametrize("by", ["quantize_", "from_pretrained"])
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_quantized_embeddings_cannot_be_resized(quant: str, by: str, how: str, tmp_path) -> None:
+    if by == "quantize_":
+        model = quantize_(tiny_gpt2(), quant, embeddings=True, skip=[])
+    else:
+        tiny_gpt2().save_pretrained(tmp_path)
+        config = BnbOpsConfig(quant, embeddings=True, skip=[])
+        model = GPT2LMHeadModel.from_pretrained(tmp_path, quantization_config=config)
+    model = {"as it is": lambda m: m, "copied": copy.deepcopy, "pickled": _pickled}[how](model)
+    rows = model.config.vocab_size
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for sizes in ((rows + 1,), (rows - 1,), (rows + 1, 64)):
+        with pytest.raises(
+            RuntimeError, match=rf"wte is quantized \(Embedding.bit.* has {rows} rows, .*resize the float"
+        ):
+            model.resize_token_embeddings(*sizes)
+    assert model.config.vocab_size == rows
+    assert model.resize_token_embeddings() is model.resize_token_embeddings(rows) is model.get_input_embeddings()
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def _pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_float_embeddings_can_be_resized(quant: str) -> None:
+    model = quantize_(tiny_gpt2(), quant)
+    rows, x = model.config.vocab_size, token_batch()
+    with torch.no_grad():
+        before = model(x).logits
+        model.resize_token_embeddings(rows + 4, mean_resizing=False)
+        assert torch.equal(model(x).logits[..., :rows], before)

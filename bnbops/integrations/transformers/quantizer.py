@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from bnbops.integrations.transformers.models import dequantize_, number_of_param
 from bnbops.nn.quantize_format import QuantizationFormat
 from bnbops.nn.quantize_plan import Rule, matches, places_by_tensor, plan_by_rule, skip_rule, with_prefixes
 from bnbops.nn.quantized_layers import find
+from bnbops.nn.resizing import guard_resizing
 
 
 class BnbOpsHfQuantizer(HfQuantizer):
@@ -154,7 +155,8 @@ class BnbOpsHfQuantizer(HfQuantizer):
         # PEFT and TRL look at these, to prepare the model for adapters.
         model.is_loaded_in_8bit = self.options.quant == "int8"
         model.is_loaded_in_4bit = not model.is_loaded_in_8bit
-        model.num_parameters = types.MethodType(number_of_parameters, model)  # Transformers' wants bitsandbytes
+        guard_resizing(model)
+        model.num_parameters = partial(number_of_parameters, model)  # Transformers' wants bitsandbytes
         return model
 
     def _check_result(self, model: nn.Module) -> None:
