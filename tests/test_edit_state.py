@@ -271,6 +271,17 @@ def test_masked_elements_begin_anew(name):
     assert all(x.isfinite().all() for x in p)
 
 
+def test_one_mask_is_for_all_the_parameters_that_are_named():
+    p = params((64, 80), (3, 64, 80))
+    optimizer = build("AdamW", p, lr=1e-2, optim_bits=8)
+    train(p, optimizer, range(2))
+    mask = torch.arange(80) < 9
+    optimizer.reset_state(iter(p), mask)
+    for x in p:
+        values = optimizer.dequantized_state(x)["exp_avg"]
+        assert not values[..., mask].any() and values[..., ~mask].any()
+
+
 # ---- written as numbers ----------------------------------------------------------------------------------------
 
 

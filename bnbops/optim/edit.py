@@ -106,10 +106,8 @@ def reset(
         if mask is not None:
             raise ValueError("a mask needs the parameter that it is for: reset_state(param, mask)")
         params = [param for group in optimizer.param_groups for param in group["params"]]
-    if isinstance(params, Tensor):
-        params, mask = [params], mask if mask is None else [mask]
-    params = list(params)
-    masks = [None] * len(params) if mask is None else list(mask)
+    params = [params] if isinstance(params, Tensor) else list(params)
+    masks = [mask] * len(params) if mask is None or isinstance(mask, Tensor) else list(mask)
     if len(masks) != len(params):
         raise ValueError(f"{len(params)} parameters need as many masks, got {len(masks)}")
     groups = [_group_of(optimizer, param) for param in params]

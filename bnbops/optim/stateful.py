@@ -53,7 +53,8 @@ class StatefulOptimizer(CheckpointedOptimizer):
 
         Args:
             params: a parameter, or several; all by default. Those without a state are passed over.
-            mask: bool, for each parameter one that broadcasts to its shape; whole, or a DTensor of that shape.
+            mask: bool, that broadcasts to the shape of every parameter, or a list of one for each; whole, or a DTensor
+                of that shape.
 
         Raises:
             ValueError: a parameter that is not this optimizer's, or a mask that does not fit. Nothing has changed then.
