@@ -123,16 +123,17 @@ struct Int8Operators {
     const int64_t rows = rows_of(x), outputs = weight.size(0), inner = weight.size(1);
     const Tensor rows_of_x = torch::stable::view(in_logical_order(x), {rows, inner});
     const Tensor scale_of_row = torch::stable::view(scales, {outputs});
-    Tensor out = torch::stable::new_empty(x, {rows, outputs});
+    const Tensor out = torch::stable::new_empty(x, with_last(x, outputs));
+    Tensor rows_of_out = torch::stable::view(out, {rows, outputs});
     for (int64_t begin = 0; begin < outputs; begin += Device::kWeightPanel) {
       const int64_t width = std::min(Device::kWeightPanel, outputs - begin);
       const auto of_panel = [&](Tensor whole) { return torch::stable::narrow(whole, 0, begin, width); };
       Tensor panel = torch::stable::new_empty(x, {width, inner});
       dequantized(device, of_panel(matrix), of_panel(scale_of_row), 0, inner, panel);
-      Tensor columns = torch::stable::narrow(out, 1, begin, width);
+      Tensor columns = torch::stable::narrow(rows_of_out, 1, begin, width);
       torch::stable::copy_(columns, dense_linear(rows_of_x, panel, bias ? OptionalTensor(of_panel(*bias)) : bias));
     }
-    return torch::stable::view(out, with_last(x, outputs));
+    return out;
   }
 
   // grad @ W in panels of W's columns.
@@ -142,16 +143,17 @@ struct Int8Operators {
     const Tensor matrix = in_logical_order(weight), scales = in_logical_order(scale);
     const int64_t rows = rows_of(grad), outputs = weight.size(0), inner = weight.size(1);
     const Tensor rows_of_grad = torch::stable::view(in_logical_order(grad), {rows, outputs});
-    Tensor out = torch::stable::new_empty(grad, {rows, inner});
+    const Tensor out = torch::stable::new_empty(grad, with_last(grad, inner));
+    Tensor rows_of_out = torch::stable::view(out, {rows, inner});
     Tensor memory = torch::stable::new_empty(grad, {outputs * std::min(Device::kWeightPanel, inner)});
     for (int64_t begin = 0; begin < inner; begin += Device::kWeightPanel) {
       const int64_t width = std::min(Device::kWeightPanel, inner - begin);
       Tensor part = torch::stable::narrow(memory, 0, 0, outputs * width);
       const Tensor panel = torch::stable::view(part, {outputs, width});
       matrix_product(rows_of_grad, dequantized(device, matrix, scales, begin, width, panel),
-                     torch::stable::narrow(out, 1, begin, width));
+                     torch::stable::narrow(rows_of_out, 1, begin, width));
     }
-    return torch::stable::view(out, with_last(grad, inner));
+    return out;
   }
 
   static void implement(torch::stable::detail::StableLibrary& m) {
