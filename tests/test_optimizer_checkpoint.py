@@ -279,14 +279,6 @@ def test_bad_state_dicts_change_nothing(case):
     train(p, optimizer, range(2, 3))
 
 
-def test_a_torch_adamw_state_dict_is_refused():
-    p = params((64, 80))
-    reference = torch.optim.AdamW(p)
-    train(p, reference, range(1))
-    with pytest.raises(ValueError):
-        AdamW8bit(p).load_state_dict(reference.state_dict())
-
-
 def test_load_hooks_run():
     p = params((64, 80))
     optimizer = AdamW8bit(p)

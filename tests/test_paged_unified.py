@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import backends
 from bnbops import _library
-from bnbops.optim import AdamW8bit, PagedAdamW8bit, base, unified
+from bnbops.optim import AdamW8bit, PagedAdamW8bit, stateful, unified
 from bnbops.optim.unified import UnifiedMemory
 from cuda_on_cpu import library
 from paged_cases import RecordedMemory
@@ -162,7 +162,7 @@ def test_kernels_are_needed(monkeypatch):
 
 def test_states_lie_on_the_device_of_their_parameter(monkeypatch, tmp_path):
     """Of paged groups alone, and no file is looked for."""
-    monkeypatch.setattr(base, "UnifiedMemory", RecordedMemory)
+    monkeypatch.setattr(stateful, "UnifiedMemory", RecordedMemory)
     with FakeTensorMode():
         p = [nn.Parameter(torch.empty(64, 256, device=f"cuda:{i}")) for i in (0, 1, 0, 0)]
         groups = [{"params": [x], "is_paged": i < 3} for i, x in enumerate(p)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from weakref import ReferenceType, ref
 
+import torch
 from torch import Tensor
 
 from bnbops.optim.state import absmax_name
@@ -68,8 +69,9 @@ class Watch:
         for i, (param, name) in enumerate(self._of):
             if versions[i] == self._seen[i] or scales[i] != self._seen_scales[i]:
                 continue
-            kept = states.get(param, {}).get(absmax_name(name))
-            if kept is not None and any(x is self._scales[i]() for x in _counted(kept)):
+            state = states.get(param, {})
+            kept = state.get(absmax_name(name))
+            if kept is not None and any(x is self._scales[i]() for x in _counted(kept)) and _are_codes(state.get(name)):
                 raise RuntimeError(_message(param, name))
         self._forget()  # they may be other tensors, or fewer
         self.look(states)
@@ -78,6 +80,11 @@ class Watch:
 def _counted(tensor: Tensor) -> tuple[Tensor, ...]:
     """The tensors that count what is written to a tensor."""
     return (tensor, tensor._local_tensor) if is_sharded(tensor) else (tensor,)
+
+
+def _are_codes(tensor: Tensor | None) -> bool:
+    """Whether an operator would take a tensor for codes; else it says what is wrong."""
+    return tensor is not None and tensor.dtype == torch.uint8 and tensor.is_contiguous()
 
 
 def _versions(tensors: Iterable[ReferenceType[Tensor]]) -> list[int | None]:

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bnbops
 from bnbops._library import cuda_library
-from bnbops.optim import base, unified
+from bnbops.optim import stateful, unified
 from optimizer_classes import CLASSES, build
 from paged_cases import RecordedMemory
 
@@ -43,7 +43,7 @@ def test_no_unified_memory_without_a_gpu():
 
 @pytest.mark.parametrize("name", [name for name in CLASSES if name.startswith("Paged")])
 def test_states_stay_in_paged_memory(name, monkeypatch):
-    monkeypatch.setattr(base, "UnifiedMemory", RecordedMemory)
+    monkeypatch.setattr(stateful, "UnifiedMemory", RecordedMemory)
 
     def assert_paged(optimizer: torch.optim.Optimizer) -> RecordedMemory:
         [memory] = optimizer._unified_memory.values()
