@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bnbops import optim
+from bnbops.distributed import load_checkpoint, save_checkpoint
 from bnbops.estimate import estimate
 from bnbops.optim import AdamW8bit, GlobalOptimManager
 from optimizer_cases import assert_same, assert_same_state, params, train
@@ -116,6 +117,27 @@ def test_checkpoints_of_a_former_version():
     assert_same_state(former, optimizer)
     fresh = optim.AdamW(params((LARGE,), (64, 80), (LARGE,)))  # 32 bits: the vector does not tell of a cast
     fresh.load_state_dict({**saved, "state": {0: saved["state"][0]}})
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_dcp_checkpoints_of_a_former_version(tmp_path):
+    def model() -> nn.Module:
+        return nn.ParameterList(params((LARGE,), (64, 80)))
+
+    p, q = model(), model()
+    former = AdamW8bit([{"params": p.parameters(), "min_8bit_vector_size": 2**40}])
+    train(list(p), former, range(2))
+    rule = former.param_groups[0].pop("min_8bit_vector_size")
+    save_checkpoint(p, former, tmp_path / "a")
+    former.param_groups[0]["min_8bit_vector_size"] = rule
+
+    optimizer = AdamW8bit(q.parameters())
+    load_checkpoint(q, optimizer, tmp_path / "a")
+    assert bits(optimizer) == [32, 8]
+    for parameters, one in ((p, former), (q, optimizer)):
+        train(list(parameters), one, range(2, 4))
+    assert_same(list(p), list(q))
+    assert_same_state(former, optimizer)
 
 
 def test_the_rule_is_part_of_a_state_dict():

@@ -98,8 +98,8 @@ def _versions(tensors: Iterable[ReferenceType[Tensor]]) -> list[int | None]:
 
 def _message(param: Tensor, name: str) -> str:
     return (
-        f"'{name}' of a parameter of shape {list(param.shape)} was written since the last step, but not its scales, "
-        f"'{absmax_name(name)}'. An 8-bit state holds codes, fractions of the scales; it was taken for numbers. "
-        "Change states with reset_state(), or set_state() and dequantized_state(), whose values are float32. To go on, "
-        "reset_state() this parameter or load_state_dict() a checkpoint"
+        f"'{name}' of a parameter of shape {list(param.shape)} was written, or replaced, since the last step, but not "
+        f"its scales, '{absmax_name(name)}'. An 8-bit state holds codes, fractions of the scales; it was taken for "
+        "numbers. Change states with reset_state(), or set_state() and dequantized_state(), whose values are float32. "
+        "To go on, reset_state() this parameter or load_state_dict() a checkpoint"
     )
