@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from bnbops.default_device import traceable_backward
-from bnbops.dynamo import TraceableStep, allow_as_graph_inputs, dynamo_mended
+from bnbops.dynamo import TraceableStep, allow_as_graph_inputs, dynamo_mended, unwrapped
 
 __all__ = ["CompiledTrainStep", "GraphBreakError", "NothingTrainedError", "compiled_train_step"]
 
@@ -218,8 +218,8 @@ def compiled_train_step(
         step_fn: a plain train step: it computes a loss, calls ``loss.backward()``, ``optimizer.step()`` and
             ``optimizer.zero_grad()``, and returns tensors (alone, in a tuple, list or dict) or None. Tensors come back
             detached.
-        optimizer: the bnbops optimizer that `step_fn` uses, or several. Its state is created here, and every
-            ``group["lr"]`` becomes a 0-dim float64 tensor, which schedulers update in place.
+        optimizer: the bnbops optimizer that `step_fn` uses, or several; in a trainer's wrapper or without. Its state
+            is created here, and every ``group["lr"]`` becomes a 0-dim float64 tensor, which schedulers update in place.
         accumulate: `step_fn` may leave the optimizer alone and only add to the gradients.
         backend, mode, options, dynamic: as for `torch.compile`.
 
@@ -252,6 +252,7 @@ def _as_optimizers(optimizer: Any, step_fn: Any) -> tuple[Optimizer, ...]:
     optimizers = (optimizer,) if isinstance(optimizer, Optimizer) or optimizer is None else tuple(optimizer)
     if not optimizers or any(not isinstance(each, Optimizer) for each in optimizers):
         raise TypeError("compiled_train_step: pass the optimizer (or a list of them) that the step function uses")
+    optimizers = tuple(map(unwrapped, optimizers))
     for each in optimizers:
         if not callable(getattr(each, "init_state", None)):
             raise TypeError(

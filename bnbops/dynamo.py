@@ -11,7 +11,14 @@ import torch
 from torch._dynamo.variables import ConstantVariable, torch_function
 from torch.optim import Optimizer
 
-__all__ = ["TraceableStep", "allow_as_graph_inputs", "dynamo_mended"]
+__all__ = ["TraceableStep", "allow_as_graph_inputs", "dynamo_mended", "unwrapped"]
+
+
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer in what Accelerate or Lightning have made of it, whose step a graph takes."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
 
 
 class TraceableStep:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+import bnbops
 from bnbops.optim import AdamW8bit
-from compile_cases import assert_same, batches, make, snapshot
+from compile_cases import assert_same, batches, make, snapshot, usual_step
 
 CLIPPING = {"norm": 0.3, "value": 0.02}
 STEPS = 4
@@ -127,3 +128,25 @@ def test_clipping_what_the_operator_unscales_is_refused(lightning, tmp_path):
         fit(lightning, tmp_path, optimizer, model, plugins=[plugin], gradient_clip_val=CLIPPING["norm"])
     model.zero_grad()
     assert_same(snapshot(model), before)
+
+
+@pytest.mark.parametrize("wrapper", ["Fabric", "Accelerator"])
+def test_a_compiled_step_with_a_wrapped_optimizer(lightning, wrapper):
+    """One graph for all learning rates of a schedule, with the bits of eager."""
+    runs = []
+    for compiled in (False, True):
+        model, optimizer = make()
+        if wrapper == "Fabric":
+            wrapped = lightning.Fabric(accelerator="cpu").setup(model, optimizer)[1]
+        else:
+            wrapped = importlib.import_module("accelerate").Accelerator(cpu=True).prepare(optimizer)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        step = usual_step(model, wrapped)
+        if compiled:
+            step = bnbops.compiled_train_step(step, wrapped, backend="eager")
+        for batch in batches(STEPS):
+            step(*batch)
+            scheduler.step()
+        runs.append(snapshot(model, optimizer))
+    assert_same(*runs)
+    assert step.graph_count == 1

@@ -199,7 +199,11 @@ def test_codes_as_plain_tensors(kind, way):
 # ---- codes: what is refused ------------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
-    "numbers into codes": (lambda p: p.copy_(_float()[: p.shape[0], : p.shape[1]].double()), RuntimeError, "which copy_ would overwrite"),
+    "numbers into codes": (
+        lambda p: p.copy_(_float()[: p.shape[0], : p.shape[1]].double()),
+        RuntimeError,
+        "which copy_ would overwrite",
+    ),
     "requires_grad_": (lambda p: p.requires_grad_(), RuntimeError, "cannot be trained"),
     "channels_last": (lambda p: p.to(memory_format=torch.channels_last), RuntimeError, "rank 4"),
     "cpu channels_last": (lambda p: p.cpu(memory_format=torch.channels_last), RuntimeError, "rank 4"),

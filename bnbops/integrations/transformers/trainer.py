@@ -15,6 +15,7 @@ from transformers import Trainer
 from transformers.training_args import ParallelMode
 
 from bnbops.compile import CompiledTrainStep, compiled_train_step
+from bnbops.dynamo import unwrapped
 from bnbops.integrations.requirements import require
 from bnbops.integrations.transformers.embeddings import keep_embeddings_in_32_bits
 from bnbops.optim.base import Optimizer
@@ -83,10 +84,10 @@ class CompiledStep:
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         super().create_optimizer(model)
-        if not isinstance(_unwrapped(self.optimizer), Optimizer):
+        if not isinstance(unwrapped(self.optimizer), Optimizer):
             raise TypeError(
                 f"{type(self).__name__} needs an optimizer of bnbops.optim, got "
-                f"{type(_unwrapped(self.optimizer)).__name__}: pass e.g. "
+                f"{type(unwrapped(self.optimizer)).__name__}: pass e.g. "
                 'optimizer_cls_and_kwargs=(bnbops.optim.AdamW8bit, {"lr": args.learning_rate})'
             )
         keep_embeddings_in_32_bits(self.model if model is None else model)
@@ -118,7 +119,7 @@ class CompiledStep:
         return loss
 
     def _step_for(self, model: nn.Module) -> CompiledTrainStep:
-        optimizer = _unwrapped(self.optimizer)
+        optimizer = unwrapped(self.optimizer)
         if self._compiled_for != (model, optimizer):
             self._compiled_for = (model, optimizer)
             self.compiled_step = self._compile(model, optimizer)
@@ -164,11 +165,6 @@ class CompiledTrainer(CompiledStep, Trainer):
         trainer.train()
         trainer.compiled_step.graph_count  # 1
     """
-
-
-def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Accelerate's wrapper taken off."""
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _refuse_what_is_not_one_graph(trainer: Trainer, graph_per: str) -> None:
