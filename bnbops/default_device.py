@@ -17,8 +17,8 @@ from torch.utils._device import DeviceContext
 
 
 def traceable_weight(weight: Tensor) -> Tensor:
-    """A frozen weight; within a graph as a plain tensor, whatever its class."""
-    if not torch.compiler.is_compiling():
+    """A frozen weight; under a default device within a graph as a plain tensor, whatever its class."""
+    if not torch.compiler.is_compiling() or not torch._C._is_torch_function_mode_enabled():
         return weight
     with torch._C.DisableTorchFunctionSubclass():
         return weight.detach()
