@@ -109,12 +109,15 @@ def repacked(bitsandbytes: ModuleType, weight: Tensor, nested: bool) -> Iterator
 
 
 def contenders_8bit(weight: Tensor, peers: dict[str, ModuleType]) -> Iterator[Contender]:
-    """bnbops, dense, then the others; bitsandbytes also in training mode, in which it does not quantize the input."""
+    """bnbops, dense, then the others; the layers also in training mode, in which a CPU does not quantize the input."""
     layer, codes, scales = linear_8bit(bnbops.nn, weight)
     held, values = size(codes, scales), codes * (scales / 127)[:, None]
     tolerance = TOLERANCES[weight.dtype]
     yield Contender("bnbops Linear8bitLt", layer.eval(), values, held, tolerance, llm_int8)
     yield dense(weight)
+    if weight.device.type == "cpu":
+        layer, _, _ = linear_8bit(bnbops.nn, weight)
+        yield Contender("bnbops Linear8bitLt, training mode", layer, values, held, tolerance)
     if bitsandbytes := peers.get("bitsandbytes"):
         layer, codes, scales = linear_8bit(bitsandbytes.nn, weight)
         values, tolerance = codes * (scales / 127)[:, None], TOLERANCES[torch.bfloat16]  # it computes in fp16

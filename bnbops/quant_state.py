@@ -18,11 +18,11 @@ def _pack(source_dict: dict[str, Any]) -> Tensor:
     return torch.tensor(list(json.dumps(source_dict).encode("utf-8")), dtype=torch.uint8, device="cpu")
 
 
-def _unpack(key: str, packed: Tensor) -> dict[str, Any]:
-    if packed.dtype != torch.uint8:
-        raise ValueError(f"{key} is {packed.dtype}, expected uint8, the bytes of a text; {NO_NUMBERS}")
+def _unpack(tensor_data: Tensor, key: str = "tensor_data") -> dict[str, Any]:
+    if tensor_data.dtype != torch.uint8:
+        raise ValueError(f"{key} is {tensor_data.dtype}, expected uint8, the bytes of a text; {NO_NUMBERS}")
     try:
-        values = json.loads(bytes(packed.cpu().tolist()).decode("utf-8"))
+        values = json.loads(bytes(tensor_data.cpu().tolist()).decode("utf-8"))
     except ValueError as error:
         raise ValueError(f"{key} is not the JSON text of a quantization state: {error}") from None
     if not isinstance(values, dict):
@@ -109,7 +109,7 @@ class QuantState:
                 f"'quant_type'; got the keys {sorted(values)}"
             )
         for key in packed:
-            values.update(_unpack(key, values.pop(key)))
+            values.update(_unpack(values.pop(key), key))
         values = {k.split(".")[-1]: v for k, v in values.items()}
         if unknown := values.keys() - set(cls.valid_qs_keys):
             raise ValueError(f"unknown keys in a quantization state: {sorted(unknown)}")

@@ -1,9 +1,8 @@
-"""`bitsandbytes.utils`: how a quantization's description becomes a tensor of a state dict, and back; other layers for
-linear ones."""
+"""`bitsandbytes.utils`: a quantization's description as a tensor of a state dict, and back; tools for models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,36 +26,33 @@ INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING = {n: name for name, n in LINEAR_8BIT
 def replace_linear(
     model: nn.Module,
     linear_replacement: Callable[[int, int, bool], nn.Module],
-    skip_modules: Collection[str] = ("lm_head",),
+    skip_modules: Sequence[str] = ("lm_head",),
     copy_weights: bool = False,
     post_processing_function: str | None = None,
 ) -> nn.Module:
-    """Puts new layers into the place of a model's linear ones. (`bnbops.nn.quantize_` does that and quantizes.)
+    """Puts other layers in the place of `torch.nn.Linear`s, in place. `bnbops.nn.quantize_` quantizes them, too.
 
     Args:
-        model: with linear layers in it, at any depth.
-        linear_replacement: makes a layer from the number of input and of output features, and whether there is a bias.
-        skip_modules: names of layers to leave, without a path.
-        copy_weights: give the new layers the weights and biases of the old ones.
-        post_processing_function: name of a method of the new layers, to be called in the end.
-
-    Returns:
-        The model.
+        model: it is changed, and returned.
+        linear_replacement: makes a layer of input features, output features and whether there is a bias.
+        skip_modules: names that layers to be kept have in the module they are in.
+        copy_weights: give the new layer the parameters of the old one.
+        post_processing_function: name of a method of the old layer to call, with that layer, if it has it.
     """
-    for parent in list(model.modules()):
-        for name, old in list(parent.named_children()):
-            if not isinstance(old, nn.Linear) or name in skip_modules:
-                continue
-            new = linear_replacement(old.in_features, old.out_features, old.bias is not None)
-            if copy_weights:
-                new.weight, new.bias = old.weight, old.bias
-            setattr(parent, name, new)
-            if post_processing_function is not None:
-                getattr(new, post_processing_function, lambda: None)()
+    for name, module in model.named_children():
+        replace_linear(module, linear_replacement, skip_modules, copy_weights, post_processing_function)
+        if not isinstance(module, nn.Linear) or name in skip_modules:
+            continue
+        new = linear_replacement(module.in_features, module.out_features, module.bias is not None)
+        if copy_weights:
+            new.weight, new.bias = module.weight, module.bias
+        setattr(model, name, new)
+        if post_processing_function is not None and (process := getattr(module, post_processing_function, None)):
+            process(module)
     return model
 
 
 def sync_gpu(t: Tensor) -> None:
-    """Waits for all that a tensor's device has to do."""
+    """Waits for the device of a tensor."""
     if t.device.type != "cpu":
         torch.accelerator.synchronize(t.device)

@@ -42,7 +42,7 @@ PUBLIC = {
     "nn.parametrize": ("Bnb4bitParametrization", "replace_parameter_4bit", "replace_parameter_4bit_prequantized"),
     "optim": ("AdamW8bit", "GlobalOptimManager", "PagedAdamW8bit"),
     "optim.optimizer": ("GlobalOptimManager", "MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit"),
-    "utils": ("pack_dict_to_tensor", "unpack_tensor_to_dict"),
+    "utils": ("pack_dict_to_tensor", "replace_linear", "sync_gpu", "unpack_tensor_to_dict"),
     **{f"optim.{name.lower()}": (name, f"{name}8bit", f"{name}32bit") for name in FAMILIES},
 }
 MISSING = (
@@ -178,6 +178,18 @@ def test_autograd_classes_compute(as_bitsandbytes):
     ):
         assert torch.equal(got, expected)
         assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in (got, expected)))
+
+
+def test_utils(as_bitsandbytes):
+    from bitsandbytes.utils import replace_linear, sync_gpu
+
+    model = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.ModuleDict({"lm_head": torch.nn.Linear(8, 4)}))
+    weight, head = model[0].weight, model[1]["lm_head"]
+    assert replace_linear(model, nn.LinearNF4, copy_weights=True) is model
+    assert type(model[0]) is nn.LinearNF4 and model[1]["lm_head"] is head
+    assert torch.equal(model[0].weight.data, weight.data)
+    assert model.to("cpu")[0].weight.bnb_quantized
+    sync_gpu(weight)
 
 
 # ---- objects that outlive the name -----------------------------------------------------------------------------
