@@ -1,5 +1,6 @@
 """Layers with bitsandbytes' names and arguments."""
 
+from bnbops.nn import averaging as averaging
 from bnbops.nn.embedding import Embedding, StableEmbedding
 from bnbops.nn.embedding_4bit import Embedding4bit, EmbeddingFP4, EmbeddingNF4
 from bnbops.nn.embedding_8bit import Embedding8bit
