@@ -225,6 +225,21 @@ def test_refusals_change_nothing(kind, way):
     _assert_same(weight, before)
 
 
+@pytest.mark.parametrize("kind", [*MAKERS, *FLOAT_MAKERS])
+def test_pinned_memory(kind):
+    """As of a plain parameter: pinned, or the error that there is nothing to pin it for."""
+
+    def pinned(weight: nn.Parameter) -> Any:
+        try:
+            found = weight.pin_memory()
+        except Exception as error:
+            return type(error), str(error)
+        return type(found), found.is_pinned(), found.dtype
+
+    weight = (MAKERS | FLOAT_MAKERS)[kind]()
+    assert pinned(weight) == pinned(nn.Parameter(weight.data.clone(), requires_grad=False))
+
+
 @quantized
 def test_shared_memory(kind):
     """Of the scales, too."""

@@ -253,10 +253,10 @@ def _assign(average: Adapted, model: Adapted) -> None:
 
 
 WRONG: dict[str, Any] = {
-    "multiply": (_multiply, "can't be cast|cannot be copied"),
-    "lerp": (_lerp, "not implemented for"),
-    "copy": (_copy, "cannot be copied from float32 numbers.*averages"),
-    "assign": (_assign, "has been cast|is not quantized"),
+    "multiply": (_multiply, "can't be cast|codes"),
+    "lerp": (_lerp, "not implemented for|codes"),
+    "copy": (_copy, "codes"),
+    "assign": (_assign, "has been cast|is not quantized|codes"),
 }
 
 
