@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+import threading
 
 from bnbops.alias import finder
 
 _installed = False
+_turning = threading.Lock()  # not held while anything is imported: who imports bitsandbytes holds a lock and comes here
 
 
 def install_as_bitsandbytes() -> None:
@@ -20,21 +22,22 @@ def install_as_bitsandbytes() -> None:
         ImportError: the real bitsandbytes is imported already.
     """
     global _installed
-    if _installed:
-        return
-    module = sys.modules.get(finder.NAME)
-    if module is not None and not finder.is_ours(module):
-        raise ImportError(
-            f"bitsandbytes is already imported, from {getattr(module, '__file__', None)}: call "
-            "bnbops.install_as_bitsandbytes() before anything imports it, in the first lines of the program",
-            name=finder.NAME,
-        )
     from bnbops.alias import names, operators, repair
     from bnbops.nn import bias
 
-    _installed = True
-    bias.cast_for_good = True
-    finder.install()
+    with _turning:
+        if _installed:
+            return
+        module = sys.modules.get(finder.NAME)
+        if module is not None and not finder.is_ours(module):
+            raise ImportError(
+                f"bitsandbytes is already imported, from {getattr(module, '__file__', None)}: call "
+                "bnbops.install_as_bitsandbytes() before anything imports it, in the first lines of the program",
+                name=finder.NAME,
+            )
+        _installed = True
+        bias.cast_for_good = True
+        finder.install()
     names.rename()
     operators.install()
     repair.announce()
@@ -43,13 +46,14 @@ def install_as_bitsandbytes() -> None:
 def uninstall_as_bitsandbytes() -> None:
     """Undoes `install_as_bitsandbytes()`. Does nothing where it was not called."""
     global _installed
-    if not _installed:
-        return
     from bnbops.alias import names, operators, repair
     from bnbops.nn import bias
 
-    _installed = False
-    bias.cast_for_good = False
+    with _turning:
+        if not _installed:
+            return
+        _installed = False
+        bias.cast_for_good = False
     names.restore()
     operators.uninstall()
     finder.uninstall()

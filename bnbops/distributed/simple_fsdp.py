@@ -123,11 +123,9 @@ def _gathering(cls: type[nn.Module], names: tuple[str, ...], precision: _Precisi
 
     def extra_repr(self: nn.Module) -> str:
         """Of the module without these properties: one rank may print it, and layers look whether there is a bias."""
-        gathering, self.__class__ = type(self), cls
-        try:
-            return self.extra_repr()
-        finally:
-            self.__class__ = gathering
+        plain = cls.__new__(cls)
+        vars(plain).update(vars(self))
+        return plain.extra_repr()
 
     members = {name: gathered(name) for name in names} | {"extra_repr": extra_repr}
     return type(f"DataParallel{cls.__name__}", (cls,), members)

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from bnbops.functional_4bit import quantize_4bit
 from bnbops.lasting import lasting
+from bnbops.nn import forwards
 from bnbops.nn.plain_state import of_whole_layer
 from bnbops.nn.quantized_parameter import QuantizedParameter
 from bnbops.nn.scales_4bit import (
@@ -37,8 +38,8 @@ __all__ = ["Bnb4bitParametrization", "replace_parameter_4bit", "replace_paramete
 class Bnb4bitParametrization(nn.Module):
     """Dequantizes a packed parameter, whose scales it holds (see `bnbops.nn.scales_4bit`).
 
-    While the module that has the parameter is in `forward`, all reads get the same tensor; compiled code does not need
-    that. No gradient flows to the codes.
+    While the module that has the parameter is in `forward`, all reads of a thread get the same tensor, unless weights
+    are loaded meanwhile; compiled code does not need that. No gradient flows to the codes.
     """
 
     def __init__(self, quant_state: QuantState, quant_storage: torch.dtype = torch.uint8) -> None:
@@ -46,8 +47,6 @@ class Bnb4bitParametrization(nn.Module):
         register_scales(self, "")
         self.quant_storage = quant_storage
         self.hold(quant_state)
-        self._readers = 0  # calls of the module's forward that are under way
-        self._value: Tensor | None = None
 
     def hold(self, state: QuantState) -> None:
         set_scales(self, "", tensors_of(state))
@@ -60,11 +59,10 @@ class Bnb4bitParametrization(nn.Module):
 
     def forward(self, quantized_param: Tensor) -> Tensor:
         """The parameter in its shape and dtype."""
-        if self._readers == 0 or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return self.dequantize(quantized_param)
-        if self._value is None:
-            self._value = self.dequantize(quantized_param)
-        return self._value
+        held = (quantized_param, *scales_of(self, "").values())
+        return forwards.once(self, held, partial(self.dequantize, quantized_param))
 
     def dequantize(self, packed: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The parameter in its shape, and in `dtype` or its own."""
@@ -84,14 +82,6 @@ class Bnb4bitParametrization(nn.Module):
     def packed(self, original: Tensor) -> Tensor:
         """The codes that are held as bytes, in their storage dtype."""
         return original.detach().view(-1).view(self.quant_storage)
-
-    def start_reading(self) -> None:
-        self._readers += 1
-
-    def stop_reading(self) -> None:
-        self._readers = max(0, self._readers - 1)  # also called if a forward failed before it started to read
-        if self._readers == 0:
-            self._value = None
 
 
 @lasting()
@@ -193,12 +183,12 @@ def _find(module: nn.Module, name: str) -> tuple[int, Bnb4bitParametrization] | 
 
 def _start_hook(module: nn.Module, args: tuple[Any, ...], *, name: str) -> None:
     if not torch.compiler.is_compiling() and (found := _find(module, name)) is not None:
-        found[1].start_reading()
+        forwards.begin(found[1])
 
 
 def _stop_hook(module: nn.Module, args: tuple[Any, ...], output: Any, *, name: str) -> None:
     if not torch.compiler.is_compiling() and (found := _find(module, name)) is not None:
-        found[1].stop_reading()
+        forwards.end(found[1])
 
 
 def _own_names(prefix: str, name: str, index: int) -> dict[str, str]:

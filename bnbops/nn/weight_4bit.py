@@ -220,11 +220,11 @@ class Weight4bit(nn.Module):
         weight, fn = self._parameters.get("weight"), sparing_integers(fn)
         if not isinstance(weight, Params4bit):
             return super()._apply(fn, recurse)
-        self._parameters["weight"] = None  # keeps its place; torch would make a plain Parameter of it
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            self._parameters["weight"] = weight
+        rest = nn.Module()  # without the weight: torch would make a plain Parameter of it
+        vars(rest).update(_buffers=self._buffers, _modules=self._modules)
+        vars(rest)["_parameters"] = {name: param for name, param in self._parameters.items() if name != "weight"}
+        rest._apply(fn, recurse)
+        self._parameters.update(rest._parameters)
         self._parameters["weight"] = weight = weight._converted(fn)
         if weight.bnb_quantized and self._format is None:
             self._adopt(weight)  # tied: the other module has quantized it

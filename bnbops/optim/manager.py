@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -28,7 +29,8 @@ class GlobalOptimManager:
 
     There is one manager, `GlobalOptimManager.get_instance()`. An override belongs to the parameter itself, not to a
     copy of it; a module override belongs to whatever parameter the module has under that name. Neither keeps anything
-    alive. Options of a parameter take precedence over those of its module, later ones over earlier ones.
+    alive. Options of a parameter take precedence over those of its module, later ones over earlier ones. Threads may
+    override options, make modules that do, and step optimizers at the same time.
 
     Example::
 
@@ -38,6 +40,7 @@ class GlobalOptimManager:
     """
 
     _instance: GlobalOptimManager | None = None
+    _lock = threading.RLock()  # of writers; readers copy what is there (`_living`)
     _optimizers: WeakSet[torch.optim.Optimizer]  # asked whether an override comes too late
 
     def __init__(self) -> None:
@@ -47,15 +50,19 @@ class GlobalOptimManager:
     def get_instance(cls) -> GlobalOptimManager:
         """The manager."""
         if cls._instance is None:
-            cls._instance = cls.__new__(cls)
-            cls._instance._optimizers = WeakSet()
-            cls._instance.initialize()
+            with cls._lock:
+                if cls._instance is None:
+                    instance = cls.__new__(cls)
+                    instance._optimizers = WeakSet()
+                    instance.initialize()
+                    cls._instance = instance  # complete: threads look at it without the lock
         return cls._instance
 
     def initialize(self) -> None:
         """Forgets every override, those of `bnbops.nn`'s embeddings included. States that exist stay as they are."""
-        self._parameters = WeakTensorKeyDictionary()  # parameter -> options
-        self._modules = WeakIdKeyDictionary()  # module -> parameter name -> options
+        with self._lock:
+            self._parameters = WeakTensorKeyDictionary()  # parameter -> options
+            self._modules = WeakIdKeyDictionary()  # module -> parameter name -> options
 
     def register_parameters(self, params: Iterable[Tensor] | Iterable[dict[str, Any]]) -> None:
         """Does nothing but check `params`: bitsandbytes notes positions here, overrides follow the parameter itself.
@@ -104,8 +111,9 @@ class GlobalOptimManager:
         tensors = _tensors(parameters)
         for param in tensors:
             self._warn_if_late(param, config)
-        for param in tensors:
-            self._parameters[param] = {**self._parameters.get(param, {}), **config}
+        with self._lock:
+            for param in tensors:
+                self._parameters[param] = {**self._parameters.get(param, {}), **config}
 
     def register_module_override(self, module: nn.Module, param_name: str, config: Mapping[str, Any]) -> None:
         """Overrides options of the parameter that a module has under a name when an optimizer builds its state.
@@ -137,18 +145,19 @@ class GlobalOptimManager:
 
     def add_module_override(self, module: nn.Module, param_name: str, config: Mapping[str, Any]) -> None:
         """`register_module_override` without its checks and its warning, for modules that register themselves."""
-        overrides = self._modules.setdefault(module, {})
-        overrides[param_name] = {**overrides.get(param_name, {}), **config}
+        with self._lock:
+            overrides = self._modules.get(module, {})
+            self._modules[module] = {**overrides, param_name: {**overrides.get(param_name, {}), **config}}
 
     def overrides(self) -> dict[Tensor, dict[str, Any]]:
         """The parameters that have overrides now, and the options that take the place of their param group's."""
         merged: dict[Tensor, dict[str, Any]] = {}
-        for module, names in self._modules.items():
+        for module, names in _living(self._modules):
             for name, config in names.items():
                 # Not getattr: a parametrization would compute a tensor, even with collectives, instead of finding one.
                 if (param := module._parameters.get(name)) is not None:
                     merged.setdefault(param, {}).update(config)
-        for param, config in self._parameters.items():
+        for param, config in _living(self._parameters):
             merged.setdefault(param, {}).update(config)
         return merged
 
@@ -158,11 +167,13 @@ class GlobalOptimManager:
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """Remembers an optimizer, as long as it lives, to warn of overrides that come too late for it."""
-        self._optimizers.add(optimizer)
+        with self._lock:
+            self._optimizers.add(optimizer)
 
     def _warn_if_late(self, param: Tensor, config: Mapping[str, Any]) -> None:
         late = sorted(STATE_OPTIONS & config.keys())
-        names = sorted({type(optimizer).__name__ for optimizer in self._optimizers if optimizer.state.get(param)})
+        optimizers = [optimizer for reference in list(self._optimizers.data) if (optimizer := reference()) is not None]
+        names = sorted({type(optimizer).__name__ for optimizer in optimizers if optimizer.state.get(param)})
         if late and names:
             warnings.warn(
                 f"{', '.join(names)} has already built the state of a parameter of shape {list(param.shape)}: "
@@ -170,6 +181,12 @@ class GlobalOptimManager:
                 "before optimizer.init_state() and the first step().",
                 stacklevel=3,
             )
+
+
+def _living(weak: WeakIdKeyDictionary) -> list[tuple[Any, dict[str, Any]]]:
+    """The entries at this moment. Iterating over the dictionary itself fails when another thread, or the garbage
+    collector in one, changes it."""
+    return [(key, value) for reference, value in list(weak.data.items()) if (key := reference()) is not None]
 
 
 def _tensors(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
 import warnings
 from functools import cache
 
@@ -14,6 +15,7 @@ from bnbops import _library
 
 _ALLOC, _FREE, _SUPPORT = "bnbops_managed_alloc", "bnbops_managed_free", "bnbops_managed_support"
 _UNSUPPORTED, _UNPAGED = 0, 1  # what bnbops_managed_support says
+_one_allocator = threading.Lock()
 
 
 class UnifiedMemory:
@@ -51,7 +53,7 @@ class UnifiedMemory:
                 stacklevel=2,
             )
         self.device = device
-        with torch.cuda.device(device):
+        with _one_allocator, torch.cuda.device(device):
             self._pool = torch.cuda.MemPool(_allocator(path).allocator())
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -79,5 +81,6 @@ class UnifiedMemory:
 
 @cache
 def _allocator(path: str) -> torch.cuda.memory.CUDAPluggableAllocator:
-    """The library's functions for torch: one for the process, as pools outlive what uses them."""
+    """The library's functions for torch: one for the process, as pools outlive what uses them. Call it with
+    the lock: the cache lets two threads make two, and keeps one."""
     return torch.cuda.memory.CUDAPluggableAllocator(path, _ALLOC, _FREE)

@@ -125,6 +125,22 @@ def all_kinds_of_modules() -> None:
         assert differing(gradients(model), expected) == []
 
 
+def printing() -> None:
+    """It changes nothing meanwhile: another thread may be in a forward."""
+
+    class Told(nn.Linear):
+        def extra_repr(self) -> str:
+            classes.append(type(model[0]))
+            return super().extra_repr()
+
+    classes: list[type] = []
+    model = data_parallel(nn.Sequential(Told(3, 2)), mesh_of())
+    gathering = type(model[0])
+    if dist.get_rank() == 0:  # one rank can print it
+        assert "in_features=3, out_features=2, bias=True" in repr(model)
+        assert classes == [gathering] and gathering is not Told
+
+
 def state_dicts() -> None:
     one, model = Zoo(), data_parallel(Zoo(), mesh_of())
     assert list(model.state_dict()) == list(one.state_dict())
@@ -174,7 +190,7 @@ def together(*checks: str) -> None:
 
 
 def test_two_ranks() -> None:
-    checks = (as_fully_shard, mixed_precision, all_kinds_of_modules, state_dicts, refusals)
+    checks = (as_fully_shard, mixed_precision, all_kinds_of_modules, printing, state_dicts, refusals)
     run_on_ranks(2, together, *(check.__name__ for check in checks))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import copy
@@ -165,18 +166,19 @@ _PATCHES: list[tuple[Any, str, Callable[[Any], Any]]] = [
     *((module, "create_loraplus_optimizer", _making_loraplus) for module in (loraplus, peft.optimizers)),
 ]
 _originals: list[tuple[Any, str, Any]] = []
+_turning = threading.Lock()
 
 
 def register() -> None:
     """Lets PEFT adapt bnbops' layers, in this process. Importing `bnbops.integrations.peft` does it; twice is once."""
-    if _originals:
-        return
-    for owner, name, make in _PATCHES:
-        _originals.append((owner, name, vars(owner)[name]))
-        setattr(owner, name, make(getattr(owner, name)))
+    with _turning:
+        for owner, name, make in () if _originals else _PATCHES:
+            _originals.append((owner, name, vars(owner)[name]))
+            setattr(owner, name, make(getattr(owner, name)))
 
 
 def unregister() -> None:
     """Makes PEFT what it was. Models that have adapters keep them, and their layers work, except DoRA's."""
-    while _originals:
-        setattr(*_originals.pop())
+    with _turning:
+        while _originals:
+            setattr(*_originals.pop())

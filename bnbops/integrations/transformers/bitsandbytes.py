@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,7 @@ from bnbops.integrations.transformers.quantizer import BnbOpsHfQuantizer
 from bnbops.nn.quantize_plan import Place, Rule
 
 _METHODS = ("bitsandbytes_4bit", "bitsandbytes_8bit")
+_turning = threading.Lock()
 _replaced: dict[str, type] = {}  # Transformers' own quantizers, while ours are in their place
 
 
@@ -65,9 +67,10 @@ def load_bitsandbytes_checkpoints(enable: bool = True) -> None:
     Args:
         enable: False undoes it. Models that are loaded stay as they are.
     """
-    for method in _METHODS:
-        if enable and AUTO_QUANTIZER_MAPPING[method] is not BitsAndBytesHfQuantizer:
-            _replaced[method] = AUTO_QUANTIZER_MAPPING[method]
-            AUTO_QUANTIZER_MAPPING[method] = BitsAndBytesHfQuantizer
-        elif not enable and AUTO_QUANTIZER_MAPPING[method] is BitsAndBytesHfQuantizer:
-            AUTO_QUANTIZER_MAPPING[method] = _replaced.pop(method)
+    with _turning:
+        for method in _METHODS:
+            if enable and AUTO_QUANTIZER_MAPPING[method] is not BitsAndBytesHfQuantizer:
+                _replaced[method] = AUTO_QUANTIZER_MAPPING[method]
+                AUTO_QUANTIZER_MAPPING[method] = BitsAndBytesHfQuantizer
+            elif not enable and AUTO_QUANTIZER_MAPPING[method] is BitsAndBytesHfQuantizer:
+                AUTO_QUANTIZER_MAPPING[method] = _replaced.pop(method)
