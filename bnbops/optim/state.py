@@ -68,27 +68,31 @@ def _log_32bit(shape: tuple[int, ...], placements: tuple[Any, ...], mesh: tuple[
 def shards_whole_blocks(param: Tensor) -> bool:
     """Whether the blocks of each rank's part of a parameter are blocks of the whole, and their scales on that rank.
 
-    They are for shards of rows (dimension 0). A single shard of the dimension along which blocks lie, which is the next
-    one, or a vector's only one, has to cut the parameter where it cuts the scales.
+    They are for shards of rows (dimension 0). Those of the dimension along which blocks lie, which is the next one, or
+    a vector's only one, have to cut the parameter where they cut the scales: evenly, if they are over several
+    dimensions of a mesh.
     """
     if not is_sharded(param):
         return True
-    sizes, along = param.device_mesh.shape, _along(param.shape)
+    along = _along(param.shape)
     cuts = [
         (ranks, placement)
-        for ranks, placement in zip(sizes, param.placements, strict=True)
+        for ranks, placement in zip(param.device_mesh.shape, param.placements, strict=True)
         if ranks > 1 and not placement.is_replicate() and placement.dim >= along
     ]
-    if not cuts:
-        return True
-    ranks, placement = cuts[0]
-    if len(cuts) > 1 or placement.dim != along or getattr(placement, "split_factor", 1) != 1:
+    if any(placement.dim != along for _, placement in cuts):
         return False
-    return cuts_between_blocks(param.shape, ranks)
+    pieces = math.prod(ranks for ranks, _ in cuts)
+    strides = [getattr(placement, "split_factor", 1) for _, placement in cuts]  # of _StridedShard
+    if len(cuts) <= 1 and all(stride == 1 for stride in strides):
+        return pieces == 1 or cuts_between_blocks(param.shape, pieces)
+    scales, rest = divmod(math.prod(param.shape[along:]), BLOCKSIZE)
+    even = rest == 0 and scales % pieces == 0 and param.shape[along] % pieces == 0
+    return even and all(pieces % stride == 0 for stride in strides)
 
 
 def cuts_between_blocks(shape: torch.Size, ranks: int) -> bool:
-    """Whether torch cuts a dimension along which blocks lie, a vector's or dimension 1, where it cuts the scales."""
+    """Whether torch cuts the dimension along which blocks lie where it cuts the scales."""
     along = _along(shape)
     scales = absmax_shape(shape)[along]
     return -(shape[along] // -ranks) * math.prod(shape[along + 1 :]) == -(scales // -ranks) * BLOCKSIZE

@@ -1,6 +1,7 @@
 """Optimizers of parameters that DTensors spread in any way: over columns, over two meshes, by tensor parallelism."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -37,12 +38,20 @@ LINE: list[tuple[tuple[int, ...], Placements, int]] = [
     ((6, 300), [SAME], 8),
     ((130,), [ROWS], 32),
     ((130,), [SAME], 32),
+    ((1024,), [ROWS], 8),
+    ((600,), [ROWS], 32),
+    ((600,), [SAME], 8),
 ]
 SQUARE: list[tuple[tuple[int, ...], Placements, int]] = [
     ((7, 1024), [ROWS, COLUMNS], 8),
     ((7, 1024), [COLUMNS, ROWS], 8),
     ((7, 300), [ROWS, ROWS], 8),
-    ((6, 1024), [COLUMNS, COLUMNS], 32),
+    ((6, 1024), [COLUMNS, COLUMNS], 8),  # evenly, one block a rank
+    ((6, 1000), [COLUMNS, COLUMNS], 32),
+    ((6, 512), [COLUMNS, COLUMNS], 32),  # half a block
+    ((1024,), [ROWS, ROWS], 8),
+    ((1536,), [ROWS, ROWS], 32),  # one and a half blocks
+    ((1536,), [SAME, ROWS], 8),
     ((6, 512), [SAME, COLUMNS], 8),
     ((6, 300), [ROWS, COLUMNS], 32),
     ((6, 300), [SAME, SAME], 8),
@@ -104,7 +113,7 @@ class Log(logging.Handler):
 
 def test_placements():
     said, *others = run_on_ranks(4, placements, ["AdamW8bit", "LAMB8bit"])
-    cut = [shape for shape, cut, bits in (*LINE, *SQUARE) if cut and bits == 32 and len(shape) > 1]
+    cut = [shape for shape, cut, bits in (*LINE, *SQUARE) if cut and bits == 32 and math.prod(shape) >= 512]
     assert others == [[], [], []], "one rank speaks for all, once"
     assert len(said) == len(cut) and all(f"shape {list(x)}" in message for x, message in zip(cut, said, strict=True))
     assert "(Shard(dim=1),) on a mesh of shape (4,)" in said[0]
@@ -171,22 +180,29 @@ def refused() -> None:
         assert torch.equal(whole(tensor), whole(before[key])), key
 
 
-def states_refused() -> None:
-    """8-bit states that fit the parameter, but not its shards."""
+def states_decoded() -> None:
+    """8-bit states that fit the parameter, but not its shards, become 32-bit ones of their values."""
     mesh, x = init_device_mesh("cpu", (2,)), torch.ones(8, 600)
     by_rows, by_columns = (AdamW8bit([nn.Parameter(distributed(x, mesh, [p]))]) for p in (ROWS, COLUMNS))
     by_rows.init_state()
     by_columns.init_state()
-    saved, before = by_rows.state_dict(), tensors_of(by_columns)
-    with pytest.raises(ValueError, match=r"8-bit states cannot be sharded as the parameter is, \(Shard\(dim=1\),\)"):
-        by_columns.load_state_dict(saved)
-    saved["state"][0]["exp_avg_absmax"] = torch.zeros(19)
-    with pytest.raises(ValueError, match=r"'exp_avg_absmax' is .*\[19\], expected .* \[8, 3\]"):
+    for optimizer in (by_rows, by_columns):
+        set_grads(optimizer.param_groups[0]["params"], 0)
+        optimizer.step()
+    saved = by_rows.state_dict()
+    by_columns.load_state_dict(saved)
+    values, found = (one.dequantized_state(one.param_groups[0]["params"][0]) for one in (by_rows, by_columns))
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(found[key].full_tensor(), values[key].full_tensor())
+        assert by_columns.state_dict()["state"][0][key].placements == (COLUMNS,)
+    before = tensors_of(by_rows)
+    saved["state"][0]["exp_avg_absmax"] = torch.zeros(18)
+    with pytest.raises(ValueError, match=r"'exp_avg_absmax' is .*\[18\], expected .* \[8, 3\]"):
         by_rows.load_state_dict(saved)
-    assert all(tensor is before[key] for key, tensor in tensors_of(by_columns).items() if "." in key)
+    assert all(tensor is before[key] for key, tensor in tensors_of(by_rows).items() if "." in key)
 
 
-@pytest.mark.parametrize("check", [gradients, multiplied, refused, states_refused])
+@pytest.mark.parametrize("check", [gradients, multiplied, refused, states_decoded])
 def test_gradients_and_errors(check):
     run_on_ranks(2, check)
 
