@@ -80,7 +80,7 @@ def test_the_graphs() -> None:
         "\nbackward:\n".join(map(readable, graphs)),
         """\
 linear_4bit = bnbops.linear_4bit.default
-linear_int8 = bnbops.linear_int8.default
+linear_int8_weight_only = bnbops.linear_int8_weight_only.default
 return torch.float32[5, 8]
 return torch.uint8[48, 32]
 return torch.uint8[48, 1]
@@ -281,7 +281,7 @@ def test_checkpointing_gives_the_same_gradients(reentrant: bool, compiled: bool)
 def test_checkpointing_can_keep_what_the_operators_return(compiled: bool) -> None:
     model, x = mixed(), features(5)
     expected, counts = gradients(model, model, x), []
-    for keep in ([], [torch.ops.bnbops.linear_4bit.default, torch.ops.bnbops.linear_int8.default]):
+    for keep in ([], [torch.ops.bnbops.linear_4bit.default, torch.ops.bnbops.linear_int8_weight_only.default]):
         torch.compiler.reset()
 
         def policy(ctx: object, op: object, *args: object, keep: list = keep, **kwargs: object) -> CheckpointPolicy:
@@ -294,7 +294,7 @@ def test_checkpointing_can_keep_what_the_operators_return(compiled: bool) -> Non
         run = torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call
         assert all(map(torch.equal, gradients(model, run, x), expected))
         called = calls(lambda run=run: gradients(model, run, x))
-        counts.append((called["linear_4bit"], called["linear_int8"]))
+        counts.append((called["linear_4bit"], called["linear_int8_weight_only"]))
     recomputed, kept = counts
     assert kept[0] < recomputed[0] and kept[1] < recomputed[1] and (not compiled or kept == (2, 1))
 

@@ -98,7 +98,7 @@ def test_gradients(kind: str) -> None:
 
 def test_nothing_dense_is_saved(tmp_path: Path) -> None:
     """The file holds the packed weights, and one call for each layer."""
-    model = nn.Sequential(Linear4bit(1024, 512, quant_type="nf4"), Linear8bitLt(512, 256, True, False)).to("cpu")
+    model = nn.Sequential(Linear4bit(1024, 512, quant_type="nf4"), Linear8bitLt(512, 256, True, False)).to("cpu").eval()
     program = torch.export.export(model, (torch.zeros(3, 1024),))
     torch.export.save(program, tmp_path / "model.pt2")
     held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])

@@ -8,12 +8,18 @@ from torch import Tensor, nn
 cast_for_good = False  # while bnbops is installed as bitsandbytes, whose layers do it
 
 
-def bias_in(module: nn.Linear, dtype: torch.dtype) -> Tensor | None:
+def bias_for(module: nn.Linear, x: Tensor) -> Tensor | None:
     """The module's bias in the dtype of its input."""
     bias = module.bias
-    if bias is None or bias.dtype == dtype:
+    if bias is None or bias.dtype == x.dtype:
         return bias
-    if cast_for_good and isinstance(bias, nn.Parameter) and not torch.compiler.is_compiling():
-        bias.data = bias.data.to(dtype)
+    if cast_for_good and isinstance(bias, nn.Parameter) and not torch.compiler.is_compiling() and _fits(module, x):
+        bias.data = bias.data.to(x.dtype)
         return bias
-    return bias.to(dtype)
+    return bias.to(x.dtype)
+
+
+def _fits(module: nn.Linear, x: Tensor) -> bool:
+    """Whether the product will not refuse x: a failed call must not have cast anything."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    return x.dtype in dtypes and x.dim() > 0 and x.shape[-1] == module.in_features and x.device == module.weight.device

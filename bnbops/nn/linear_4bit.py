@@ -9,7 +9,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from bnbops.nn.bias import bias_in
+from bnbops.nn.bias import bias_for
 from bnbops.nn.codes import codes_as_they_are
 from bnbops.nn.nested import over_nested
 from bnbops.nn.weight_4bit import Weight4bit
@@ -76,12 +76,11 @@ class Linear4bit(Weight4bit, nn.Linear):
             weight, absmax, blocksize, quant_type, nested = self._arguments()
             if x.is_nested:
                 return over_nested(self.forward, x)
-            dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
-            if dtype == torch.float16 and self.compute_dtype is None:
+            if x.dtype == torch.float16 and self.compute_dtype is None:
                 _warn_of_float16(self, x)
-            bias = bias_in(self, dtype)
+            values = x if self.compute_dtype is None else x.to(self.compute_dtype)
             out = torch.ops.bnbops.linear_4bit(
-                x.to(dtype), weight, absmax, bias, self._shape, blocksize, quant_type, **nested
+                values, weight, absmax, bias_for(self, values), self._shape, blocksize, quant_type, **nested
             )
             return out if self.compute_dtype is None else out.to(x.dtype)
 

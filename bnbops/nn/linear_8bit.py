@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bnbops.matmul_int8 import MatmulLtState, linear
-from bnbops.nn.bias import bias_in
+from bnbops.nn.bias import bias_for
 from bnbops.nn.codes import codes_as_they_are
 from bnbops.nn.nested import over_nested
 from bnbops.nn.params_8bit import Int8Module, Int8Params
@@ -66,7 +66,7 @@ class Linear8bitLt(Int8Module, nn.Linear):
             weight, scales = (self.weight, None) if floats else self._quantized_weight()
             if x.is_nested:
                 return over_nested(self.forward, x)
-            return linear(x, weight, scales, bias_in(self, x.dtype), self.threshold, self.training)
+            return linear(x, weight, scales, bias_for(self, x), self.threshold, self.training)
 
     @property
     def state(self) -> MatmulLtState:

@@ -471,6 +471,9 @@ def test_forward_casts_the_bias_for_good_as_bitsandbytes_does(kind):
     assert without.bias.dtype == torch.float32
     bnbops.install_as_bitsandbytes()
     try:
+        with pytest.raises(RuntimeError):
+            with_name(x[:, :-1])
+        assert bias.dtype == torch.float32
         y = with_name(x)
     finally:
         bnbops.uninstall_as_bitsandbytes()
