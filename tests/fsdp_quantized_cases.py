@@ -116,7 +116,8 @@ def loss_of(model: Callable[[Tensor], Tensor], step: int, rank: int) -> Tensor:
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return bnbops.optim.AdamW8bit(trained, lr=1e-2, min_8bit_size=128)
+    group = {"params": trained, "min_8bit_vector_size": 10**6}  # shards would cut blocks of the vectors
+    return bnbops.optim.AdamW8bit([group], lr=1e-2, min_8bit_size=128)
 
 
 def train(model: nn.Module, ranks: Iterable[int], steps: int = 3) -> tuple[list[Tensor], dict[str, Tensor]]:

@@ -9,20 +9,20 @@ from bnbops.nn import Linear4bit
 
 def test_replace_linear():
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(4, 5), nn.ModuleDict({"inner": nn.Linear(5, 6, bias=False), "lm_head": nn.Linear(6, 2)})
-    )
-    kept, head = model[0].weight, model[1]["lm_head"]
-    prepared = []
+    released = []
 
-    class Replacement(Linear4bit):
-        def prepare(self) -> None:
-            prepared.append(self)
+    class Old(nn.Linear):
+        def release(self, module: nn.Module) -> None:
+            released.append(module)
 
-    assert utils.replace_linear(model, Replacement, copy_weights=True, post_processing_function="prepare") is model
-    assert prepared == [model[0], model[1]["inner"]] and model[1]["lm_head"] is head
+    model = nn.Sequential(Old(4, 5), nn.ModuleDict({"inner": Old(5, 6, bias=False), "lm_head": Old(6, 2)}))
+    old, inner, head = model[0], model[1]["inner"], model[1]["lm_head"]
+    kept = old.weight
+    assert utils.replace_linear(model, Linear4bit, copy_weights=True, post_processing_function="release") is model
+    assert released == [old, inner] and model[1]["lm_head"] is head
+    assert type(model[0]) is type(model[1]["inner"]) is Linear4bit
     assert torch.equal(model[0].weight, kept) and model[0].bias is not None and model[1]["inner"].bias is None
-    utils.replace_linear(model, nn.Linear, skip_modules=(), post_processing_function="prepare")
+    utils.replace_linear(model, nn.Linear, skip_modules=(), post_processing_function="release")
     assert [type(m) for m in (model[0], model[1]["inner"], model[1]["lm_head"])] == [nn.Linear] * 3
     assert not torch.equal(model[0].weight, kept)
 

@@ -48,11 +48,7 @@ DELIBERATE = {
     "cuBLAS' products themselves: int8_linear_matmul serves": keys(
         *(f"functional:{name}" for name in ("batched_igemm", "check_matmul", "igemm"))
     ),
-    "bnbops.isa() tells which kernels there are": keys("functional:has_avx512bf16"),
     "a cache that bitsandbytes' optimizers fill, and 127.0": keys("functional:name2qmap", "functional:C"),
-    "steps without an optimizer: torch.ops.bnbops has them": keys(
-        *(f"functional:optimizer_update_{kind}" for kind in ("32bit", "8bit_blockwise"))
-    ),
     "studies of outliers, which no layer uses": keys(
         *("autograd._functions:GlobalOutlierPooler", "nn:OutlierAwareLinear", "nn.modules:OutlierAwareLinear"),
         *("utils:OutlierTracer", "utils:find_outlier_dims", "utils:outlier_hook"),

@@ -84,11 +84,11 @@ linear_int8_weight_only = bnbops.linear_int8_weight_only.default
 return torch.float32[5, 8]
 return torch.uint8[48, 32]
 return torch.uint8[48, 1]
+return torch.int32[1]
+return torch.int32[1]
+return torch.int32[256]
 return torch.int8[8, 48]
-return torch.float32[1]
-return torch.float32[1]
-return torch.float32[256]
-return torch.float32[8]
+return torch.int32[8]
 
 backward:
 linear_int8_input_grad = bnbops.linear_int8_input_grad.default

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import bnbops
 import bnbops.functional as F
-from bnbops import compile as compiling
 from bnbops.nn import Embedding4bit, Embedding8bit, Linear4bit, Linear8bitLt, LinearNF4, StableEmbedding
 from bnbops.nn.parametrize import replace_parameter_4bit
 from bnbops.optim import GlobalOptimManager, manager
@@ -343,18 +342,6 @@ def test_there_is_one_manager_for_threads_that_ask_first(monkeypatch: pytest.Mon
 # ---- compiled steps ----------------------------------------------------------------------------------------------
 
 
-def test_what_protects_dynamo_lasts_until_the_last_thread_is_done() -> None:
-    protected = compiling.ConstantVariable.create(None)
-    first, second = compiling._shared_constants_protected(), compiling._shared_constants_protected()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    protected.source = "kept out"
-    assert protected.source is None
-    second.__exit__(None, None, None)
-    assert "__setattr__" not in vars(compiling.ConstantVariable)
-
-
 def test_compiled_steps_of_several_threads() -> None:
     def train(seed: int, compiled: bool) -> list[Tensor]:
         model = nn.Linear(8, 8)
@@ -393,7 +380,7 @@ def test_installing_as_bitsandbytes_from_several_threads() -> None:
     for _ in range(5):
         in_threads(*[bnbops.install_as_bitsandbytes] * THREADS)
         assert bnbops.optim.AdamW8bit.__module__ == "bitsandbytes.optim.adamw"
-        assert sys.modules.get("bitsandbytes") is None and len(sys.meta_path) == len(finders) + 1
+        assert len(sys.meta_path) == len(finders) + 1
         in_threads(*[bnbops.uninstall_as_bitsandbytes] * THREADS)
         assert bnbops.optim.AdamW8bit.__module__ == before and sys.meta_path == finders
 

@@ -1,4 +1,4 @@
-"""The bias of a quantized linear layer."""
+"""The bias of a linear layer with an int8 weight."""
 
 from __future__ import annotations
 

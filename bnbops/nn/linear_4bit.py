@@ -9,7 +9,6 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from bnbops.nn.bias import bias_for
 from bnbops.nn.codes import codes_as_they_are
 from bnbops.nn.nested import over_nested
 from bnbops.nn.weight_4bit import Weight4bit
@@ -79,8 +78,9 @@ class Linear4bit(Weight4bit, nn.Linear):
             if x.dtype == torch.float16 and self.compute_dtype is None:
                 _warn_of_float16(self, x)
             values = x if self.compute_dtype is None else x.to(self.compute_dtype)
+            bias = None if self.bias is None else self.bias.to(values.dtype)
             out = torch.ops.bnbops.linear_4bit(
-                values, weight, absmax, bias_for(self, values), self._shape, blocksize, quant_type, **nested
+                values, weight, absmax, bias, self._shape, blocksize, quant_type, **nested
             )
             return out if self.compute_dtype is None else out.to(x.dtype)
 
