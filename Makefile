@@ -20,9 +20,9 @@ demo: $(VENV)/installed
 demo-fsdp: $(VENV)/installed
 	$(PY) examples/demo_fsdp.py --out demo-out/fsdp
 
-# Two workers keep two cores busy.
+# Two workers keep two cores busy: threads of theirs that wait must not spin.
 test: $(VENV)/installed
-	$(PY) -m pytest -n 2 --dist worksteal
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist worksteal
 
 # The CUDA kernels in the simulator, watched for accesses out of bounds and for data races. EVERY=8 is a reduced sweep.
 KERNEL_TESTS := $(patsubst %,tests/test_cuda_%.py,blockwise int8 linear_4bit optimizer weight_4bit)

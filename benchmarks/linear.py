@@ -82,13 +82,13 @@ def verify(contender: Contender, run: Callable[[], Results], expected: Results) 
     off = max(distance(a, wanted) for a, wanted in zip(actual, expected, strict=True))
     if not off <= contender.tolerance:
         raise VerificationError(f"{contender.name}: a row is {off:.2g} off, more than {contender.tolerance:g}")
-    if contender.ours:
+    if contender.fixed_bits:
         for n in {1, 2} - {torch.get_num_threads()}:
             with threads(n):
                 again = run()
             if not all(torch.equal(a, b) for a, b in zip(again, actual, strict=True)):
                 raise VerificationError(f"{contender.name}: {n} threads give other bits than {torch.get_num_threads()}")
-    same_bits = ", same bits with 1 and 2 threads" if contender.ours else ""
+    same_bits = ", same bits with 1 and 2 threads" if contender.fixed_bits else ""
     print(
         f"verified {contender.name}: worst row {off:.1e} off (tolerance {contender.tolerance:g}){same_bits}", flush=True
     )

@@ -32,10 +32,12 @@ class Contender:
     weight_bytes: int
     tolerance: float
     rounded_input: Callable[[Tensor], Tensor] = torch.Tensor.double
+    torchs_product: bool = False
 
     @property
-    def ours(self) -> bool:
-        return self.name.startswith("bnbops")
+    def fixed_bits(self) -> bool:
+        """Whether its bits may not depend on the number of threads, as those of torch's products do."""
+        return self.name.startswith("bnbops") and not self.torchs_product
 
     def expected(self, x: Tensor) -> Tensor:
         return self.rounded_input(x) @ self.weight.double().t()
@@ -117,7 +119,7 @@ def contenders_8bit(weight: Tensor, peers: dict[str, ModuleType]) -> Iterator[Co
     yield dense(weight)
     if weight.device.type == "cpu":
         layer, _, _ = linear_8bit(bnbops.nn, weight)
-        yield Contender("bnbops Linear8bitLt, training mode", layer, values, held, tolerance)
+        yield Contender("bnbops Linear8bitLt, training mode", layer, values, held, tolerance, torchs_product=True)
     if bitsandbytes := peers.get("bitsandbytes"):
         layer, codes, scales = linear_8bit(bitsandbytes.nn, weight)
         values, tolerance = codes * (scales / 127)[:, None], TOLERANCES[torch.bfloat16]  # it computes in fp16

@@ -300,7 +300,7 @@ def test_states_larger_than_the_memory_limit(tmp_path):
 def test_benchmark(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     figures = tmp_path / "figures.json"
-    options = ["--params", "8Mi", "--rounds", "1", "--directory", "/var/tmp", "--json", str(figures)]
+    options = ["--params", "4Mi", "--rounds", "1", "--directory", "/var/tmp", "--json", str(figures)]
     results = benchmark.main(options)
     out = capsys.readouterr().out
     assert "verified: the same parameters from unpaged, no limit; paged, limited; paged, limited, paged out\n" in out
@@ -309,8 +309,8 @@ def test_benchmark(tmp_path, capsys, monkeypatch):
     assert "unpaged, limited: RuntimeError: " in out and "allocate" in out
     assert json.loads(figures.read_text()) == results
     plain, paged = results["unpaged, no limit"], results["paged, limited"]
-    assert plain["states"] == paged["states"] == 8 * 2**23
-    assert plain["private"] - paged["private"] > 2**25
+    assert plain["states"] == paged["states"] == 8 * 2**22
+    assert plain["private"] - paged["private"] > 2**24
 
 
 def test_benchmark_where_only_paged_states_fit(monkeypatch, capsys):
