@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from bnbops.nn.codes import codes_as_they_are
 from bnbops.nn.frozen_table import FrozenTable
 from bnbops.nn.nested import over_nested
-from bnbops.nn.params_8bit import Int8Module
+from bnbops.nn.weight_8bit import Int8Module
 
 
 class Embedding8bit(Int8Module, FrozenTable):

@@ -9,7 +9,8 @@ from bnbops.matmul_int8 import MatmulLtState, linear
 from bnbops.nn.bias import bias_for
 from bnbops.nn.codes import codes_as_they_are
 from bnbops.nn.nested import over_nested
-from bnbops.nn.params_8bit import Int8Module, Int8Params
+from bnbops.nn.params_8bit import Int8Params
+from bnbops.nn.weight_8bit import Int8Module
 
 __all__ = ["Int8Params", "Linear8bitLt"]
 

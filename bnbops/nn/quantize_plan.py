@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from bnbops.nn.params_8bit import Int8Module
 from bnbops.nn.weight_4bit import Weight4bit
+from bnbops.nn.weight_8bit import Int8Module
 from bnbops.sharded import is_sharded
 
 FORMATS = ("nf4", "fp4", "int8")

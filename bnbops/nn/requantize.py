@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from bnbops.nn.finite import is_finite
 from bnbops.nn.params_4bit import Params4bit
-from bnbops.nn.params_8bit import Int8Module, Int8Params
+from bnbops.nn.params_8bit import Int8Params
 from bnbops.nn.weight_4bit import Weight4bit
+from bnbops.nn.weight_8bit import Int8Module
 from bnbops.sharded import is_sharded
 
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bnbops.nn.parametrize import Bnb4bitParametrization
-from bnbops.nn.params_8bit import Int8Module
 from bnbops.nn.quantized_layers import keep_calls
 from bnbops.nn.requantize import dequantized_weight
 from bnbops.nn.weight_4bit import Weight4bit
+from bnbops.nn.weight_8bit import Int8Module
 
 
 def number_of_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:

@@ -1,0 +1,264 @@
+"""What modules with an int8 weight share: its scales, casts and state dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnbops.default_device import traceable_weight
+from bnbops.lasting import lasting
+from bnbops.nn.codes import check_name, check_size, no_reset
+from bnbops.nn.entries_8bit import check_scales, take_entries
+from bnbops.nn.params_8bit import Int8Params, quantize_rows
+from bnbops.nn.plain_state import of_quantized_layer, of_whole_layer
+from bnbops.nn.quantized_parameter import sparing_integers
+from bnbops.nn.scale_bits import from_bits, to_bits
+from bnbops.nn.tied import hold, others, saved_as
+from bnbops.quant_state import NO_NUMBERS
+from bnbops.sharded import is_sharded
+
+
+class Int8Module(nn.Module):
+    """A module with an int8 `weight` and, as a parameter of its own, `weight_scale`: the scales of its rows.
+
+    Both are plain tensors to whatever walks the parameters of a model. `weight_scale` holds the bits of the fp32 scales
+    as int32, so that no cast changes them; it is None before quantization. The state dict is bitsandbytes': "weight",
+    "SCB" and "weight_format"; a sharded module saves "weight" and "weight_scale", and any module loads them.
+    """
+
+    weight: nn.Parameter
+    weight_scale: nn.Parameter | None
+
+    def _hold(self, has_fp16_weights: bool) -> None:
+        """Makes the float weight an Int8Params, unless it is to be trained: torch.compile does not trace gradients of
+        parameters that have a class of their own."""
+        self.has_fp16_weights = has_fp16_weights
+        self._shape = tuple(self.weight.shape)
+        self.register_parameter("weight_scale", None)
+        if has_fp16_weights:
+            self.weight.has_fp16_weights = True  # Transformers makes an Int8Params with the attributes of this one
+        else:
+            self.weight = Int8Params(self.weight.data, requires_grad=False)
+
+    def _scales_of(self, weight: Tensor) -> Tensor | None:
+        """Of the weight that this module holds, in the form that the operators take; None before quantization."""
+        if weight.dtype != torch.int8:
+            return None
+        scale = self.weight_scale
+        carried = getattr(weight, "_scales", scale)  # plain tensors carry none
+        if scale is None or carried is None or carried.dtype != torch.int32:
+            return carried  # of a weight that was put into `_parameters`, past this module
+        return scale
+
+    @property
+    def SCB(self) -> Tensor | None:
+        """The fp32 scales `[rows]`; None before quantization."""
+        scales = self._scales_of(traceable_weight(self.weight))
+        return None if scales is None else from_bits(scales.detach())
+
+    @property
+    def weight_format(self) -> Tensor:
+        """bitsandbytes' number for codes that lie in memory row by row."""
+        return torch.tensor(0, dtype=torch.uint8, device="cpu")
+
+    def _quantized_weight(self) -> tuple[Tensor, Tensor]:
+        """The int8 codes and their scales, fp32 or its bits.
+
+        Raises:
+            RuntimeError: the weight is not quantized.
+        """
+        weight = traceable_weight(self.weight)  # read once: data_parallel gathers it at each read
+        scales = self._scales_of(weight)
+        if weight.dtype != torch.int8:
+            raise RuntimeError(
+                f"the weight of this {type(self).__name__} is not quantized: load it, then move the module with "
+                '.to(device), where "cpu" counts, too, and shard it, if at all, only then'
+            )
+        if scales is None:
+            raise RuntimeError(f"the int8 weight of this {type(self).__name__} has no scales; set weight.SCB")
+        return weight, scales
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in torch. A new weight brings its scales with it.
+
+        Raises:
+            ValueError: a weight of another shape, or with more or fewer scales than rows.
+        """
+        check_name(name, param)
+        if name == "weight" and isinstance(param, Int8Params) and param.SCB is not None:
+            rows, scales = param.shape[0], param.SCB.numel()
+            if rows != scales:
+                raise ValueError(f"the weight has {rows} rows, but its SCB has {scales} scales")
+        held = self._parameters.get("weight")
+        if name == "weight" and isinstance(held, Int8Params) and type(param) in (nn.Parameter, Int8Params):
+            check_size(self, param.shape, "weight" if param.is_floating_point() else "quantized weight")
+        super().register_parameter(name, param)
+        if name == "weight" and isinstance(param, Int8Params):
+            self.weight_scale = None
+            self._adopt_scales()
+
+    def _adopt_scales(self) -> None:
+        """Makes scales that the weight brought along this module's parameter, and the weight show that one."""
+        weight = self._parameters["weight"]
+        if not isinstance(weight, Int8Params):
+            return  # FSDP, for one, puts tensors of its own there
+        hold(weight, self)
+        scales = weight._scales
+        if scales is None or scales.dtype != torch.int32:
+            self.weight_scale = None if scales is None else nn.Parameter(to_bits(scales).view(-1), requires_grad=False)
+            for other in others(weight, self):
+                other.weight_scale = self.weight_scale
+        elif self.weight_scale is None:
+            self.weight_scale = scales
+        weight._scales = self.weight_scale
+
+    def _restore_weight(self, has_fp16_weights: bool, scales: Tensor | None = None) -> None:
+        """Makes the weight an Int8Params again, where torch replaced it by a plain parameter."""
+        weight = self.weight
+        if type(weight) is nn.Parameter:
+            weight = Int8Params(weight.data, weight.requires_grad, has_fp16_weights)
+            weight.grad = self.weight.grad
+        if isinstance(weight, Int8Params):
+            weight._scales = scales if self.weight_scale is None else self.weight_scale
+            self.weight = weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Module:
+        if type(self.weight) is nn.Parameter and self.weight.is_floating_point() and not self.has_fp16_weights:
+            self.weight = Int8Params(self.weight.data, False)  # a float weight that was assigned, to be quantized
+        self._adopt_scales()
+        held, has_fp16_weights = isinstance(self.weight, Int8Params), getattr(self.weight, "has_fp16_weights", False)
+        scales, fn = None, sparing_integers(fn)
+
+        def to_plain(tensor: Tensor) -> Tensor:  # of which alone torch makes parameters
+            nonlocal scales
+            applied = fn(tensor)
+            if not isinstance(applied, Int8Params):
+                return applied
+            scales = applied.SCB
+            return applied.data
+
+        super()._apply(to_plain, recurse)
+        if held:
+            self._restore_weight(has_fp16_weights, scales)
+        return self
+
+    def reset_parameters(self) -> None:
+        """Draws a float weight anew.
+
+        Raises:
+            RuntimeError: the weight is quantized.
+        """
+        if self.weight.dtype == torch.int8:
+            raise RuntimeError(no_reset(self))
+        super().reset_parameters()
+
+    # ---- state dicts -----------------------------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight_scale is not None and is_sharded(self.weight_scale):
+            return  # torch's functions for sharded state dicts know parameters by their own names only
+        destination.pop(prefix + "weight_scale", None)
+        if self.SCB is not None:
+            # A copy beside an Int8Params, which has them as int32: torch.save refuses memory of two dtypes. And in the
+            # second of tied modules: Transformers refuses tensors that share memory, but for the ones that it ties.
+            key = prefix + "weight"
+            copied = keep_vars or saved_as(self.weight, destination, key) != key
+            destination[prefix + "SCB"] = self.SCB.clone() if copied else self.SCB
+            destination[prefix + "weight_format"] = self.weight_format
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        self._adopt_scales()
+        try:
+            state_dict = self._with_parameters(state_dict, prefix)
+        except ValueError as error:
+            error_msgs.append(str(error))
+            return
+        held, has_fp16_weights = isinstance(self.weight, Int8Params), getattr(self.weight, "has_fp16_weights", False)
+        if prefix + "weight_scale" in state_dict and self.weight_scale is None:
+            self._make_room()
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if prefix + "weight_scale" in missing_keys:
+            missing_keys.remove(prefix + "weight_scale")
+            missing_keys += [] if self._is_tied() else [prefix + "SCB"]  # tied: savers of duplicates may have left it
+        if held:
+            self._restore_weight(has_fp16_weights)
+
+    def _is_tied(self) -> bool:
+        return isinstance(self.weight, Int8Params) and len(others(self.weight, self)) > 0
+
+    def _make_room(self) -> None:
+        """For codes and scales; in the parameter that is there, which other modules may share."""
+        with lasting(self.weight):
+            codes = torch.empty_like(self.weight, dtype=torch.int8, requires_grad=False)
+            scales = torch.empty(codes.shape[0], dtype=torch.float32, device=codes.device)
+        room = Int8Params(codes, SCB=scales)
+        if isinstance(self.weight, Int8Params):
+            self.weight._become(room.data, room._scales)
+            self._adopt_scales()
+        else:
+            self.weight = room
+
+    def _with_parameters(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+        """A state dict with this module's parameters instead of bitsandbytes' entries. Float weights for a module that
+        is quantized are quantized.
+
+        Raises:
+            ValueError: entries that do not fit each other or the module.
+        """
+        state_dict, key = dict(state_dict), prefix + "weight"
+        weight, scales = take_entries(state_dict, prefix)
+        bits = state_dict.get(prefix + "weight_scale")
+        if weight is None:
+            if scales is not None and not self._is_tied():
+                raise ValueError(f"{prefix}SCB came without {key}, whose scales they are")
+            return state_dict
+        if not isinstance(self.weight, Int8Params) and is_sharded(self.weight) and not self.has_fp16_weights:
+            if self.weight_scale is None and weight.dtype == torch.int8:
+                raise ValueError(of_quantized_layer(key))
+            if self.weight_scale is not None and (bits is None or scales is not None or weight.dtype != torch.int8):
+                raise ValueError(of_whole_layer(key, weight, self.weight))
+        if scales is None and weight.dtype == torch.int8 and bits is not None:
+            scales = from_bits(bits)
+        if weight.shape != self.weight.shape:
+            shapes = f"{list(weight.shape)} in the state dict, {list(self.weight.shape)} in the module"
+            raise ValueError(f"size mismatch for {key}: {shapes}")
+        if weight.is_floating_point() and scales is None:
+            if self.weight.dtype != torch.int8:
+                return state_dict
+            try:
+                weight, scales = quantize_rows(weight)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
+        into = (
+            ""
+            if self.weight.dtype == torch.int8
+            else f"Loading a quantized checkpoint into non-quantized {type(self).__name__}: "
+        )
+        if weight.dtype != torch.int8 or scales is None:
+            found = f"{weight.dtype} {'without' if scales is None else 'with'} SCB"
+            raise ValueError(
+                f"{into}{key} must be int8 with its scales in {prefix}SCB, or a float tensor alone; it is {found}"
+                + ("" if scales is None else f"; {NO_NUMBERS}")
+            )
+        check_scales(scales, weight.shape[0], f"{prefix}SCB")
+        if self.has_fp16_weights and into:
+            raise ValueError(
+                f"{into}{key} is int8, but the module is to train a float weight: has_fp16_weights must be False"
+            )
+        state_dict[key], state_dict[prefix + "weight_scale"] = weight, to_bits(scales).view(-1)
+        return state_dict
