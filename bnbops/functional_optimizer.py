@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_BLOCKSIZE = 256  # of 8-bit states
+from bnbops.optim.state import BLOCKSIZE
 
 
 class StepNumbers(NamedTuple):
@@ -228,14 +228,14 @@ def optimizer_update_8bit_blockwise(
     maps = [qmap1, qmap1, qmap2] if rule.states == 3 else [qmap1, qmap2][: rule.states]
     coded = list(zip(codes, scales, maps, strict=True))
     states = [
-        torch.ops.bnbops.dequantize_blockwise(code, absmax, qmap, _BLOCKSIZE, torch.float32)
+        torch.ops.bnbops.dequantize_blockwise(code, absmax, qmap, BLOCKSIZE, torch.float32)
         for code, absmax, qmap in coded
     ]
     param = p.clone(memory_format=torch.contiguous_format)
     n = StepNumbers(beta1, beta2, beta3, alpha, eps, weight_decay, step, lr)
     _take_step(rule, param, g, states, n, gnorm_scale)
     results = [
-        torch.ops.bnbops.quantize_blockwise(state, qmap, _BLOCKSIZE) for state, qmap in zip(states, maps, strict=True)
+        torch.ops.bnbops.quantize_blockwise(state, qmap, BLOCKSIZE) for state, qmap in zip(states, maps, strict=True)
     ]
     for (code, absmax, _), (new_code, new_absmax) in zip(coded, results, strict=True):
         code.copy_(new_code)

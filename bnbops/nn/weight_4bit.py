@@ -288,10 +288,9 @@ class Weight4bit(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)  # the others; misses the ones of the weight
         missing_keys[:] = [name for name in missing_keys if name != key and name not in own_names]
         if weight is None:
-            there = (
-                [] if others(self.weight, self) else statistics
-            )  # of a tied one they are what a saver has not left out
-            missing_keys += [key, *(f"{key}.{name}" for name in entries if name not in there)]
+            # Of a tied weight the statistics that are there are only those that a saver has not left out.
+            found = () if others(self.weight, self) else statistics
+            missing_keys += [key, *(f"{key}.{name}" for name in entries if name not in found)]
             return
         try:
             self._load_weight(weight, statistics, assign)

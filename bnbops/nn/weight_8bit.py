@@ -244,11 +244,8 @@ class Int8Module(nn.Module):
                 weight, scales = quantize_rows(weight)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from None
-        into = (
-            ""
-            if self.weight.dtype == torch.int8
-            else f"Loading a quantized checkpoint into non-quantized {type(self).__name__}: "
-        )
+        into = f"Loading a quantized checkpoint into non-quantized {type(self).__name__}: "
+        into = "" if self.weight.dtype == torch.int8 else into
         if weight.dtype != torch.int8 or scales is None:
             found = f"{weight.dtype} {'without' if scales is None else 'with'} SCB"
             raise ValueError(

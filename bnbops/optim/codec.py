@@ -7,13 +7,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bnbops.codebooks import create_dynamic_map
+from bnbops.lasting import lasting
 from bnbops.optim.state import BLOCKSIZE, absmax_shape
 
 # As csrc/rules.h has them: states of the unsigned map, and those that a step divides by the root of.
 _UNSIGNED = frozenset({"exp_avg_sq"})
 DIVISORS = frozenset({"exp_avg_sq", "square_avg", "sum"})
 
-_MAPS = {signed: create_dynamic_map(signed) for signed in (True, False)}
+with lasting():
+    _MAPS = {signed: create_dynamic_map(signed) for signed in (True, False)}
 ONE = 255  # the code of 1 in either map
 _ZEROS = {signed: int((code == 0).nonzero()) for signed, code in _MAPS.items()}
 
