@@ -9,8 +9,8 @@ from bnbops import distributed, functional, meta_kernels, nn, optim  # noqa: E40
 from bnbops.alias import install_as_bitsandbytes, uninstall_as_bitsandbytes  # noqa: E402
 from bnbops.matmul_int8 import MatmulLtState, matmul  # noqa: E402
 from bnbops.multiply_4bit import matmul_4bit  # noqa: E402
+from bnbops.versions import BNBOPS as __version__  # noqa: E402
 
-__version__ = "0.1.0"
 features = {"multi_backend"}  # as bitsandbytes tells that it is not for CUDA alone
 supported_torch_devices = {"cpu", "cuda"} if has_cuda else {"cpu"}
 __all__ = [

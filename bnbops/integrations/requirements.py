@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from importlib.metadata import PackageNotFoundError, version
+
+from bnbops.versions import release
 
 
 def require(package: str, minimum: str, what: str) -> None:
@@ -21,15 +22,6 @@ def require(package: str, minimum: str, what: str) -> None:
         found = version(package)
     except PackageNotFoundError:
         found = None
-    if found is None or _release(found) < _release(minimum):
+    if found is None or release(found) < release(minimum):
         state = "which is not installed" if found is None else f"found {found}"
         raise ImportError(f"{what}: bnbops needs {package} {minimum} or later, {state}: pip install 'bnbops[hf]'")
-
-
-def _release(text: str) -> list[int]:
-    """The numbers at the front: of "5.23.0rc1", 5 and 23. A release candidate counts as its release."""
-    numbers = re.match(r"\d+(\.\d+)*", text)
-    release = [int(number) for number in numbers[0].split(".")] if numbers else []
-    while release and release[-1] == 0:
-        release.pop()
-    return release
