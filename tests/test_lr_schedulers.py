@@ -12,7 +12,7 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 
 from bnbops.optim import AdamW8bit
 from optimizer_cases import assert_same, assert_same_state, params, train
-from torch_pairs import LR, NAMES, make, pair, parameters, train_both
+from torch_pairs import LR, NAMES, add_group, make, pair, parameters, train_both
 
 STEPS = 12
 LOSSES = [3.0, 2.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5]  # with plateaus
@@ -61,7 +61,7 @@ def two_groups(name: str) -> tuple[Optimizer, Optimizer]:
     """Ours and torch's, with momentum where there is such a thing and another rate for the second group."""
     optimizers = pair(name, [(64, 80)], **({"momentum": 0.9} if name in ("SGD", "RMSprop") else {}))
     for optimizer in optimizers:
-        optimizer.add_param_group({"params": params((5, 7), seed=1), "lr": 2 * LR})
+        add_group(optimizer, {"params": params((5, 7), seed=1), "lr": 2 * LR})
     return optimizers
 
 

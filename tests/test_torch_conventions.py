@@ -18,7 +18,7 @@ from torch.testing._internal.common_optimizers import ErrorOptimizerInput, Optim
 
 from bnbops import optim
 from optimizer_cases import MIXED, assert_same, assert_same_state, flat_state, params, set_grads, train
-from torch_pairs import LR, NAMES, assert_alike, make, pair, parameters, train_both
+from torch_pairs import LR, NAMES, add_group, assert_alike, make, pair, parameters, train_both
 
 INFO = {info.name: info for info in optim_db if info.name in NAMES}
 CONFIGURATIONS = [
@@ -203,7 +203,7 @@ def test_added_groups(name):
     ours, theirs = pair(name)
     for optimizer in (ours, theirs):
         train(parameters(optimizer), optimizer, range(2))
-        optimizer.add_param_group({"params": params((64, 80), seed=1), "lr": LR / 2})
+        add_group(optimizer, {"params": params((64, 80), seed=1), "lr": LR / 2})
         for wrong, error in (
             ({"params": optimizer.param_groups[0]["params"][:1]}, ValueError),
             ({"params": set(params((2, 2)))}, TypeError),

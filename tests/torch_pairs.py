@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from bnbops import optim
+from bnbops.versions import torch_is
 from optimizer_cases import MIXED, params, train
 
 NAMES = ["Adam", "AdamW", "SGD", "RMSprop", "Adagrad"]  # ours with 32-bit states do what torch's of that name do
@@ -26,6 +27,14 @@ def make(name: str, params: Any, *, ours: bool, **options: Any) -> Optimizer:
 def pair(name: str, shapes: list[tuple[int, ...]] = MIXED, **options: Any) -> tuple[Optimizer, Optimizer]:
     """Ours and torch's, each with the same parameters of its own."""
     return make(name, params(*shapes), ours=True, **options), make(name, params(*shapes), ours=False, **options)
+
+
+def add_group(optimizer: Optimizer, group: dict[str, Any]) -> None:
+    """`optimizer.add_param_group(group)`, and its parameters' states, which torch's Adagrad before 2.13 forgets."""
+    optimizer.add_param_group(group)
+    if isinstance(optimizer, torch.optim.Adagrad) and not torch_is("2.13"):
+        for param in optimizer.param_groups[-1]["params"]:
+            optimizer.state[param] = {"step": torch.tensor(0.0), "sum": torch.zeros_like(param)}
 
 
 def parameters(optimizer: Optimizer) -> list[nn.Parameter]:

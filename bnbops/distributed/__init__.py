@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.util
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -19,7 +20,6 @@ _HOME = {  # of public names; imported on first use, as torch.distributed takes 
     "traffic": "communication",
 }
 __all__ = list(_HOME)
-_DTENSOR = "torch.distributed.tensor"
 
 
 def _register() -> None:
@@ -28,12 +28,21 @@ def _register() -> None:
     sharding.register()
 
 
-class _AfterDTensor(importlib.abc.MetaPathFinder):
-    """Registers the operators' sharding rules when DTensors come into being: their import takes longer than all of
-    bnbops', and programs on one device do without."""
+def _allow_integer_shards() -> None:
+    from bnbops.distributed import integer_shards
+
+    integer_shards.allow()
+
+
+class _After(importlib.abc.MetaPathFinder):
+    """Does something when a module of torch's has been imported. That import takes longer than all of bnbops', and
+    programs on one device do without."""
+
+    def __init__(self, module: str, action: Callable[[], None]) -> None:
+        self._module, self._action = module, action
 
     def find_spec(self, name: str, path: object, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _DTENSOR:
+        if name != self._module:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -42,16 +51,21 @@ class _AfterDTensor(importlib.abc.MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                _register()
+                self._action()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-if _DTENSOR in sys.modules:
-    _register()
-else:
-    sys.meta_path.insert(0, _AfterDTensor())
+def _after(module: str, action: Callable[[], None]) -> None:
+    if module in sys.modules:
+        action()
+    else:
+        sys.meta_path.insert(0, _After(module, action))
+
+
+_after("torch.distributed.tensor", _register)  # the operators' sharding rules
+_after("torch.distributed.fsdp._fully_shard._fsdp_param", _allow_integer_shards)
 
 
 def __getattr__(name: str) -> Any:

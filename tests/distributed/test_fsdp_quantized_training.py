@@ -69,7 +69,7 @@ def qlora(name: str) -> None:
     assert len(kept) >= 5 and all(any(torch.equal(x, y) for y in frozen.values()) for x in kept)
     meshes = [mesh_of(), mesh_of(2, 2)] if dist.get_world_size() == 4 else [mesh_of()]
     for mesh in meshes:
-        for reshard in (True, False):
+        for reshard in (True, False, *[2] * (mesh.shape == (4,))):
             model = shard(with_adapters(quantized(name)), mesh=mesh, reshard_after_forward=reshard)
             assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
             assert_trains_as_one_process(model, expected)
