@@ -11,6 +11,8 @@ from reference.rules import RULES
 from reference.states import state_absmax, state_normalised
 from rule_cases import usual
 
+pytestmark = pytest.mark.every_torch
+
 LR = 1e-2
 GOLDEN_RUNS = [
     (f"{name}{bits}bit", usual("adam", lr=LR, weight_decay=decay), bits, dtype)

@@ -16,6 +16,8 @@ import bnbops.functional as F
 from bnbops.nn import Embedding4bit, EmbeddingFP4, EmbeddingNF4, Params4bit
 from layer_cases_4bit import DIM, FLOATS, ROWS, STORAGES, copies, differing, embedding, linear, plain_tensors, raw
 
+pytestmark = pytest.mark.every_torch
+
 TOKENS = torch.tensor([[1, 5, 0], [ROWS - 1, 5, 2]])
 nestings = pytest.mark.parametrize("nested", [False, True], ids=["single", "nested"])
 dims = pytest.mark.parametrize("dim", [1, 33, DIM, 192])

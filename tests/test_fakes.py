@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_map_only
 import bnbops.functional as F
 from bnbops.op_samples import SAMPLED, operator, samples
 
+pytestmark = pytest.mark.every_torch
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WITH_TENSORS = [name for name in SAMPLED if "Tensor" in str(operator(name)._schema)]
 ONE_TENSOR = ("int8_double_quant", "int8_vectorwise_quant")

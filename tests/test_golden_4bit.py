@@ -12,7 +12,7 @@ from quantize_4bit_cases import TYPES, data, same_bits, types
 from reference import quantize as ref8
 from reference import quantize_4bit as ref
 
-pytestmark = backends.on_every_backend
+pytestmark = [pytest.mark.every_torch, backends.on_every_backend]
 
 # ---- code tables -----------------------------------------------------------------------------------------------
 

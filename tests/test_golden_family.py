@@ -13,6 +13,8 @@ from reference.rounding import half_ulp
 from reference.rules import RULES
 from reference.states import state_absmax, state_normalised
 
+pytestmark = pytest.mark.every_torch
+
 _ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 
 

@@ -12,6 +12,8 @@ from optimizer_cases import params as make_params
 from optimizer_cases import set_grads
 from optimizer_classes import build
 
+pytestmark = pytest.mark.every_torch
+
 
 def all_tensors(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters()) | dict(module.named_buffers())

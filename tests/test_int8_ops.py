@@ -23,6 +23,8 @@ INF, NAN, MAX = math.inf, math.nan, torch.finfo(torch.float32).max
 # ---- quantization ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_torch
+@pytest.mark.every_torch
 @pytest.mark.parametrize("threshold", [0, 6])
 def test_golden_quantization(threshold, golden):
     g = golden(f"int8_vectorwise_64x96_t{threshold}.safetensors")

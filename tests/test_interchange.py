@@ -28,6 +28,8 @@ from reference.group import CODEBOOKS
 from test_optimizer_checkpoint import edit
 
 
+@pytest.mark.every_torch
+@pytest.mark.every_torch
 @pytest.mark.parametrize("older", [False, True], ids=["nested", "flat keys"])
 @pytest.mark.parametrize("name", GOLDEN)
 def test_round_trip(name, older, golden):
@@ -57,6 +59,8 @@ def test_states_are_taken_as_they_are(name, golden):
         assert not state
 
 
+@pytest.mark.every_torch
+@pytest.mark.every_torch
 @pytest.mark.parametrize("name", FAMILIES_8BIT)
 def test_resumed_steps_are_those_of_flat_blocks(name, golden):
     """After loading, steps are bit for bit those of the operators on bitsandbytes' flat states."""

@@ -14,6 +14,8 @@ import bnbops
 from bnbops.optim import AdamW8bit
 from compile_cases import assert_same, batches, make, snapshot, usual_step
 
+pytestmark = pytest.mark.every_torch
+
 CLIPPING = {"norm": 0.3, "value": 0.02}
 STEPS = 4
 FITS, OVERFLOWS = 2.0**10, 2.0**30  # scales of the loss, for gradients in float16

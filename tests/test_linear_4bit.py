@@ -19,6 +19,8 @@ from bnbops.nn import Linear4bit, LinearFP4, LinearNF4, Params4bit
 from layer_cases_4bit import FLOATS, IN, OUT, STORAGES, inputs, linear, plain_tensors
 from reference.quantize_4bit import assert_product
 
+pytestmark = pytest.mark.every_torch
+
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 nestings = pytest.mark.parametrize("nested", [False, True], ids=["single", "nested"])
 

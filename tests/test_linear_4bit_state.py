@@ -104,6 +104,8 @@ def test_quantizes_as_bitsandbytes(golden, name):
     assert_same_scales(actual, expected, state.absmax)
 
 
+@pytest.mark.every_torch
+@pytest.mark.every_torch
 @golden_layers
 @assigns
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -19,6 +19,8 @@ from bnbops.functional import int8_vectorwise_dequant
 from bnbops.nn import Int8Params, Linear8bitLt
 from linear_8bit_cases import assert_quantized, inputs, layer
 
+pytestmark = pytest.mark.every_torch
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -57,6 +57,8 @@ def test_quantizing_gives_bitsandbytes_bytes(golden, threshold):
     assert state["weight_format"].shape == () and type(state["weight"]) is Tensor
 
 
+@pytest.mark.every_torch
+@pytest.mark.every_torch
 @thresholds
 @pytest.mark.parametrize(
     "into, assign",
@@ -74,6 +76,8 @@ def test_bitsandbytes_checkpoints_load(golden, into, assign, threshold):
     assert not module.weight.requires_grad and module.bias.requires_grad
 
 
+@pytest.mark.every_torch
+@pytest.mark.every_torch
 @thresholds
 def test_forward_and_gradient_are_bitsandbytes(golden, threshold):
     """In training mode, where x is not rounded; in evaluation the product differs by that."""

@@ -19,6 +19,8 @@ pytestmark = backends.on_every_backend
 INF, NAN, MAX = math.inf, math.nan, torch.finfo(torch.float32).max
 
 
+@pytest.mark.every_torch
+@pytest.mark.every_torch
 @pytest.mark.parametrize("threshold", [0, 6])
 def test_golden_layer(threshold, golden):
     """bitsandbytes' recorded forward is that of training: x times the decoded weight, without rounding x to codes. To

@@ -14,6 +14,8 @@ from bnbops.optim import AdamW8bit
 from optimizer_cases import assert_same, assert_same_state, params, train
 from torch_pairs import LR, NAMES, add_group, make, pair, parameters, train_both
 
+pytestmark = pytest.mark.every_torch
+
 STEPS = 12
 LOSSES = [3.0, 2.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5]  # with plateaus
 

@@ -13,6 +13,8 @@ from bnbops import optim
 from bnbops.optim import AdamW8bit
 from optimizer_cases import MIXED, assert_same, assert_same_state, flat_state, params, train
 
+pytestmark = pytest.mark.every_torch
+
 
 def through_torch_save(state_dict: dict) -> dict:
     file = io.BytesIO()

@@ -19,6 +19,8 @@ from optimizer_cases import MIXED, assert_same, assert_same_state, flat_state, p
 from optimizer_classes import CLASSES, FAMILIES, WITH_8BIT, build
 from reference.rules import RULES
 
+pytestmark = pytest.mark.every_torch
+
 LR = 1e-2
 names = pytest.mark.parametrize("name", CLASSES)
 families = pytest.mark.parametrize("name", FAMILIES)

@@ -18,6 +18,8 @@ from bnbops.nn import forwards
 from bnbops.nn.parametrize import replace_parameter_4bit, replace_parameter_4bit_prequantized
 from layer_cases_4bit import copies, differing, plain_tensors
 
+pytestmark = pytest.mark.every_torch
+
 EXPERTS, IN, OUT = 3, 128, 64
 SHAPES = {"up": (EXPERTS, OUT, IN), "odd": (5, 7), "vector": (9,)}
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from bnbops.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
+pytestmark = pytest.mark.every_torch
+
 SHAPE = (96, 128)
 
 

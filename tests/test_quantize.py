@@ -55,6 +55,8 @@ def check(x: torch.Tensor, code: torch.Tensor, blocksize: int, codes: torch.Tens
     ref.assert_nearest(normalised, codes, code, slack=SLACK * normalised.abs())
 
 
+@pytest.mark.every_torch
+@pytest.mark.every_torch
 @pytest.mark.parametrize("blocksize", [64, 256, 4096])
 def test_golden(blocksize, golden):
     """Codes equal bitsandbytes' but for its 1/65535 grid (golden/README.md); absmax and values are its bits."""

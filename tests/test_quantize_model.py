@@ -28,6 +28,8 @@ from quantize_model_cases import (
     snapshot,
 )
 
+pytestmark = pytest.mark.every_torch
+
 # ---- conversion ----------------------------------------------------------------------------------------------------
 
 

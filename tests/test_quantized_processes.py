@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from bnbops.nn import Embedding4bit, Embedding8bit, Linear4bit, Linear8bitLt, Params4bit
 from quantized_cases import EMBEDDINGS, IN, LINEARS, TOKENS, Expert, features, quantized
 
+pytestmark = pytest.mark.every_torch
+
 TIMEOUT = 120  # seconds; a child that failed says nothing
 
 

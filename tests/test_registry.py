@@ -62,6 +62,7 @@ def lacks(name: str) -> list[str]:
     return [what for what, there in everything.items() if not there]
 
 
+@pytest.mark.every_torch
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operator_is_complete(name):
     assert lacks(name) == []
@@ -72,6 +73,7 @@ def test_nothing_is_sampled_or_documented_that_does_not_exist():
     assert sorted(re.findall(r"^## (\S+)$", DOCUMENTATION, re.MULTILINE)) == OPERATORS
 
 
+@pytest.mark.every_torch
 @pytest.mark.parametrize("name", WITHOUT_FAKE)
 def test_operators_without_fakes_need_none(name):
     schema = operator(name)._schema
@@ -125,6 +127,7 @@ def test_samples_reach_every_argument(name):
         assert given == ({True, False} if argument.has_default_value() else {True}), argument.name
 
 
+@pytest.mark.every_torch
 @pytest.mark.parametrize(("name", "i"), CALLS)
 def test_agrees_with_the_plain_reference(name, i):
     assert self_check.check(name, samples(name)[i]) is None
@@ -152,6 +155,7 @@ def written(name: str) -> set[str]:
     return {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
 
 
+@pytest.mark.every_torch
 @pytest.mark.parametrize("name", OPERATORS)
 def test_marked_arguments_are_those_that_change(name):
     """opcheck notices none of this for lists of tensors."""
@@ -169,6 +173,7 @@ def test_marks_are_distinct(name):
 # ---- opcheck and the compiler ----------------------------------------------------------------------------------
 
 
+@pytest.mark.every_torch
 @pytest.mark.parametrize(("name", "i"), CALLS)
 def test_opcheck(name, i):
     sample, overload = samples(name)[i], operator(name)
@@ -195,6 +200,7 @@ def compilable(name: str, sample: Sample) -> bool:
 MUTATING = [name for name in SAMPLED if written(name)]
 
 
+@pytest.mark.every_torch
 @pytest.mark.parametrize("name", MUTATING)
 def test_compiled_calls_write_the_same_bits(name):
     """opcheck compares outputs, and these have none: compare what they write, through functionalization. All samples
@@ -219,6 +225,7 @@ def test_compiled_calls_write_the_same_bits(name):
 STRIDED_OUT = [call for call in CALLS if not compilable(call.values[0], samples(call.values[0])[call.values[1]])]
 
 
+@pytest.mark.every_torch
 @pytest.mark.parametrize(("name", "i"), STRIDED_OUT)
 def test_strided_out_is_refused_by_dynamo(name, i):
     sample, overload = samples(name)[i], operator(name)

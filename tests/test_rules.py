@@ -75,6 +75,8 @@ OPTION_CASES = [
 ]
 
 
+@pytest.mark.every_torch
+@pytest.mark.every_torch
 @pytest.mark.parametrize(("rule", "codec", "changed"), OPTION_CASES)
 def test_options(rule, codec, changed):
     options = usual(rule, **changed)
@@ -207,6 +209,8 @@ def test_scalar_parameter(rule, codec):
     step_and_check(random_group(rule, [()], **codec))
 
 
+@pytest.mark.every_torch
+@pytest.mark.every_torch
 @on_every_backend
 @every_case
 def test_a_run_from_the_start(rule, codec):

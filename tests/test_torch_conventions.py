@@ -20,6 +20,8 @@ from bnbops import optim
 from optimizer_cases import MIXED, assert_same, assert_same_state, flat_state, params, set_grads, train
 from torch_pairs import LR, NAMES, add_group, assert_alike, make, pair, parameters, train_both
 
+pytestmark = pytest.mark.every_torch
+
 INFO = {info.name: info for info in optim_db if info.name in NAMES}
 CONFIGURATIONS = [
     pytest.param(name, config.kwargs, id=f"{name}-{config.desc}")

@@ -22,6 +22,8 @@ from reference.group import CODEBOOKS, NOT_NEGATIVE
 from test_torch_conventions import SUPPORTED
 from torch_pairs import NAMES, assert_alike, make, parameters, train_both
 
+pytestmark = pytest.mark.every_torch
+
 UNSIGNED = {"exp_avg_sq"}
 
 

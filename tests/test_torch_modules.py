@@ -16,6 +16,8 @@ from bnbops.nn import Embedding4bit, Embedding8bit, Linear4bit, Linear8bitLt, Li
 from bnbops.nn.parametrize import replace_parameter_4bit
 from bnbops.nn.requantize import dequantized_weight
 
+pytestmark = pytest.mark.every_torch
+
 DIM, HIDDEN = 64, 128
 MASK = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
 LAYERS: dict[str, Callable[..., nn.Linear]] = {

@@ -23,6 +23,8 @@ from interchange_cases import SHAPES, fresh
 from optimizer_cases import params
 from ranks import run_on_ranks
 
+pytestmark = pytest.mark.every_torch
+
 GOLDEN = Path(__file__).parent.parent / "golden"
 
 

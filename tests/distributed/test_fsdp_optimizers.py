@@ -29,6 +29,8 @@ from optimizer_classes import CLASSES, build, fixed_bits
 from paged_cases import is_paged
 from ranks import run_on_ranks
 
+pytestmark = pytest.mark.every_torch
+
 SHARDED = [name for name in CLASSES if name != "PytorchLARS"]
 OPTIONS = {  # besides the defaults
     "AdamW8bit": {"weight_decay": 0.1},

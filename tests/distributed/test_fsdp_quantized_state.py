@@ -20,6 +20,8 @@ from fsdp_quantized_cases import FORMATS, Net, loss_of, quantized, shard, whole_
 from layer_cases_4bit import differing
 from ranks import run_on_ranks
 
+pytestmark = pytest.mark.every_torch
+
 FULL = StateDictOptions(full_state_dict=True)
 OFFLOADED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 BROADCAST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)

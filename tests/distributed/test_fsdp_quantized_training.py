@@ -81,6 +81,8 @@ def replicated(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model)
 
 
+@pytest.mark.every_torch
+@pytest.mark.every_torch
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("count", [2, 4])
 def test_adapters_train_as_on_one_process(count, name):
@@ -114,6 +116,8 @@ def several_mixed() -> None:
         mixed(name)
 
 
+@pytest.mark.every_torch
+@pytest.mark.every_torch
 @pytest.mark.parametrize("count", [2, 4])
 def test_mixed_precision(count):
     run_on_ranks(count, several_mixed)

@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from bnbops.codebooks import create_dynamic_map
 from ranks import run_on_ranks
 
+pytestmark = pytest.mark.every_torch
+
 ops = torch.ops.bnbops
 CODE = create_dynamic_map()
 ROWS, COLUMNS = 66, 512  # rows that 4 ranks cannot share evenly

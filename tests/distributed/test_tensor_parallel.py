@@ -21,6 +21,8 @@ from distributed_cases import assert_same_optimizers, copies, set_grads, sharded
 from optimizer_classes import build
 from ranks import run_on_ranks
 
+pytestmark = pytest.mark.every_torch
+
 Placements = list[Shard | Replicate] | None  # None for a plain tensor
 ROWS, COLUMNS, SAME = Shard(0), Shard(1), Replicate()
 # Shape, placements on 4 ranks (in a line; 2 x 2), and the bits of the states.

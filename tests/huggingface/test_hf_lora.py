@@ -22,7 +22,7 @@ import bnbops
 import bnbops.integrations.peft as integration
 from hf_cases import randomize, saved, tiny_llama, token_batch
 
-pytestmark = pytest.mark.usefixtures("as_bitsandbytes")
+pytestmark = [pytest.mark.every_torch, pytest.mark.usefixtures("as_bitsandbytes")]
 
 FORMATS = {
     "4 bits": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
