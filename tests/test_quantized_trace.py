@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from quantize_model_cases import quantize_
 from quantized_cases import EMBEDDINGS, IN, LINEARS, TOKENS, features, quantized
 
-pytestmark = [pytest.mark.every_torch, pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")]
+pytestmark = [pytest.mark.every_torch, pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")]
 
 
 def _experts() -> nn.Module:

@@ -11,6 +11,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from bnbops.versions import torch_is
+
 _HOME = {  # of public names; imported on first use, as torch.distributed takes a second
     "SafeLoadPlanner": "checkpoint",
     "Traffic": "communication",
@@ -26,12 +28,6 @@ def _register() -> None:
     from bnbops.distributed import sharding
 
     sharding.register()
-
-
-def _allow_integer_shards() -> None:
-    from bnbops.distributed import integer_shards
-
-    integer_shards.allow()
 
 
 class _After(importlib.abc.MetaPathFinder):
@@ -65,7 +61,11 @@ def _after(module: str, action: Callable[[], None]) -> None:
 
 
 _after("torch.distributed.tensor", _register)  # the operators' sharding rules
-_after("torch.distributed.fsdp._fully_shard._fsdp_param", _allow_integer_shards)
+if not torch_is("2.13"):
+    from bnbops.distributed import older_torch
+
+    _after("torch.distributed.tensor", older_torch.let_parameters_detach)
+    _after("torch.distributed.fsdp._fully_shard._fsdp_param", older_torch.let_integers_be_sharded)
 
 
 def __getattr__(name: str) -> Any:

@@ -79,8 +79,7 @@ def _moved(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) ->
     """A rank's part of an activation that is placed otherwise now; of a plain tensor as if it were replicated."""
     if not isinstance(tensor, DTensor):
         tensor = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    # Rules run below autograd, which has recorded the operator; torch before 2.13 fails if it shall record here, too.
-    return tensor.detach().redistribute(placements=placements).to_local()
+    return tensor.redistribute(placements=placements).to_local()
 
 
 def _parts(mesh: DeviceMesh, placements: Sequence[Placement]) -> int:

@@ -1,8 +1,8 @@
-"""Parameters of integers under `fully_shard` of torch before 2.13.
+"""What DTensor and FSDP2 lack before torch 2.13. This file can go when that is the oldest torch that bnbops supports.
 
-Codes and scales of quantized weights are frozen parameters of integers. There FSDP2 makes each sharded parameter as one
-with gradients and takes them away again, for integers an error, and mixed precision casts integers, too. When
-torch 2.13 is the oldest that bnbops supports, this module can go, with its line in `bnbops/distributed/__init__.py`.
+Codes and scales of quantized weights are frozen parameters of integers. FSDP2 made each sharded parameter as one with
+gradients and took them away again, for integers an error, and mixed precision cast integers, too. Where gradients are
+off, `redistribute()` of a parameter called `detach_`, which DTensor had no rule for.
 """
 
 from __future__ import annotations
@@ -11,10 +11,26 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from bnbops.versions import torch_is
+
+def let_parameters_detach() -> None:
+    """To be called when DTensor has been imported."""
+    from torch.distributed.tensor import DTensor
+
+    rules = DTensor._op_dispatcher.sharding_propagator.op_strategy_funcs
+    rules[torch.ops.aten.detach_.default] = rules[torch.ops.aten.detach.default]
+
+
+def let_integers_be_sharded() -> None:
+    """To be called when FSDP2 has been imported."""
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+    FSDPParam._init_sharded_param = _without_gradients(FSDPParam._init_sharded_param)
+    FSDPParam.to_sharded_post_forward = _without_gradients(FSDPParam.to_sharded_post_forward)
+    FSDPParam.init_dtype_attrs = _without_casts(FSDPParam.init_dtype_attrs)
 
 
 class _IntegersWithoutGradients(TorchFunctionMode):
@@ -43,14 +59,3 @@ def _without_casts(init_dtypes: Callable[..., None]) -> Callable[..., None]:
             self.param_dtype = None
 
     return wrapper
-
-
-def allow() -> None:
-    """Lets FSDP2 shard parameters of integers; called once, with FSDP2 imported."""
-    if torch_is("2.13"):
-        return
-    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
-
-    FSDPParam._init_sharded_param = _without_gradients(FSDPParam._init_sharded_param)
-    FSDPParam.to_sharded_post_forward = _without_gradients(FSDPParam.to_sharded_post_forward)
-    FSDPParam.init_dtype_attrs = _without_casts(FSDPParam.init_dtype_attrs)
