@@ -9,8 +9,6 @@ from torch import Tensor
 from dcp_cases import CASES, Run, assert_equal, load, save
 from ranks import run_on_ranks
 
-pytestmark = pytest.mark.every_torch
-
 STAGES = [(2, range(0, 2)), (4, range(2, 4)), (1, range(4, 6)), (2, range(6, 8))]
 WAYS = ["save_checkpoint", "nested", "flat", "full", "async_save"]
 
@@ -43,7 +41,7 @@ def uninterrupted() -> list[dict[str, tuple[list[Tensor], dict[str, Tensor]]]]:
     return stages
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param("save_checkpoint", marks=pytest.mark.every_torch), *WAYS[1:]])
 def test_training_goes_on_on_other_ranks(way, uninterrupted, tmp_path):
     for i, (count, _) in enumerate(STAGES):
         for results in run_on_ranks(count, stage, way, tmp_path, i):

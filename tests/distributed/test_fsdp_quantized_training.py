@@ -82,9 +82,8 @@ def replicated(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.every_torch
-@pytest.mark.every_torch
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.every_torch)])
 def test_adapters_train_as_on_one_process(count, name):
     run_on_ranks(count, qlora, name)
 
@@ -117,8 +116,7 @@ def several_mixed() -> None:
 
 
 @pytest.mark.every_torch
-@pytest.mark.every_torch
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.every_torch), 4])
 def test_mixed_precision(count):
     run_on_ranks(count, several_mixed)
 
