@@ -258,6 +258,8 @@ import torch
 torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 x = DTensor.from_local(torch.ones(4, 256), init_device_mesh("cpu", (1,)), [Replicate()])
 print(torch.ops.bnbops.quantize_blockwise(x, bnbops.codebooks.create_dynamic_map(), 256)[0].placements)
+from torch.distributed.fsdp import fully_shard
+print(fully_shard(bnbops.nn.Linear4bit(256, 4).to("cpu")).weight.dtype)
 """
 
 
@@ -265,11 +267,11 @@ print(torch.ops.bnbops.quantize_blockwise(x, bnbops.codebooks.create_dynamic_map
     "imports",
     [
         "import bnbops\nassert 'torch.distributed.tensor' not in sys.modules",
-        "import torch.distributed.tensor\nimport bnbops",
+        "import torch.distributed.fsdp\nassert 'torch.distributed.tensor' in sys.modules\nimport bnbops",
     ],
-    ids=["bnbops first", "torch.distributed.tensor first"],
+    ids=["bnbops first", "torch.distributed first"],
 )
 def test_rules_are_there_whatever_is_imported_first(imports):
     code = IMPORTS.format(imports=imports)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "Replicate()" in done.stdout, done.stderr
+    assert "Replicate()" in done.stdout and "torch.uint8" in done.stdout, done.stderr
