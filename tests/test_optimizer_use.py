@@ -19,8 +19,6 @@ from optimizer_cases import MIXED, assert_same, assert_same_state, flat_state, p
 from optimizer_classes import CLASSES, FAMILIES, WITH_8BIT, build
 from reference.rules import RULES
 
-pytestmark = pytest.mark.every_torch
-
 LR = 1e-2
 names = pytest.mark.parametrize("name", CLASSES)
 families = pytest.mark.parametrize("name", FAMILIES)
@@ -125,6 +123,7 @@ COPIES: dict[str, Callable[..., Any]] = {
 }
 
 
+@pytest.mark.every_torch
 @pytest.mark.parametrize("how", COPIES)
 @names
 def test_copies_continue_bit_exactly(name, how):
@@ -141,6 +140,7 @@ def test_copies_continue_bit_exactly(name, how):
     assert_same_state(optimizer, other)
 
 
+@pytest.mark.every_torch
 @families
 def test_hooks_closure_and_schedulers(name):
     """torch's schedulers raise and lower the rate of any class; hooks and closures run."""
