@@ -16,8 +16,6 @@ from torch.utils.data import DataLoader, Dataset
 from bnbops.nn import Embedding4bit, Embedding8bit, Linear4bit, Linear8bitLt, Params4bit
 from quantized_cases import EMBEDDINGS, IN, LINEARS, TOKENS, Expert, features, quantized
 
-pytestmark = pytest.mark.every_torch
-
 TIMEOUT = 120  # seconds; a child that failed says nothing
 
 
@@ -83,6 +81,7 @@ def _strategy(name: str) -> Iterator[None]:
         mp.set_sharing_strategy(before)
 
 
+@pytest.mark.every_torch
 @pytest.mark.parametrize("strategy", ["file_descriptor", "file_system"])
 def test_arguments_and_queues_of_a_spawned_process(strategy):
     """They compute the same there, and it is the same memory: what the process writes to a tensor, this one sees."""

@@ -20,8 +20,6 @@ from fsdp_quantized_cases import FORMATS, Net, loss_of, quantized, shard, whole_
 from layer_cases_4bit import differing
 from ranks import run_on_ranks
 
-pytestmark = pytest.mark.every_torch
-
 FULL = StateDictOptions(full_state_dict=True)
 OFFLOADED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 BROADCAST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -114,7 +112,7 @@ def every_format(*checks: str) -> None:
             globals()[check](name)
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.every_torch)])
 def test_state_dicts(count):
     run_on_ranks(count, every_format, "gathering", "adapters_alone", "setting", "refusing", "replicated")
 
@@ -136,6 +134,7 @@ def load(folder: str) -> None:
         assert differing(whole_tensors(model), plain_state_dict(tuned(name))) == []
 
 
+@pytest.mark.every_torch
 def test_checkpoints_reshard(tmp_path):
     """Saved on 2 ranks, loaded on 4, on 1 and without torch.distributed; and back."""
     run_on_ranks(2, save, str(tmp_path / "of two"))
