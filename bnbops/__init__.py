@@ -1,6 +1,11 @@
 """8-bit optimizers and quantization as PyTorch operators, so that a whole train step compiles into one graph."""
 
-from bnbops._library import isa, library_path, load_cuda_operators, load_operators
+from bnbops.versions import BNBOPS as __version__
+from bnbops.versions import check_environment
+
+check_environment()
+
+from bnbops._library import isa, library_path, load_cuda_operators, load_operators  # noqa: E402
 
 load_operators(__path__)
 has_cuda = load_cuda_operators(__path__)
@@ -9,7 +14,6 @@ from bnbops import distributed, functional, meta_kernels, nn, optim  # noqa: E40
 from bnbops.alias import install_as_bitsandbytes, uninstall_as_bitsandbytes  # noqa: E402
 from bnbops.matmul_int8 import MatmulLtState, matmul  # noqa: E402
 from bnbops.multiply_4bit import matmul_4bit  # noqa: E402
-from bnbops.versions import BNBOPS as __version__  # noqa: E402
 
 features = {"multi_backend"}  # as bitsandbytes tells that it is not for CUDA alone
 supported_torch_devices = {"cpu", "cuda"} if has_cuda else {"cpu"}

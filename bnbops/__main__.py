@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,34 +13,60 @@ from typing import Any
 import torch
 
 import bnbops
-from bnbops import self_check
+from bnbops import report, self_check
 from bnbops._library import ISAS
 from bnbops.estimate import Bytes, Estimate, estimate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def info(_args: argparse.Namespace) -> int:
-    """Prints versions and the machine, then checks every operator. Returns 1 if one of them is wrong."""
-    print(f"bnbops {bnbops.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"instruction set: {bnbops.isa()} (environment variable BNBOPS_ISA overrides: {', '.join(ISAS)})")
-    print(f"threads: {torch.get_num_threads()} (torch.set_num_threads or OMP_NUM_THREADS)")
-    print(f"CUDA library: {'loaded' if bnbops.has_cuda else 'none'}; CUDA devices: {torch.cuda.device_count()}")
-    devices = ["cpu"] + ["cuda"] * (bnbops.has_cuda and torch.cuda.is_available())
-    wrong = sum(_check_operators(device) for device in devices)
-    print(f"operators that are wrong: {wrong}" if wrong else "all operators are right")
+def info(args: argparse.Namespace) -> int:
+    """Prints versions, the machine and what is missing for what, checks every operator: 1 if one is wrong."""
+    say = (lambda _line: None) if args.json else print
+    found = report.collect()
+    for line in _lines(found):
+        say(line)
+    operators: dict[str, dict[str, Any]] = {}
+    for device in ["cpu"] + ["cuda"] * (bnbops.has_cuda and torch.cuda.is_available()):
+        say(f"operators on {device}, against plain torch:")
+        operators[device] = {}
+        for name, count, problems in self_check.run(device):
+            operators[device][name] = {"samples": count, "problems": problems}
+            state = f"{len(problems)} of {count} samples differ" if problems else f"ok ({count} samples)"
+            say(f"  {name:<32}{state}")
+            for problem in problems:
+                say(f"      {problem}")
+    wrong = sum(bool(result["problems"]) for results in operators.values() for result in results.values())
+    say(f"operators that are wrong: {wrong}" if wrong else "all operators are right")
+    if args.json:
+        print(json.dumps({**found, "operators": operators, "wrong": wrong}, indent=1))
     return 1 if wrong else 0
 
 
-def _check_operators(device: str) -> int:
-    wrong = 0
-    print(f"operators on {device}, against plain torch:")
-    for name, count, problems in self_check.run(device):
-        print(f"  {name:<32}" + (f"{len(problems)} of {count} samples differ" if problems else f"ok ({count} samples)"))
-        for problem in problems:
-            print(f"      {problem}")
-        wrong += bool(problems)
-    return wrong
+def _lines(found: dict[str, Any]) -> list[str]:
+    python, torch_, cpu = found["python"], found["torch"], found["cpu"]
+    return [
+        f"bnbops {found['bnbops']}, torch {torch_['version']}, Python {python['version']}",
+        f"needs torch{torch_['needs']} and Python{python['needs']}; {found['platform']}",
+        f"instruction set: {cpu['isa']} (environment variable BNBOPS_ISA overrides: {', '.join(ISAS)})",
+        f"instruction sets of this machine and build: {', '.join(cpu['available'])}",
+        f"threads: {cpu['threads']} (torch.set_num_threads or OMP_NUM_THREADS)",
+        *_cuda_lines(found["cuda"]),
+        *(f"missing for {sentence}" for sentence in found["missing"]),
+    ]
+
+
+def _cuda_lines(cuda: dict[str, Any]) -> list[str]:
+    state = "loaded" if cuda["loaded"] else "none" if cuda["library"] is None else "there, not loaded"
+    lines = [f"CUDA library: {state}; CUDA devices: {len(cuda['devices'])}"]
+    if cuda["architectures"]:
+        lines.append(f"CUDA library built by CUDA {cuda['toolkit']} for {', '.join(cuda['architectures'])}")
+    if cuda["driver"]:
+        lines.append(f"NVIDIA driver: {cuda['driver']['version']}, runs CUDA {cuda['driver']['cuda']}")
+    for i, device in enumerate(cuda["devices"]):
+        code = "has code for it" if device["has_code"] else "has no code for it"
+        lines.append(f"GPU {i}: {device['name']}, compute capability {device['capability']}: the library {code}")
+    return lines
 
 
 def library(_args: argparse.Namespace) -> int:
@@ -121,8 +146,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bnbops", description="8-bit optimizers and quantization for torch")
     parser.set_defaults(run=info)
+    parser.add_argument("--json", action="store_true", help="print all of it as JSON (docs/troubleshooting.md)")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    commands.add_parser("info", help="print versions and check every operator (the default)").set_defaults(run=info)
+    command = commands.add_parser("info", help="print versions and check every operator (the default)")
+    command.set_defaults(run=info)
+    # Given before the command, it is the parser's; a default here would take it back.
+    command.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print all of it as JSON")
     commands.add_parser("library", help="print the path of the operators' shared library").set_defaults(run=library)
     _add_estimate(commands)
     args = parser.parse_args(argv)

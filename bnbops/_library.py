@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -10,6 +11,9 @@ from pathlib import Path
 import torch
 
 ISAS = ("baseline", "avx2", "avx512", "amx")  # what isa() may say, the best one last
+
+NO_CUDA_KERNELS = "bnbops was built without CUDA kernels: install nvcc (the CUDA toolkit) and reinstall bnbops"
+_BUILD_HERE = "build it on this machine, by `pip install .` in its sources"
 
 _refusals = torch.library.Library("bnbops", "IMPL")
 _cuda: Path | str = "this torch has no CUDA"  # the loaded library, or why there is none
@@ -30,9 +34,11 @@ def load_operators(search: list[str]) -> None:
     """Registers `torch.ops.bnbops.*`.
 
     Raises:
-        ImportError: the library is not built, or this torch is too old for it.
+        ImportError: the library is not built, or does not load; says what to do.
     """
     path = _find("bnbops_cpu", search)
+    if path is None and sys.platform != "linux":
+        raise ImportError(f"bnbops runs on Linux, this is {sys.platform}: on Windows, use WSL; elsewhere, a container")
     if path is None:
         raise ImportError(
             "bnbops is not built: libbnbops_cpu is missing. Install it with `pip install .` (or `pip install -e .` to "
@@ -41,9 +47,7 @@ def load_operators(search: list[str]) -> None:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        raise ImportError(
-            f"{path.name} does not load under torch {torch.__version__} (bnbops needs torch >= 2.13): {_reason(error)}"
-        ) from error
+        raise ImportError(_refused(path, error)) from error
 
 
 def load_cuda_operators(search: list[str]) -> bool:
@@ -53,12 +57,12 @@ def load_cuda_operators(search: list[str]) -> bool:
         return False
     path = _find("bnbops_cuda", search)
     if path is None:
-        _refuse_cuda("bnbops was built without CUDA kernels: install nvcc (the CUDA toolkit) and reinstall bnbops")
+        _refuse_cuda(NO_CUDA_KERNELS)
         return False
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        why = f"{path.name} does not load under torch {torch.__version__}: {_reason(error)}"
+        why = _refused(path, error)
         _refuse_cuda(why)
         warnings.warn(f"bnbops runs on the CPU only: {why}", RuntimeWarning, stacklevel=2)
         return False
@@ -67,9 +71,19 @@ def load_cuda_operators(search: list[str]) -> bool:
     return True
 
 
-def _reason(error: OSError) -> BaseException:
-    """The loader's words; torch's own only name the file."""
-    return error.__cause__ or error
+def _refused(path: Path, error: OSError) -> str:
+    """What to do about a library that the loader refuses, and the loader's words; torch's own only name the file."""
+    reason = str(error.__cause__ or error)
+    too_old = re.search(r"version `(GLIBC|GLIBCXX|CXXABI)_[\d.]+' not found", reason)
+    foreign = "invalid ELF header" in reason or "wrong ELF class" in reason or "file too short" in reason
+    if too_old:
+        name = "glibc" if too_old[1] == "GLIBC" else "libstdc++"
+        advice = f"this system's {name} is older than the one it was built with, so {_BUILD_HERE}"
+    elif foreign:
+        advice = f"it is damaged, or for another kind of machine: {_BUILD_HERE}"
+    else:
+        advice = f"reinstall bnbops, or {_BUILD_HERE}"
+    return f"{path.name} does not load under torch {torch.__version__}: {advice} ({reason})"
 
 
 def _refuse_cuda(why: str) -> None:
@@ -101,6 +115,16 @@ def library_path() -> Path:
     return path
 
 
+def find_cuda_library() -> Path | None:
+    """The shared library of the CUDA kernels, loaded or not."""
+    return _find("bnbops_cuda", sys.modules[__package__].__path__)
+
+
+def cuda_problem() -> str | None:
+    """Why the CUDA kernels are not loaded; None if they are."""
+    return _cuda if isinstance(_cuda, str) else None
+
+
 def cuda_library() -> Path:
     """The shared library of the CUDA kernels.
 
@@ -110,6 +134,11 @@ def cuda_library() -> Path:
     if isinstance(_cuda, str):
         raise NotImplementedError(f"bnbops has no CUDA kernels here: {_cuda}")
     return _cuda
+
+
+def isas() -> list[str]:
+    """The instruction sets that this machine and this build have, of `ISAS`, the best one last."""
+    return torch.ops.bnbops.isas()
 
 
 def isa() -> str:

@@ -49,7 +49,7 @@ def option_names(name: str) -> list[str]:
     return [a.name for a in arguments if str(a.type) in ("float", "bool", "int") and not a.has_default_value()]
 
 
-# ---- isa, step_ops -------------------------------------------------------------------------------------------------
+# ---- isa, isas, step_ops -------------------------------------------------------------------------------------------
 
 
 def _without_arguments() -> list[Sample]:
@@ -270,6 +270,7 @@ def _percentile_clip() -> list[Sample]:
 
 _BUILDERS: dict[str, Callable[[], list[Sample]]] = {
     "isa": _without_arguments,
+    "isas": _without_arguments,
     "step_ops": _without_arguments,
     "quantize_blockwise": _quantize,
     "dequantize_blockwise": _dequantize,

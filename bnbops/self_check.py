@@ -35,6 +35,11 @@ def _isa(_before: dict[str, Any], result: str, _after: dict[str, Any]) -> None:
     expect(result == (os.environ.get("BNBOPS_ISA") or result), f"{result} in use although BNBOPS_ISA is set")
 
 
+def _isas(_before: dict[str, Any], result: list[str], _after: dict[str, Any]) -> None:
+    expect(tuple(result) == ISAS[: len(result)], f"unknown instruction sets, or in another order: {result}")
+    expect(torch.ops.bnbops.isa() in result, f"{torch.ops.bnbops.isa()} is in use, but is not among {result}")
+
+
 def _step_ops(_before: dict[str, Any], result: list[str], _after: dict[str, Any]) -> None:
     expect(sorted(result) == sorted(_RULES), f"{result} instead of {list(_RULES)}")
 
@@ -261,6 +266,7 @@ def _percentile_clip(before: dict[str, Any], result: Tensor, after: dict[str, An
 
 REFERENCES: dict[str, Callable[[dict[str, Any], Any, dict[str, Any]], None]] = {
     "isa": _isa,
+    "isas": _isas,
     "step_ops": _step_ops,
     "quantize_blockwise": _quantize,
     "dequantize_blockwise": _dequantize,

@@ -1,13 +1,27 @@
-"""Which bnbops and which torch this is, and what an older torch lacks."""
+"""Which bnbops this is, which Python and torch it needs, and what an older torch lacks.
+
+Nothing here imports torch before `check_environment` has looked for it.
+"""
 
 from __future__ import annotations
 
+import platform
 import re
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, metadata
 
-import torch
+try:
+    _METADATA = metadata("bnbops")  # of pyproject.toml
+except PackageNotFoundError:
+    raise ImportError(
+        "bnbops is not installed, only its sources are here: run `pip install .` (or `pip install -e .` to work on it) "
+        "in the folder of its pyproject.toml"
+    ) from None
 
-BNBOPS = version("bnbops")  # of pyproject.toml
+BNBOPS = _METADATA["Version"]
+REQUIREMENTS: list[str] = _METADATA.get_all("Requires-Dist") or []
+
+FEATURES = {"compiled_train_step": "2.11"}
+"""What needs a later torch than bnbops itself does, as messages call it, and the first release that will do."""
 
 
 def release(text: str) -> list[int]:
@@ -19,8 +33,39 @@ def release(text: str) -> list[int]:
     return parts
 
 
+def minimum(requirement: str) -> str:
+    """Of "torch>=2.10,<3" or of ">=2.10", "2.10"; "0" if it names none."""
+    found = re.search(r">=\s*([\w.]+)", requirement)
+    return found[1] if found else "0"
+
+
+OLDEST_PYTHON = minimum(_METADATA["Requires-Python"])
+OLDEST_TORCH = minimum(next(text for text in REQUIREMENTS if re.match(r"torch\b", text)))
+
+
+def check_environment() -> None:
+    """Looks for what `import bnbops` cannot do without, before the loader meets it somewhere inside.
+
+    Raises:
+        ImportError: Python or torch is too old, or there is no torch; says which is needed.
+    """
+    python = platform.python_version()
+    if release(python) < release(OLDEST_PYTHON):
+        raise ImportError(f"bnbops needs Python {OLDEST_PYTHON} or later, this is Python {python}")
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError(_needs_torch("bnbops", OLDEST_TORCH, "which is not installed")) from None
+    if not torch_is(OLDEST_TORCH):
+        raise ImportError(_needs_torch("bnbops", OLDEST_TORCH, f"this is torch {torch.__version__}"))
+
+
 def torch_is(minimum: str) -> bool:
     """Whether this torch is at least such as "2.13"; a build on the way to that release counts as it."""
+    import torch
+
     return release(torch.__version__) >= release(minimum)
 
 
@@ -28,13 +73,17 @@ def require_torch(minimum: str, what: str) -> None:
     """Refuses to do what only a later torch can.
 
     Args:
-        minimum: the first release of torch that can, such as "2.13".
+        minimum: the first release of torch that can, such as "2.13"; `FEATURES` has it if users call for it by name.
         what: that needs it, the subject of the message, such as "compiled_train_step with DTensors".
 
     Raises:
         NotImplementedError: this torch is older; says which one is needed.
     """
     if not torch_is(minimum):
-        raise NotImplementedError(
-            f"{what} needs torch {minimum} or later, this is torch {torch.__version__}: pip install 'torch>={minimum}'"
-        )
+        import torch
+
+        raise NotImplementedError(_needs_torch(what, minimum, f"this is torch {torch.__version__}"))
+
+
+def _needs_torch(what: str, minimum: str, state: str) -> str:
+    return f"{what} needs torch {minimum} or later, {state}: pip install 'torch>={minimum}'"

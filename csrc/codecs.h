@@ -16,11 +16,11 @@ constexpr int kStateBlock = 256;  // elements of one optimizer-state block
 // Of the dynamic maps.
 BNBOPS_HD uint8_t zero_code(bool is_signed) { return is_signed ? 127 : 0; }
 
+// An infinity counts as the largest float: 0 * infinity would be NaN. NaN remains.
+BNBOPS_HD float without_infinity(float x) { return x > kFloatMax ? kFloatMax : x < -kFloatMax ? -kFloatMax : x; }
+
 // An element as its encoding sees it.
-BNBOPS_HD float encodable(float x) {
-  if (x != x) return 0.0F;
-  return x > kFloatMax ? kFloatMax : x < -kFloatMax ? -kFloatMax : x;
-}
+BNBOPS_HD float encodable(float x) { return x != x ? 0.0F : without_infinity(x); }
 
 // Likewise under a map that may have no negative entries.
 BNBOPS_HD float encodable(float x, bool is_signed) { return is_signed || x > 0 ? encodable(x) : 0.0F; }
@@ -28,8 +28,8 @@ BNBOPS_HD float encodable(float x, bool is_signed) { return is_signed || x > 0 ?
 // Bits from which on a magnitude is not finite.
 constexpr uint32_t kInfinityBits = 0x7F800000U;
 
-// A scale as its decoding sees it: 0 * infinity would be NaN.
-BNBOPS_HD float decodable(float absmax) { return absmax > kFloatMax ? kFloatMax : absmax; }
+// A scale as its decoding sees it. The sign of a NaN would choose how its block is encoded again.
+BNBOPS_HD float decodable(float absmax) { return with_one_nan(without_infinity(absmax)); }
 
 // The factor that normalises a block: 1 / absmax, 0 for a block of zeros. A denormal absmax has no finite inverse.
 BNBOPS_HD float inverse_scale(float absmax) { return absmax > 0 ? decodable(1.0F / absmax) : 0.0F; }

@@ -54,7 +54,7 @@ BNBOPS_HD float int8_value(int8_t code, float scale) { return static_cast<float>
 
 // A sum of products of codes.
 BNBOPS_HD float product_value(int32_t sum, float row_scale, float column_scale) {
-  return static_cast<float>(sum) * decodable(row_scale * column_scale) * kInverse127Squared;
+  return static_cast<float>(sum) * without_infinity(row_scale * column_scale) * kInverse127Squared;
 }
 
 BNBOPS_NAMESPACE_END

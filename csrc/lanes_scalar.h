@@ -26,6 +26,7 @@ struct ScalarLanes {
   BNBOPS_HD static Int splat_int(int x) { return x; }
   BNBOPS_HD static Float mul(Float a, Float b) { return a * b; }
   BNBOPS_HD static Float fma(Float a, Float b, Float c) { return fused_multiply_add(a, b, c); }
+  BNBOPS_HD static Float with_one_nan(Float x) { return bnbops::with_one_nan(x); }
   BNBOPS_HD static Float abs(Float x) { return float_from_bits(bits_of(x) & 0x7FFFFFFFU); }
   BNBOPS_HD static Float min(Float a, Float b) { return a < b ? a : b; }
   BNBOPS_HD static Float select_if_less(Float a, Float b, Float x, Float y) { return a < b ? x : y; }
@@ -121,7 +122,7 @@ struct ScalarLanes {
   BNBOPS_HD static void store_bfloat16(uint16_t* out, Float x) {
     const uint32_t bits = bits_of(x);
     const uint32_t rounded = (bits + 0x7FFFU + ((bits >> 16) & 1U)) >> 16;  // to nearest, ties to even
-    *out = static_cast<uint16_t>(x != x ? (bits >> 16) | 0x40U : rounded);
+    *out = static_cast<uint16_t>(x != x ? kNanHalfBits : rounded);
   }
   BNBOPS_HD static Float load_float16(const uint16_t* x) {
     _Float16 half;
@@ -129,7 +130,7 @@ struct ScalarLanes {
     return static_cast<float>(half);
   }
   BNBOPS_HD static void store_float16(uint16_t* out, Float x) {
-    const auto half = static_cast<_Float16>(x);
+    const auto half = static_cast<_Float16>(with_one_nan(x));
     memcpy(out, &half, sizeof(half));
   }
 

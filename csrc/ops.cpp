@@ -56,6 +56,7 @@ void define_4bit(torch::stable::detail::StableLibrary& m) {
 
 STABLE_TORCH_LIBRARY(BNBOPS_LIBRARY, m) {
   m.def("isa() -> str");
+  m.def("isas() -> str[]");
   m.def("step_ops() -> str[]");
   m.def("quantize_blockwise(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)");
   m.def("dequantize_blockwise(Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype) -> Tensor");

@@ -26,6 +26,11 @@ BNBOPS_NAMESPACE_BEGIN
 
 constexpr float kFloatMax = 3.40282346638528859812e+38F;
 
+// The one NaN that operators write, as 16 bits its upper half in either format: a GPU's own, of arithmetic and of
+// rounding. A CPU's has another sign or the payload of whatever it came from.
+constexpr uint32_t kNanBits = 0x7FFFFFFFU;
+constexpr uint16_t kNanHalfBits = kNanBits >> 16;
+
 BNBOPS_HD float float_from_bits(uint32_t bits) {
   float x;
   memcpy(&x, &bits, sizeof(x));
@@ -37,6 +42,8 @@ BNBOPS_HD uint32_t bits_of(float x) {
   memcpy(&bits, &x, sizeof(bits));
   return bits;
 }
+
+BNBOPS_HD float with_one_nan(float x) { return x == x ? x : float_from_bits(kNanBits); }
 
 // One rounding, on every backend. The library is built without contraction, so this is the only fused operation.
 BNBOPS_HD float fused_multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }

@@ -5,6 +5,7 @@ addresses. tests/test_cuda_static.py makes sure that nvcc makes the same ones.
 """
 
 import os
+import subprocess
 
 import pytest
 import torch
@@ -42,3 +43,9 @@ def test_just_what_ran_is_known(kernels):
         dequantize_4bit(packed, state)
     assert {kernels.names[address] for address in kernels.take_launched()} == {"look_up_kernel"}
     assert kernels.take_launched() == set()
+
+
+def test_no_warp_reads_what_was_never_written():
+    """Records that are copied by words have no byte, padding included, that the kernel before left as it was."""
+    done = subprocess.run([library.build(product="cuda_records")], text=True, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -18,11 +18,12 @@ BNBOPS_HD typename Lanes::Float load_as(const void* tensor, DType dtype, int64_t
   return dtype == DType::kBFloat16 ? Lanes::load_bfloat16(halves) : Lanes::load_float16(halves);
 }
 
+// Whatever NaN x is, the one of portable.h is written.
 template <class Lanes>
 BNBOPS_HD void store_as(void* tensor, DType dtype, int64_t i, typename Lanes::Float x) {
   auto* halves = static_cast<uint16_t*>(tensor) + i;
   switch (dtype) {
-    case DType::kFloat32: return Lanes::store(static_cast<float*>(tensor) + i, x);
+    case DType::kFloat32: return Lanes::store(static_cast<float*>(tensor) + i, Lanes::with_one_nan(x));
     case DType::kBFloat16: return Lanes::store_bfloat16(halves, x);
     case DType::kFloat16: return Lanes::store_float16(halves, x);
   }

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #ifdef BNBOPS_X86
 #include <cpuid.h>
@@ -40,7 +41,8 @@ bool may_use_amx() {
 }
 #endif
 
-Isa choose() {
+// Those that this build and this machine have, the best one first.
+std::vector<Isa> find() {
 #ifdef BNBOPS_X86
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -49,7 +51,6 @@ Isa choose() {
   const bool amx = avx512 && __builtin_cpu_supports("avx512bf16") && may_use_amx();
 #endif
   const Candidate candidates[] = {
-  // best first
 #ifdef BNBOPS_X86
       {{"amx", &kAvx512Kernels, &kInt8AmxKernels, &kAmxKernels}, amx},
       {{"avx512", &kAvx512Kernels, &kInt8Avx512Kernels, nullptr}, avx512},
@@ -57,18 +58,29 @@ Isa choose() {
 #endif
       {{"baseline", &kBaselineKernels, &kInt8BaselineKernels, nullptr}, true},
   };
-  const char* wanted = std::getenv("BNBOPS_ISA");
-  std::string available;
+  std::vector<Isa> found;
   for (const Candidate& candidate : candidates) {
-    if (!candidate.supported) continue;
-    if (wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, candidate.isa.name) == 0) return candidate.isa;
-    available += std::string(available.empty() ? "" : ", ") + candidate.isa.name;
+    if (candidate.supported) found.push_back(candidate.isa);
   }
-  throw std::runtime_error("BNBOPS_ISA is '" + std::string(wanted) +
-                           "', but this machine and build offer: " + available);
+  return found;
+}
+
+Isa choose() {
+  const char* wanted = std::getenv("BNBOPS_ISA");
+  std::string names;
+  for (const Isa& isa : isas()) {
+    if (wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, isa.name) == 0) return isa;
+    names += std::string(names.empty() ? "" : ", ") + isa.name;
+  }
+  throw std::runtime_error("BNBOPS_ISA is '" + std::string(wanted) + "', but this machine and build offer: " + names);
 }
 
 }  // namespace
+
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> found = find();
+  return found;
+}
 
 const Isa& isa() {
   static const Isa chosen = choose();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "jobs.h"
 #include "step_job.h"
@@ -53,13 +54,17 @@ extern const Kernels kAvx2Kernels, kAvx512Kernels;
 struct Int8Kernels;
 struct TileKernels;
 
-// The kernels for this machine, or those that the environment variable BNBOPS_ISA names.
+// The kernels for an instruction set.
 struct Isa {
   const char* name;
   const Kernels* kernels;
   const Int8Kernels* int8;
   const TileKernels* tiles;  // or null
 };
+
+// Those that this build and this machine have, the best one first; and the one in use, which is the best one or what
+// the environment variable BNBOPS_ISA names.
+const std::vector<Isa>& isas();
 const Isa& isa();
 
 }  // namespace bnbops::cpu

@@ -57,6 +57,9 @@ struct Avx2Lanes {
   BNBOPS_HD static Int splat_int(int x) { return _mm256_set1_epi32(x); }
   BNBOPS_HD static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
   BNBOPS_HD static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  BNBOPS_HD static Float nan() { return _mm256_castsi256_ps(splat_int(kNanBits)); }
+  BNBOPS_HD static Float is_nan(Float x) { return _mm256_cmp_ps(x, x, _CMP_UNORD_Q); }
+  BNBOPS_HD static Float with_one_nan(Float x) { return _mm256_blendv_ps(x, nan(), is_nan(x)); }
   BNBOPS_HD static Float abs(Float x) { return _mm256_andnot_ps(splat(-0.0F), x); }
   BNBOPS_HD static Float min(Float a, Float b) { return _mm256_min_ps(a, b); }
   BNBOPS_HD static Float select_if_less(Float a, Float b, Float x, Float y) {
@@ -199,8 +202,7 @@ struct Avx2Lanes {
     const Int bits = as_int(x), top = _mm256_srli_epi32(bits, 16);
     const Int bias = _mm256_add_epi32(_mm256_and_si256(top, splat_int(1)), splat_int(0x7FFF));
     const Int rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, bias), 16);
-    const Int quiet = _mm256_or_si256(top, splat_int(0x40));
-    const Int result = _mm256_blendv_epi8(rounded, quiet, as_int(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+    const Int result = _mm256_blendv_epi8(rounded, splat_int(kNanHalfBits), as_int(is_nan(x)));
     const Int words = _mm256_permute4x64_epi64(_mm256_packus_epi32(result, result), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(words));
   }
@@ -208,7 +210,7 @@ struct Avx2Lanes {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
   }
   BNBOPS_HD static void store_float16(uint16_t* out, Float x) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph(with_one_nan(x), _MM_FROUND_TO_NEAREST_INT));
   }
 
   struct PastCaches;

@@ -58,6 +58,10 @@ struct Avx512Lanes {
   BNBOPS_HD static Int splat_int(int x) { return _mm512_set1_epi32(x); }
   BNBOPS_HD static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
   BNBOPS_HD static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  BNBOPS_HD static __mmask16 is_nan(Float x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
+  BNBOPS_HD static Float with_one_nan(Float x) {
+    return _mm512_castsi512_ps(_mm512_mask_mov_epi32(as_int(x), is_nan(x), splat_int(kNanBits)));
+  }
   BNBOPS_HD static Float abs(Float x) { return _mm512_abs_ps(x); }
   BNBOPS_HD static Float min(Float a, Float b) { return _mm512_min_ps(a, b); }
   BNBOPS_HD static Float select_if_less(Float a, Float b, Float x, Float y) {
@@ -222,14 +226,16 @@ struct Avx512Lanes {
     const Int bits = as_int(x), top = _mm512_srli_epi32(bits, 16);
     const Int bias = _mm512_add_epi32(_mm512_and_si512(top, splat_int(1)), splat_int(0x7FFF));
     const Int rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
-    const Int result = _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), top, splat_int(0x40));
+    const Int result = _mm512_mask_mov_epi32(rounded, is_nan(x), splat_int(kNanHalfBits));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(result));
   }
   BNBOPS_HD static Float load_float16(const uint16_t* x) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
   }
   BNBOPS_HD static void store_float16(uint16_t* out, Float x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+    const __m256i halves = _mm512_mask_cvtps_ph(_mm256_set1_epi16(kNanHalfBits), _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q),
+                                                x, _MM_FROUND_TO_NEAREST_INT);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), halves);
   }
 
   struct PastCaches;

@@ -78,7 +78,7 @@ void step_float32(const StepJob& job, const typename Rule::Hyper hyper, int64_t 
       StatesOf<Number, Rule> s;
       for (int k = 0; k < Rule::kStates; ++k) s[k] = Number(Lanes::load(reinterpret_cast<float*>(at.state[k])));
       update_vector<Lanes>(job, at, 0, s, hyper);
-      for (int k = 0; k < Rule::kStates; ++k) Lanes::store(reinterpret_cast<float*>(at.state[k]), vector_of(s[k]));
+      for (int k = 0; k < Rule::kStates; ++k) store_as<Lanes>(at.state[k], DType::kFloat32, 0, vector_of(s[k]));
     });
   }
 }

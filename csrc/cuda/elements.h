@@ -59,11 +59,12 @@ BNBOPS_DEVICE void to_floats(const Octet& octet, DType dtype, float (&x)[kOctet]
   }
 }
 
+// Whatever NaN there is, the one of portable.h is written.
 BNBOPS_DEVICE Octet from_floats(const float (&x)[kOctet], DType dtype) {
   Octet octet{};
   if (dtype == DType::kFloat32) {
 #pragma unroll
-    for (int i = 0; i < kOctet; ++i) octet.word[i] = bits_of(x[i]);
+    for (int i = 0; i < kOctet; ++i) octet.word[i] = bits_of(with_one_nan(x[i]));
   } else {
 #pragma unroll
     for (int i = 0; i < kOctet / 2; ++i) octet.word[i] = pack_halves(dtype, x[2 * i], x[2 * i + 1]);
@@ -153,7 +154,7 @@ BNBOPS_DEVICE float make_encodable(float (&x)[kOctet]) {
 
 BNBOPS_DEVICE void store_element(void* values, DType dtype, int64_t at, float x) {
   if (dtype == DType::kFloat32) {
-    static_cast<float*>(values)[at] = x;
+    static_cast<float*>(values)[at] = with_one_nan(x);
   } else {
     static_cast<uint16_t*>(values)[at] = static_cast<uint16_t>(pack_halves(dtype, x, 0.0F));
   }

@@ -51,6 +51,12 @@ BNBOPS_DEVICE int find_record(const Many<Record>& many, int low, int64_t unit) {
   return low;
 }
 
+// Makes a record of zeros of it, padding and all, before its members are written: copy_record reads every byte.
+template <class Record>
+BNBOPS_DEVICE void clear_record(Record& record) {
+  memset(static_cast<void*>(&record), 0, sizeof(Record));
+}
+
 // Lanes copy a record to shared memory together.
 template <class Record>
 BNBOPS_DEVICE void copy_record(const Record& from, Record& to) {

@@ -7,7 +7,10 @@ namespace {
 
 __global__ void place_kernel(const __grid_constant__ Batch<SquaresItem> batch, SquaresItem* records) {
   const int i = static_cast<int>(threadIdx.x);
-  if (i < batch.count) records[batch.first + i] = batch.item[i];
+  if (i >= batch.count) return;
+  SquaresItem& record = records[batch.first + i];
+  clear_record(record);
+  record = batch.item[i];
 }
 
 // A warp has a piece at a time, of which it loads some blocks at once.

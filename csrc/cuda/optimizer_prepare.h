@@ -25,6 +25,7 @@ BNBOPS_DEVICE void prepare(const StepItem& item, int i, const StepCommon& common
                       common.trust ? common.trust[i] : 1.0};
   const bool usable = is_finite(x.lr) && is_scale(scale) && is_amount_or_count(steps) && is_amount_or_count(clip) &&
                       is_amount_or_count(x.trust);
+  clear_record(record);
   record.job = item.job;
   record.first = item.first;
   record.end = item.first + divide_up(item.job.blocks, common.unit_blocks);

@@ -11,7 +11,7 @@ imports bitsandbytes for 8-bit optimizers. Layers and optimizers that are not bn
 
 from bnbops.integrations.requirements import require
 
-require("peft", "0.21", "bnbops.integrations.peft")
+require("peft", "bnbops.integrations.peft")
 
 from bnbops.integrations.peft.dispatch import register, unregister  # noqa: E402
 from bnbops.integrations.peft.layers import (  # noqa: E402

@@ -8,7 +8,7 @@ from importlib import import_module
 
 from bnbops.integrations.requirements import require
 
-require("transformers", "5.23", "bnbops.integrations.transformers")
+require("transformers", "bnbops.integrations.transformers")
 
 from bnbops.integrations.transformers.bitsandbytes import load_bitsandbytes_checkpoints  # noqa: E402
 from bnbops.integrations.transformers.config import BnbOpsConfig  # noqa: E402

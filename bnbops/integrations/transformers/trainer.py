@@ -22,7 +22,7 @@ from bnbops.optim.base import Optimizer
 
 __all__ = ["CompiledStep", "CompiledTrainer"]
 
-require("transformers", "5.23", "CompiledTrainer")
+require("transformers", "CompiledTrainer")
 
 logger = logging.getLogger(__name__)
 
