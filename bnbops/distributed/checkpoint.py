@@ -119,7 +119,7 @@ def load_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, path: st
     with _restored(optimizer):
         _together(lambda: _set_optimizer(optimizer, names, state["optimizer"]))
     set_model_state_dict(model, state["model"])
-    return torch.load(io.BytesIO(state["extra"].numpy().tobytes()), weights_only=True) if "extra" in state else {}
+    return torch.load(io.BytesIO(bytes(state["extra"].tolist())), weights_only=True) if "extra" in state else {}
 
 
 class SafeLoadPlanner(DefaultLoadPlanner):
