@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bnbops import _library
+import bnbops
+from bnbops import _library, report
 from bnbops.op_samples import operator, samples
 
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -49,11 +50,28 @@ def test_a_missing_library_is_named_by_every_operator(name, tmp_path):
 def test_a_broken_library_is_a_warning_and_the_cpu_goes_on(tmp_path):
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "libbnbops_cuda.so").write_text("not a library")
-    why = rf"libbnbops_cuda\.so does not load under torch {torch.__version__.replace('+', '.')}: .*(file too short|ELF)"
+    version = torch.__version__.replace("+", ".")
+    why = rf"libbnbops_cuda\.so does not load under torch {version}: it is damaged.*(file too short|ELF)"
     with pytest.warns(RuntimeWarning, match=f"bnbops runs on the CPU only: {why}"):
         assert _library.load_cuda_operators([str(tmp_path)]) is False
     assert "libbnbops_cuda.so does not load" in said_on_cuda("squared_norms")
     assert torch.ops.bnbops.squared_norms([torch.full((2,), 3.0)]).item() == 18
+
+
+@pytest.mark.usefixtures("with_cuda")
+def test_what_the_library_was_built_for_is_known_although_it_does_not_load(tmp_path, monkeypatch):
+    (tmp_path / "lib").mkdir()
+    said = b"\0bnbops-cuda-build toolkit=13.0.88 architectures=90-real,90-virtual\0"
+    (tmp_path / "lib" / "libbnbops_cuda.so").write_bytes(said)
+    monkeypatch.setattr(bnbops, "__path__", [str(tmp_path)])
+    with pytest.warns(RuntimeWarning, match="bnbops runs on the CPU only"):
+        _library.load_cuda_operators(bnbops.__path__)
+    cuda = report.collect()["cuda"]
+    assert cuda["toolkit"] == "13.0.88" and cuda["architectures"] == ["90-real", "90-virtual"]
+    assert cuda["library"] == f"{tmp_path}/lib/libbnbops_cuda.so" and cuda["problem"].startswith(
+        "libbnbops_cuda.so does"
+    )
+    assert any("libbnbops_cuda.so does not load" in sentence for sentence in report.collect()["missing"])
 
 
 def test_a_torch_without_cuda_needs_no_library(tmp_path):

@@ -1,16 +1,19 @@
 """`python -m bnbops`: what it prints, its exit codes, and that the self-check notices wrong operators."""
 
+import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import bnbops
-from bnbops import self_check
+from bnbops import report, self_check
 from bnbops.__main__ import main
-from bnbops._library import ISAS
+from bnbops._library import ISAS, isas
 from bnbops.op_samples import SAMPLED, Sample, operator, samples
 
 
@@ -32,6 +35,7 @@ def test_prints_what_is_installed(capsys):
     assert f"bnbops {bnbops.__version__}, torch {torch.__version__}, Python 3." in output
     overrides = "(environment variable BNBOPS_ISA overrides: baseline, avx2, avx512, amx)"
     assert f"instruction set: {bnbops.isa()} {overrides}" in output
+    assert f"instruction sets of this machine and build: {', '.join(isas())}\n" in output
     assert f"threads: {torch.get_num_threads()} " in output
     assert f"CUDA library: {'loaded' if bnbops.has_cuda else 'none'}" in output
     lines = [line.split() for line in output.splitlines() if line.startswith("  ")]
@@ -39,7 +43,29 @@ def test_prints_what_is_installed(capsys):
     assert output.endswith("all operators are right\n")
 
 
-def test_info_is_the_default_command(capsys):
+@pytest.mark.parametrize("arguments", [["--json"], ["info", "--json"], ["--json", "info"]], ids=" ".join)
+def test_all_of_it_as_json(arguments, capsys, monkeypatch):
+    """One document, of the keys that docs/troubleshooting.md describes, and the same exit code."""
+    checks = [("right", 3, []), ("wrong", 2, ["float32: absmax wrong"])]
+    monkeypatch.setattr(self_check, "run", lambda device: iter(checks))
+    assert main(arguments) == 1
+    said = json.loads(capsys.readouterr().out)
+    operators = {name: {"samples": count, "problems": problems} for name, count, problems in checks}
+    assert said["operators"]["cpu"] == operators and said["wrong"] == len(said["operators"])
+    assert said["missing"] == report.missing(said)
+    page = (Path(__file__).parents[1] / "docs" / "troubleshooting.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == list(said)
+
+
+def test_what_is_missing_is_said(capsys, monkeypatch):
+    monkeypatch.setattr(self_check, "run", lambda device: iter([]))
+    monkeypatch.setattr(report, "missing", lambda found: ["CUDA kernels: there is no NVIDIA driver"])
+    assert main([]) == 0
+    assert "missing for CUDA kernels: there is no NVIDIA driver\n" in capsys.readouterr().out
+
+
+def test_info_is_the_default_command(capsys, monkeypatch):
+    monkeypatch.setattr(self_check, "run", lambda device: iter([]))
     assert main(["info"]) == 0
     named = capsys.readouterr().out
     assert main([]) == 0
