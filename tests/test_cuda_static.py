@@ -131,6 +131,18 @@ def test_broken_rules_are_noticed():
             rule(planted[name])
 
 
+def test_records_are_written_whole(kernels):
+    """Padding too, which the compiler leaves out wherever it may: warps copy records by words."""
+    written = {}
+    for kernel in kernels:
+        if kernel.template in ("prepare_kernel", "place_kernel"):
+            stores = re.findall(r"st\.volatile\.global\.[ub]32\s+\[%rd\d+(?:\+(\d+))?\]", kernel.ptx)
+            written[kernel.name] = sorted(int(at or 0) for at in stores)
+    assert len(written) == 11
+    for name, at in written.items():
+        assert at and at == list(range(0, 4 * len(at), 4)) and len(at) % 2 == 0, name
+
+
 def test_source_lines_do_not_change_the_code():
     """What is looked at is what is built: -lineinfo adds nothing but lines."""
     source, command = next(iter(compiled.commands().items()))

@@ -51,10 +51,14 @@ BNBOPS_DEVICE int find_record(const Many<Record>& many, int low, int64_t unit) {
   return low;
 }
 
-// Makes a record of zeros of it, padding and all, before its members are written: copy_record reads every byte.
+// Zeros a record, padding and all, before its members are written: copy_record reads every byte. Volatile, or the
+// compiler would leave out what no member lies in.
 template <class Record>
 BNBOPS_DEVICE void clear_record(Record& record) {
-  memset(static_cast<void*>(&record), 0, sizeof(Record));
+  static_assert(sizeof(Record) % sizeof(uint32_t) == 0 && alignof(Record) >= alignof(uint32_t));
+  auto* words = reinterpret_cast<volatile uint32_t*>(&record);
+#pragma unroll
+  for (unsigned i = 0; i < sizeof(Record) / sizeof(uint32_t); ++i) words[i] = 0;
 }
 
 // Lanes copy a record to shared memory together.
