@@ -8,9 +8,11 @@ them, and checks after every compilation that the optimizer really advanced.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 import torch
@@ -20,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from bnbops.default_device import traceable_backward
 from bnbops.dynamo import TraceableStep, allow_as_graph_inputs, dynamo_mended, unwrapped
+from bnbops.versions import require_torch
 
 __all__ = ["CompiledTrainStep", "GraphBreakError", "NothingTrainedError", "compiled_train_step"]
 
@@ -61,8 +64,7 @@ class CompiledTrainStep(Generic[P, R]):
         self.graph_count = 0
         self._optimizer_steps = [TraceableStep(optimizer) for optimizer in optimizers]
         self._steps_before: list[list[float]] | None = None  # set while a call that compiles is under way
-        # Isolated: the compile cache hangs on the code object, which all instances of this class share.
-        self._compiled = torch.compile(self._traced(), fullgraph=True, isolate_recompiles=True, **compile_options)
+        self._compiled = torch.compile(_with_own_code(self._traced()), fullgraph=True, **compile_options)
         for optimizer in optimizers:
             optimizer.init_state()
 
@@ -230,7 +232,9 @@ def compiled_train_step(
         TypeError: no function, no optimizer, or an optimizer without ``init_state()`` (torch.optim's).
         GraphBreakError: (when called) `step_fn` cannot be one graph; nothing was run.
         NothingTrainedError: (when called) the new graph ran and updated no parameter of some optimizer.
+        NotImplementedError: this torch cannot differentiate within a graph; 2.11 is the first that can.
     """
+    require_torch("2.11", "compiled_train_step")
     optimizers = _as_optimizers(optimizer, step_fn)
     if step_fn is not None and not callable(step_fn):
         raise TypeError(f"compiled_train_step: step_fn must be a function, got {type(step_fn).__name__}")
@@ -268,6 +272,17 @@ def _reject_unseen_hooks(leaves: Iterable[torch.Tensor], step_fn: Callable[..., 
             f"{_name(step_fn)}() cannot be compiled into one graph: a parameter has a post-accumulate-grad hook, which "
             "a compiled backward() would leave out without a word. Remove it; Tensor.register_hook works."
         )
+
+
+_numbers = itertools.count()
+
+
+def _with_own_code(function: FunctionType) -> FunctionType:
+    """A copy that shares nothing with other instances: Dynamo keeps graphs, and the limit of how many there may be, on
+    code objects, and what it knows of sizes that change by the name and line of the code."""
+    code = function.__code__
+    own = code.replace(co_name=f"{code.co_name}_{next(_numbers)}")
+    return FunctionType(own, function.__globals__, own.co_name, None, function.__closure__)
 
 
 def _looked_up(step_fn: Callable[P, R], optimizers: tuple[Optimizer, ...]) -> Callable[P, R]:
@@ -308,7 +323,15 @@ def _explain(error: Exception, name: str) -> str:
     if explanation := re.search(r"^\s*Explanation: (.+)$", report, re.MULTILINE):
         what.append(explanation[1])
     if raised := re.search(r"raised exception (.+)$", report, re.MULTILINE):
-        what = [f"the code raised {raised[1]}"]
+        what = [f"the code raised {_as_raised(raised[1])}"]
     if stack := getattr(error, "real_stack", None):
         what.append(f"at {stack[-1].filename}:{stack[-1].lineno}, in {stack[-1].name}: {stack[-1].line}")
     return f"{name}() cannot be compiled into one graph:\n  " + "\n  ".join(what) + f"\n{_ADVICE}"
+
+
+def _as_raised(report: str) -> str:
+    """Before torch 2.13: ValueError([ConstantVariable(str: 'no such batch')])."""
+    if "([ConstantVariable(" not in report:
+        return report
+    arguments = re.sub(r"ConstantVariable\(\w+: (.*?)\)(?=, ConstantVariable|\]\)$)", r"\1", report)
+    return arguments.replace("([", "(", 1).removesuffix("])") + ")"

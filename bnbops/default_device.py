@@ -18,7 +18,7 @@ from torch.utils._device import DeviceContext
 
 def traceable_weight(weight: Tensor) -> Tensor:
     """A frozen weight; under a default device within a graph as a plain tensor, whatever its class."""
-    if not torch.compiler.is_compiling() or not torch._C._is_torch_function_mode_enabled():
+    if not torch.compiler.is_compiling() or torch._C._len_torch_function_stack() == 0:
         return weight
     with torch._C.DisableTorchFunctionSubclass():
         return weight.detach()

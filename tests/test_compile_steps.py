@@ -182,6 +182,29 @@ def test_each_of_two_models_trains_in_turn() -> None:
     assert_same(train(compiled=True), train(compiled=False))
 
 
+def test_sizes_that_differ_between_models_are_constants_of_each_graph() -> None:
+    def make(rows: int) -> list[torch.fx.GraphModule]:
+        model, graphs = nn.Linear(8, 8), []
+        optimizer = AdamW8bit(model.parameters(), lr=1e-2)
+
+        def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+            graphs.append(graph)
+            return graph
+
+        def step(x: Tensor) -> Tensor:
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        bnbops.compiled_train_step(step, optimizer, backend=backend)(torch.zeros(rows, 8))
+        return graphs
+
+    for graphs in (make(4), make(6)):
+        inputs = graphs[0].graph.find_nodes(op="placeholder")
+        assert [node for node in inputs if not isinstance(node.meta["example_value"], Tensor)] == []
+
+
 @pytest.mark.parametrize("scheduled", [False, True])
 def test_the_optimizers_step_alone(scheduled):
     """Forward and backward stay eager; a scheduler has put its wrapper around `optimizer.step`."""

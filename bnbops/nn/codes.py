@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
+from torch._ops import OperatorBase
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 # A context in which torch's functions take a quantized parameter for the plain tensor of its codes.
 codes_as_they_are = torch._C.DisableTorchFunctionSubclass
@@ -23,6 +26,7 @@ _PRODUCTS = ("mul", "rmul", "multiply", "div", "rdiv", "divide", "true_divide", 
 _READING = ("add", "radd", "sub", "rsub", "subtract", "lerp", "norm_except_dim", "_weight_norm", *_PRODUCTS)
 _COPYING = ("copy_", "__setitem__")
 _NOT_WRITING = ("detach_", "requires_grad_", "share_memory_", "resize_", "resize_as_", *_COPYING)
+_FAKE = _TorchDispatchModeKey.FAKE
 _SET_DATA = torch.Tensor.data.__set__
 _SET_REQUIRES_GRAD = torch.Tensor.requires_grad.__set__
 
@@ -58,11 +62,26 @@ class CodesParameter(nn.Parameter):
             elif not torch.compiler.is_compiling():
                 _refuse_writing(func, args, kwargs)
                 _refuse_reading(func, args)
+            if not torch.compiler.is_dynamo_compiling() and _is_faked(func):
+                args, kwargs = tree_map_only(CodesParameter, _plain, (args, kwargs))
             return func(*args, **kwargs)
 
 
 def _holds_codes(value: Any) -> bool:
     return isinstance(value, CodesParameter) and value._holds_codes
+
+
+def _is_faked(func: Any) -> bool:
+    """Whether an operator's result is a fake tensor, as when the program of `torch.export` is compiled.
+
+    Fake tensors know parameters of other classes only since torch 2.13.
+    """
+    return isinstance(func, OperatorBase) and _get_dispatch_mode(_FAKE) is not None
+
+
+def _plain(weight: CodesParameter) -> Tensor:
+    with no_dispatch():
+        return weight.data
 
 
 def _with_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

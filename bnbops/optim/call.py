@@ -61,7 +61,7 @@ class Call:
         self.copies: list[tuple[Tensor, Tensor]] = []
         self.keys = [("step", self.steps), *zip(names, self.states, strict=True)]
         if quantized:
-            self.keys += zip(map(absmax_name, names), self.absmax, strict=True)
+            self.keys.extend(zip(map(absmax_name, names), self.absmax, strict=True))
         if self.percentile != 100:
             self.keys.append(("gnorm_vec", self.gnorm_vecs))
 

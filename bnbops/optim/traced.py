@@ -11,7 +11,7 @@ from torch import Tensor
 from bnbops.optim.batch import Batch, as_tensors
 from bnbops.optim.call import Call, Plan
 from bnbops.optim.stateful import StatefulOptimizer
-from bnbops.tracing import is_traced
+from bnbops.tracing import is_exported, is_traced
 
 
 class TraceableOptimizer(StatefulOptimizer):
@@ -97,7 +97,7 @@ class TraceableOptimizer(StatefulOptimizer):
 
     def _refuse_constants(self) -> None:
         """Raises RuntimeError in a function that is being traced by something that would not notice a new option."""
-        if torch.compiler.is_exporting() or (is_traced() and not torch.compiler.is_compiling()):
+        if is_exported() or (is_traced() and not torch.compiler.is_compiling()):
             raise RuntimeError(
                 f"{type(self).__name__}.step() is being traced (make_fx, torch.export), which would make constants of "
                 "lr, weight_decay and all other options. In a function for make_fx call "
