@@ -1,17 +1,20 @@
 # `make demo`, `make demo-fsdp` and `make test` work on a fresh machine; everything happens in .venv.
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
+BUILT_WITH := torch==2.13.0
+TORCH ?= $(BUILT_WITH)
 VENV := .venv
 PY := $(VENV)/bin/python
 # For test-cuda-link: a torch with CUDA, and GPU architectures such as 90 or "80;90" (all, if empty).
 CUDA_TORCH ?= torch==2.14.1
 CUDA_ARCHITECTURES ?=
 CUDA_VENV := .venv-cuda
+# For test-torch: .venv-torch-2.11.0 of TORCH=torch==2.11.0.
+TORCH_VENV := .venv-$(subst ==,-,$(TORCH))
 # For bench-hf: what bnbops is compared with, which it would stand in for if it were in the same environment.
 BITSANDBYTES_VENV := .venv-bitsandbytes
 SOURCES := pyproject.toml bnbops/codebooks.py $(shell find csrc -type f)
 
-.PHONY: demo demo-fsdp test test-cuda-sanitize test-cuda-link test-gpu lint bench bench-hf clean
+.PHONY: demo demo-fsdp test test-torch test-cuda-sanitize test-cuda-link test-gpu lint bench bench-hf clean
 
 demo: $(VENV)/installed
 	$(PY) examples/train_gpt.py --out demo-out
@@ -23,6 +26,22 @@ demo-fsdp: $(VENV)/installed
 # Two workers keep two cores busy: threads of theirs that wait must not spin.
 test: $(VENV)/installed
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist worksteal
+
+# make test-torch TORCH=torch==2.11.0: the wheel, which is the same for every torch, in an environment with that one. The
+# tests run in their own folder, from where Python does not find the source tree.
+test-torch:
+	$(MAKE) build/cpu-wheel TORCH=$(BUILT_WITH)
+	$(PYTHON) -m venv $(TORCH_VENV)
+	$(TORCH_VENV)/bin/python -m pip install --quiet "$(TORCH)" "$$(ls build/cpu-wheel/*.whl)[test]"
+	$(TORCH_VENV)/bin/python -m pip install --quiet --no-deps --force-reinstall build/cpu-wheel/*.whl
+	cd tests && OMP_WAIT_POLICY=passive ../$(TORCH_VENV)/bin/python -m pytest -m every_torch --backends cpu \
+	  -n 2 --dist worksteal
+
+# Its objects stay, so that the next one takes seconds.
+build/cpu-wheel: $(VENV)/torch $(SOURCES) $(shell find bnbops meta_kernels -name '*.py')
+	rm -rf $@
+	SKBUILD_CMAKE_DEFINE=BNBOPS_CUDA=OFF SKBUILD_BUILD_DIR=build/cpu \
+	  $(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir $@ .
 
 # The CUDA kernels in the simulator, watched for accesses out of bounds and for data races. EVERY=8 is a reduced sweep.
 KERNEL_TESTS := $(patsubst %,tests/test_cuda_%.py,blockwise int8 linear_4bit optimizer weight_4bit)
@@ -86,4 +105,4 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) $(BITSANDBYTES_VENV) build dist demo-out
+	rm -rf $(VENV) $(CUDA_VENV) .venv-torch-* $(BITSANDBYTES_VENV) build dist demo-out

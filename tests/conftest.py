@@ -1,6 +1,7 @@
 """Fixtures shared by the tests."""
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (chosen if fits and i % every == 0 else others).append(item)
     config.hook.pytest_deselected(items=others)
     items[:] = chosen
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call() -> Generator[None, object, object]:
+    """On an old torch, a test of what needs a later one is skipped, with the sentence that users get."""
+    try:
+        return (yield)
+    except Exception as error:
+        if needed := re.search(r"(\S+ )+needs torch [\d.]+ or later, this is torch [^:\s]+", str(error)):
+            pytest.skip(needed[0])
+        raise
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

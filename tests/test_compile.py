@@ -23,6 +23,7 @@ def train(compiled: bool, data: list[tuple[Tensor, Tensor]], backend: str) -> tu
     return [step(*batch) for batch in data], snapshot(model, optimizer), step
 
 
+@pytest.mark.every_torch
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_one_graph_and_the_bits_of_eager(compiler: str) -> None:
     losses, tensors, _ = train(False, batches(5), compiler)
@@ -32,6 +33,7 @@ def test_one_graph_and_the_bits_of_eager(compiler: str) -> None:
     assert (step.graph_count, step.recompiles) == (1, 0)
 
 
+@pytest.mark.every_torch
 def test_a_new_batch_shape_compiles_once_more_and_still_trains() -> None:
     # After the first trace Dynamo has marked the parameters; unless the mark is undone the second graph trains nothing.
     data = batches(2) + batches(2, rows=5) + batches(2, rows=9)
@@ -88,6 +90,7 @@ def test_a_scheduler_still_warns_when_it_steps_before_the_optimizer() -> None:
         scheduler.step()
 
 
+@pytest.mark.every_torch
 def test_the_schedulers_wrapper_is_back_after_the_call() -> None:
     model, optimizer = make()
     step = bnbops.compiled_train_step(usual_step(model, optimizer), optimizer, backend="eager")
@@ -129,6 +132,7 @@ def test_a_float_lr_assigned_later_takes_effect_without_a_recompile() -> None:
     assert step.graph_count == 1
 
 
+@pytest.mark.every_torch
 def test_gradient_accumulation_as_two_graphs() -> None:
     def train(compiled: bool) -> tuple[list[dict[str, Tensor]], list[Step]]:
         model, optimizer = make()
@@ -164,6 +168,7 @@ def test_gradient_accumulation_as_two_graphs() -> None:
     assert [step.graph_count for step in steps] == [1, 1]
 
 
+@pytest.mark.every_torch
 def test_a_loaded_checkpoint_and_a_new_param_group() -> None:
     results = []
     for compiled in (False, True):
@@ -186,6 +191,7 @@ def test_a_loaded_checkpoint_and_a_new_param_group() -> None:
     assert_same(results[1], results[0])
 
 
+@pytest.mark.every_torch
 def test_arguments_outputs_and_the_decorator() -> None:
     model, optimizer = make()
 
@@ -220,6 +226,7 @@ def test_a_step_that_a_gradient_scaler_skips_is_no_error() -> None:
     assert step.graph_count == 1
 
 
+@pytest.mark.every_torch
 def test_the_optimizers_own_step_compiles_alone() -> None:
     results = []
     for compiled in (False, True):

@@ -63,6 +63,7 @@ def raising(model: nn.Module, optimizer: AdamW8bit) -> Step:
     return step
 
 
+@pytest.mark.every_torch
 @pytest.mark.parametrize(
     ("make_step", "said"),
     [
@@ -93,6 +94,7 @@ def test_a_graph_break_is_explained_and_changes_nothing(make_step: Callable[...,
     assert step.graph_count == 0
 
 
+@pytest.mark.every_torch
 def test_after_a_graph_break_another_step_still_compiles() -> None:
     model, optimizer = make()
     with pytest.raises(GraphBreakError):
@@ -124,6 +126,7 @@ def test_a_hook_that_the_graph_would_leave_out_is_rejected() -> None:
     step(*batches(1)[0])
 
 
+@pytest.mark.every_torch
 def test_too_many_recompiles_end_in_an_error_that_says_what_to_look_for() -> None:
     model, optimizer = make()
     phase = {"name": "0"}  # a constant of the graph
@@ -162,6 +165,7 @@ def nothing(model: nn.Module, optimizer: AdamW8bit, x: Tensor, y: Tensor) -> Ten
     return cross_entropy(model(x), y)
 
 
+@pytest.mark.every_torch
 @pytest.mark.parametrize(
     ("body", "accumulate", "said"),
     [
@@ -248,3 +252,15 @@ def test_wrong_arguments() -> None:
         bnbops.compiled_train_step(torch.zeros(()), optimizer)
     with pytest.raises(TypeError, match=r"AdamW has no init_state\(\).*bnbops.optim"):
         bnbops.compiled_train_step(step, torch.optim.AdamW(model.parameters()))
+
+
+def test_a_torch_that_cannot_differentiate_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.10.0+cpu")
+    model, optimizer = make()
+    with pytest.raises(
+        NotImplementedError, match=r"^compiled_train_step needs torch 2\.11 or later, this is .*2\.10\.0\+cpu: pip"
+    ):
+        bnbops.compiled_train_step(usual_step(model, optimizer), optimizer)
+    with pytest.raises(NotImplementedError, match=r"^compiled_train_step needs torch 2\.11"):
+        bnbops.compiled_train_step(optimizer=optimizer)
+    assert not optimizer.state

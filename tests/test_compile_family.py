@@ -50,6 +50,7 @@ def schedule_lr(optimizer: torch.optim.Optimizer, i: int) -> None:
         group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else group.update(lr=lr)
 
 
+@pytest.mark.every_torch
 @pytest.mark.parametrize("name", [*FAMILY, *IN_PYTHON])
 def test_one_graph_traced_once_and_the_bits_of_eager(name: str) -> None:
     torch.compiler.reset()
@@ -62,6 +63,7 @@ def test_one_graph_traced_once_and_the_bits_of_eager(name: str) -> None:
     assert (step.graph_count, step.recompiles, backend.frame_count) == (1, 0, 1)
 
 
+@pytest.mark.every_torch
 @pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2), torch.tensor([1e-2], dtype=torch.float64)], ids=str)
 def test_the_optimizers_step_alone_is_traced_once_without_help(lr: float | Tensor) -> None:
     """Of torch.compile alone: only a float64 tensor without dimensions takes two attempts."""

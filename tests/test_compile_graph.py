@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 
 import expecttest
+import pytest
 import torch
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
@@ -40,6 +41,7 @@ def readable(graph: torch.fx.Graph) -> str:
     return "\n".join(sorted(inputs) + lines) + "\n"
 
 
+@pytest.mark.every_torch
 def test_the_graph() -> None:
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(2, 300))
@@ -169,6 +171,7 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.randn(16, 256), torch.randint(10, (16,))
 
 
+@pytest.mark.every_torch
 def test_inductor_updates_in_place_and_follows_eager() -> None:
     eager, compiled = Train(clip=1.0), Train(clip=1.0)
     step = bnbops.compiled_train_step(compiled.step, compiled.optimizer)

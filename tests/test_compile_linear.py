@@ -53,6 +53,7 @@ def test_one_graph_for_every_batch(kind: str, dtype: torch.dtype) -> None:
     assert counter.frame_count == counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.every_torch
 @pytest.mark.parametrize("kind", EMBEDDINGS)
 def test_one_graph_for_every_number_of_tokens(kind: str) -> None:
     torch.compiler.reset()
@@ -195,6 +196,7 @@ def assert_trains_as_eager(
     assert (step.graph_count, step.recompiles) == (1, 0)
 
 
+@pytest.mark.every_torch
 def test_a_step_over_int8_in_bfloat16() -> None:
     assert_trains_as_eager(lambda: adapted("int8", torch.bfloat16), batches(4))
 
@@ -217,6 +219,7 @@ class Careful(Classifier):
             return super().forward(tokens)
 
 
+@pytest.mark.every_torch
 def test_a_step_over_nf4_with_autocast_and_checkpointing() -> None:
     assert_trains_as_eager(lambda: adapted(cls=Careful), batches(3))
 

@@ -14,6 +14,7 @@ import bnbops
 from bnbops.dynamo import dynamo_mended
 from bnbops.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from bnbops.optim import AdamW8bit
+from bnbops.versions import torch_is
 from compile_cases import Step, assert_same, batches, snapshot
 
 IN, OUT = 48, 8
@@ -36,6 +37,10 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.up(self.down(x))
+
+
+# In graphs, Dynamo knows `len` of a tensor of another class since torch 2.13.
+length = len if torch_is("2.13") else lambda p: p.shape[0]
 
 
 def step_of(model: nn.Module, optimizer: AdamW8bit, before: Callable | None, after: Callable | None = None) -> Step:
@@ -96,7 +101,9 @@ def looked_at(model: nn.Module) -> dict[str, Any]:
         "floats": [p.is_floating_point() for p in parameters],
         "devices": [p.device.type for p in parameters],
         "dtypes": [str(p.dtype) for p in parameters],
-        "shapes": [(*p.shape, p.ndim, p.dim(), *p.size(), *p.stride(), len(p), p.is_contiguous()) for p in parameters],
+        "shapes": [
+            (*p.shape, p.ndim, p.dim(), *p.size(), *p.stride(), length(p), p.is_contiguous()) for p in parameters
+        ],
         "leaves": [(p.is_leaf, p.is_cuda, p.is_meta, p.is_sparse, p.layout == torch.strided) for p in parameters],
         "classes": [(isinstance(p, Params4bit), isinstance(p, Int8Params)) for p in parameters],
         "parameters": [(isinstance(p, nn.Parameter), isinstance(p, Tensor), type(p).__name__) for p in parameters],
@@ -111,6 +118,7 @@ def looked_at(model: nn.Module) -> dict[str, Any]:
     }
 
 
+@pytest.mark.every_torch
 @pytest.mark.parametrize("base", BASES)
 def test_looking_at_parameters(base: str) -> None:
     assert_as_eager(lambda: Adapted(base), looked_at)
@@ -165,6 +173,7 @@ def test_changing_gradients(before: str, base: str) -> None:
     assert_as_eager(lambda: Adapted(base), BEFORE[before])
 
 
+@pytest.mark.every_torch
 @pytest.mark.parametrize("after", AFTER, ids=lambda fn: fn.__name__)
 def test_clearing_gradients(after: Callable[[nn.Module], None]) -> None:
     assert_as_eager(lambda: Adapted("nf4"), None, after)
@@ -174,6 +183,7 @@ class Named(nn.Parameter):
     pass
 
 
+@pytest.mark.every_torch
 @pytest.mark.parametrize("cls", [Named, Params4bit, Int8Params])
 def test_training_a_weight_that_has_a_class_of_its_own(cls: type[nn.Parameter]) -> None:
     def make() -> nn.Module:
@@ -185,6 +195,7 @@ def test_training_a_weight_that_has_a_class_of_its_own(cls: type[nn.Parameter]) 
     assert_as_eager(make, BEFORE["norm"], set_to_none_where_there_is_one)
 
 
+@pytest.mark.every_torch
 def test_dynamo_is_as_it_was_afterwards() -> None:
     """When the last one of the calls that overlap, in other threads, has ended."""
     entered, ends = threading.Event(), threading.Event()

@@ -72,6 +72,7 @@ def several_backwards(model: nn.Module, optimizer: torch.optim.Optimizer) -> Ste
     return step
 
 
+@pytest.mark.every_torch
 @pytest.mark.parametrize("make_step", [clipped, several_backwards, zero_first, zero_by_hand, with_a_closure])
 def test_what_users_put_into_a_step(make_step: Callable[..., Step]) -> None:
     model, optimizer = make()
@@ -86,6 +87,7 @@ def test_what_users_put_into_a_step(make_step: Callable[..., Step]) -> None:
     assert step.graph_count == 1
 
 
+@pytest.mark.every_torch
 def test_clearing_gradients_first_leaves_other_graphs_alone() -> None:
     # Dynamo notes the place of a missing gradient on a None that all graphs share; a later graph would load from there.
     model, optimizer = make()
@@ -146,6 +148,7 @@ def test_bf16_parameters() -> None:
     assert_same(train(compiled=True), train(compiled=False))
 
 
+@pytest.mark.every_torch
 def test_two_optimizers_in_one_graph() -> None:
     def train(compiled: bool) -> dict[str, Tensor]:
         model = make_model()
@@ -165,6 +168,7 @@ def test_two_optimizers_in_one_graph() -> None:
     assert_same(train(compiled=True), train(compiled=False))
 
 
+@pytest.mark.every_torch
 def test_each_of_two_models_trains_in_turn() -> None:
     # As in a GAN: the second step's backward also reaches the parameters that the first step's graph updated.
     def train(compiled: bool) -> dict[str, Tensor]:
@@ -182,6 +186,7 @@ def test_each_of_two_models_trains_in_turn() -> None:
     assert_same(train(compiled=True), train(compiled=False))
 
 
+@pytest.mark.every_torch
 def test_sizes_that_differ_between_models_are_constants_of_each_graph() -> None:
     def make(rows: int) -> list[torch.fx.GraphModule]:
         model, graphs = nn.Linear(8, 8), []

@@ -76,6 +76,7 @@ def reloaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Tensor]
     return {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.out")}
 
 
+@pytest.mark.every_torch
 @pytest.mark.parametrize(("kind", "strict"), EXPORTS, ids=lambda value: {True: "strict", False: ""}.get(value, value))
 def test_loaded_elsewhere(kind: str, strict: bool, reloaded: dict[str, list[Tensor]]) -> None:
     """The bits of eager for every number of rows."""
@@ -136,6 +137,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.every_torch
 def test_package_in_python(written: Path) -> None:
     """Bit for bit: all that the compiler generates here is a maximum and a ReLU, which round nothing."""
     model, package = example.quantized(), torch._inductor.aoti_load_package(str(written / "classifier.pt2"))

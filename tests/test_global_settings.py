@@ -244,6 +244,7 @@ def compiled_steps() -> Any:
     return first, second, weight, optimizer.state_dict()
 
 
+@pytest.mark.every_torch
 def test_compiled_steps_do_not_depend_on_settings():
     wanted = bits(compiled_steps())
     for setting in ("default dtype float64", "default device"):

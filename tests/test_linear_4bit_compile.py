@@ -59,6 +59,7 @@ def test_transforms_are_refused():
     assert_equal(untouched, weight.linear(x).sum().expand(2))
 
 
+@pytest.mark.every_torch
 @pytest.mark.parametrize("nested", [False, True])
 def test_one_graph_for_every_batch(nested):
     """Forward and backward are compiled once for batches that change (sizes 0 and 1 are torch's own exceptions)."""
@@ -78,6 +79,7 @@ def test_one_graph_for_every_batch(nested):
     assert counter.frame_count == 1
 
 
+@pytest.mark.every_torch
 def test_export_keeps_a_dynamic_batch():
     class Layer(torch.nn.Module):
         def __init__(self) -> None:
@@ -96,6 +98,7 @@ def test_export_keeps_a_dynamic_batch():
     assert_equal(program.module()(x), layer(x))
 
 
+@pytest.mark.every_torch
 def test_fakes_hold_no_data():
     """A fake kernel that computed something would fail here."""
     with FakeTensorMode():

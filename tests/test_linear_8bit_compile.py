@@ -37,6 +37,7 @@ def results(model: nn.Module, forward: nn.Module, rows: int) -> list[Tensor]:
     return [out.detach(), x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
 
 
+@pytest.mark.every_torch
 @kinds
 def test_forward_and_backward_in_one_graph(has_fp16_weights):
     """A first batch, then one graph for all others."""
@@ -67,6 +68,7 @@ def test_modes_of_a_compiled_model(has_fp16_weights):
     assert all(map(torch.equal, results(model, saved, 5), results(model, model, 5)))
 
 
+@pytest.mark.every_torch
 @kinds
 def test_trains_in_one_graph(has_fp16_weights):
     """The bits of eager, with an 8-bit optimizer; frozen weights stay as they are."""
@@ -117,6 +119,7 @@ def test_matmul_in_one_graph():
     assert torch.equal(product(inputs(5)), matmul(inputs(5), layer.weight))
 
 
+@pytest.mark.every_torch
 @kinds
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(has_fp16_weights, strict):
@@ -135,6 +138,7 @@ def test_export(has_fp16_weights, strict):
         assert torch.equal(module(inputs(n)), model(inputs(n)))
 
 
+@pytest.mark.every_torch
 def test_embedding():
     torch.compiler.reset()
     embedding = Embedding8bit(24, 40, dtype=torch.bfloat16).to("cpu")

@@ -82,6 +82,7 @@ def eager(model: nn.Module, optimizer: optim.Optimizer, x: Tensor) -> Tensor:
     return loss.detach()
 
 
+@pytest.mark.every_torch
 @pytest.mark.parametrize("name", WITH_8BIT)
 def test_follows_eager_whatever_options_become(name: str) -> None:
     runs = []
@@ -153,6 +154,7 @@ TRACERS: dict[str, Callable[[nn.Module, Tensor], object]] = {
 }
 
 
+@pytest.mark.every_torch
 @pytest.mark.parametrize("tracer", TRACERS)
 def test_step_becomes_no_graph_with_constants(tracer: str) -> None:
     model, optimizer = make()
@@ -213,6 +215,7 @@ def test_steps_in_python_have_no_tensor_options() -> None:
             call()
 
 
+@pytest.mark.every_torch
 def test_dynamo_traces_it_too():
     (p,), (q,) = params((64, 80)), params((64, 80))
     traced, plain = optim.AdamW8bit([p]), optim.AdamW8bit([q])

@@ -59,6 +59,7 @@ def as_eager(cases: list[tuple[str, str, float | None, dict[str, Any]]]) -> None
         assert differing(actual[1], expected) == []
 
 
+@pytest.mark.every_torch
 def test_two_ranks() -> None:
     run_on_ranks(2, as_eager, [("fully_shard", "aot_eager", 0.5, LAMB), ("replicate", "eager", 0.5, {})])
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import expecttest
+import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo import lookup_backend
@@ -76,6 +77,7 @@ def graphs(kind: str) -> str:
     return "".join([*forward.ran.values(), *update.ran.values()])
 
 
+@pytest.mark.every_torch
 def test_fully_shard_with_compiled_blocks() -> None:
     (graphs_of_a_rank, same) = run_on_ranks(2, graphs, "fully_shard")
     assert graphs_of_a_rank == same

@@ -92,6 +92,7 @@ def test_accumulation_in_one_graph_and_what_remains_of_an_epoch_in_another(
         assert ours == pytest.approx(theirs, rel=1e-6)
 
 
+@pytest.mark.every_torch
 def test_a_graph_for_each_micro_batch(tmp_path: Path) -> None:
     """A loss of the user's, which is not scaled by the number of items."""
 
@@ -106,6 +107,7 @@ def test_a_graph_for_each_micro_batch(tmp_path: Path) -> None:
     assert logged(compiled) == logged(plain)
 
 
+@pytest.mark.every_torch
 @pytest.mark.usefixtures("registered_with_peft")
 @pytest.mark.parametrize("quant", ["nf4", "int8"])
 def test_adapters_on_frozen_quantized_layers_with_label_smoothing(quant: str, tmp_path: Path) -> None:
