@@ -1,8 +1,8 @@
 """One graph per train step: forward, backward and optimizer compiled together.
 
-Dynamo (torch 2.11 and later) can trace ``loss.backward()`` and an optimizer's operators, but only under conditions that a user
-would have to know, and it trains nothing, silently, when some of them are missed. `compiled_train_step` establishes
-them, and checks after every compilation that the optimizer really advanced.
+Dynamo can trace ``loss.backward()`` (since torch 2.11) and an optimizer's operators, but only under conditions that a
+user would have to know, and it trains nothing, silently, when some of them are missed. `compiled_train_step`
+establishes them, and checks after every compilation that the optimizer really advanced.
 """
 
 from __future__ import annotations
@@ -293,7 +293,7 @@ def _looked_up(step_fn: Callable[P, R], optimizers: tuple[Optimizer, ...]) -> Ca
 
 def _cache_key_tag() -> str:
     """Keeps apart what ranks compile. A graph of DTensors has this rank's rows in it, how many and which, but torch's
-    cache on disk (2.11 to 2.14) knows it by global shapes: a rank would run another one's."""
+    cache on disk (2.13) knows it by global shapes: a rank would run another one's."""
     tag = torch.compiler.config.cache_key_tag
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return tag

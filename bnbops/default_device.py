@@ -1,7 +1,7 @@
 """What the compiler needs under a default device (`torch.set_default_device`, `with torch.device(...)`).
 
-It is a torch function mode: a call of any function of torch goes through it. Dynamo (torch 2.10 to 2.14) traces that, but for
-`Tensor.backward`, and for attributes of tensors that have a class of their own.
+It is a torch function mode: a call of any function of torch goes through it. Dynamo traces that, but for
+`Tensor.backward` (as of torch 2.14), and for attributes of tensors that have a class of their own.
 """
 
 from __future__ import annotations

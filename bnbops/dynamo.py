@@ -70,7 +70,7 @@ def _protect_shared_constants(undo: ExitStack) -> None:
     """Keep Dynamo from noting where it read a `p.grad` that is None on the one None that all its graphs share.
 
     It does so when a step clears gradients before backward(), and from then on every graph of the process may load
-    that parameter's gradient where None is meant (pytorch pull request 193725; torch 2.11 to 2.14 are affected).
+    that parameter's gradient where None is meant (pytorch pull request 193725; torch 2.13 and 2.14 are affected).
     """
     shared = [ConstantVariable.create(value) for value in (None, True, False)]
 

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from bnbops.versions import torch_is
+
 # A context in which torch's functions take a quantized parameter for the plain tensor of its codes.
 codes_as_they_are = torch._C.DisableTorchFunctionSubclass
 
@@ -27,6 +29,7 @@ _READING = ("add", "radd", "sub", "rsub", "subtract", "lerp", "norm_except_dim",
 _COPYING = ("copy_", "__setitem__")
 _NOT_WRITING = ("detach_", "requires_grad_", "share_memory_", "resize_", "resize_as_", *_COPYING)
 _FAKE = _TorchDispatchModeKey.FAKE
+_FAKES_KNOW_CODES = torch_is("2.13")
 _SET_DATA = torch.Tensor.data.__set__
 _SET_REQUIRES_GRAD = torch.Tensor.requires_grad.__set__
 
@@ -72,11 +75,9 @@ def _holds_codes(value: Any) -> bool:
 
 
 def _is_faked(func: Any) -> bool:
-    """Whether an operator's result is a fake tensor, as when the program of `torch.export` is compiled.
-
-    Fake tensors know parameters of other classes only since torch 2.13.
-    """
-    return isinstance(func, OperatorBase) and _get_dispatch_mode(_FAKE) is not None
+    """Whether the result is to be a fake tensor, as when the program of `torch.export` is compiled, but fake tensors
+    know no parameters of other classes yet."""
+    return not _FAKES_KNOW_CODES and isinstance(func, OperatorBase) and _get_dispatch_mode(_FAKE) is not None
 
 
 def _plain(weight: CodesParameter) -> Tensor:
