@@ -8,8 +8,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch._dynamo.variables import ConstantVariable, torch_function
+from torch._dynamo.variables import ConstantVariable, TensorVariable, torch_function
+from torch._dynamo.variables import torch as torch_functions
 from torch.optim import Optimizer
+
+from bnbops.versions import torch_is
 
 __all__ = ["TraceableStep", "allow_as_graph_inputs", "dynamo_mended", "unwrapped"]
 
@@ -55,6 +58,7 @@ def dynamo_mended() -> Iterator[None]:
         if _calls == 0:
             _protect_shared_constants(_undo)
             _allow_gradients_of_subclasses(_undo)
+            _allow_gradients_of_dtensors(_undo)
         _calls += 1
     try:
         with torch._dynamo.config.patch(trace_autograd_ops=True):
@@ -95,3 +99,19 @@ def _allow_gradients_of_subclasses(undo: ExitStack) -> None:
     if "grad" in refused:
         refused.remove("grad")
         undo.callback(refused.append, "grad")
+
+
+def _allow_gradients_of_dtensors(undo: ExitStack) -> None:
+    """Let backward() reach parameters that are DTensors. Before torch 2.13 Dynamo insists on plain fake tensors where
+    it looks which parts of autograd's graph are used up; what it does with them is right for any."""
+    if torch_is("2.13"):
+        return
+    collect = torch_functions._collect_tensors_with_sources
+
+    def with_subclasses(var: Any) -> list[tuple[torch.Tensor, str | None]]:
+        if not isinstance(var, TensorVariable):
+            return collect(var)
+        return [(var.as_proxy().node.meta["example_value"], var.source.name if var.source else None)]
+
+    torch_functions._collect_tensors_with_sources = with_subclasses
+    undo.callback(setattr, torch_functions, "_collect_tensors_with_sources", collect)

@@ -27,7 +27,7 @@ class Graphs:
 
     def __call__(self, module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         names = [node.name for node in module.graph.nodes if node.op.startswith("call")]
-        lookup = re.compile(r"(param|grad|to_local|_set_grad_enabled)(_\d+)?")
+        lookup = re.compile(r"(param|grad|(prim_)?to_local|_set_grad_enabled)(_\d+)?")
         line = " ".join(name for name in names if not lookup.fullmatch(name))
         compiled = lookup_backend("aot_eager")(module, inputs)
 
