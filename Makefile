@@ -4,9 +4,13 @@ BUILT_WITH := torch==2.13.0
 TORCH ?= $(BUILT_WITH)
 VENV := .venv
 PY := $(VENV)/bin/python
-# For test-cuda-link: a torch with CUDA, and GPU architectures such as 90 or "80;90" (all, if empty).
-CUDA_TORCH ?= torch==2.14.1
+# What wheels are built with: CUDA kernels (ON, OFF, or AUTO: where there is an nvcc), for GPU architectures such as 90 or
+# "80;90" (all, if empty).
+BNBOPS_CUDA ?= AUTO
 CUDA_ARCHITECTURES ?=
+WHEEL = CUDAARCHS="$(CUDA_ARCHITECTURES)" SKBUILD_CMAKE_DEFINE=BNBOPS_CUDA=$(BNBOPS_CUDA)
+# For test-cuda-link: a torch with CUDA.
+CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV := .venv-cuda
 # For test-torch: .venv-torch-2.11.0 of TORCH=torch==2.11.0.
 TORCH_VENV := .venv-$(subst ==,-,$(TORCH))
@@ -14,7 +18,8 @@ TORCH_VENV := .venv-$(subst ==,-,$(TORCH))
 BITSANDBYTES_VENV := .venv-bitsandbytes
 SOURCES := pyproject.toml bnbops/codebooks.py $(shell find csrc -type f)
 
-.PHONY: demo demo-fsdp test test-torch test-cuda-sanitize test-cuda-link test-gpu lint bench bench-hf clean
+.PHONY: demo demo-fsdp test test-torch test-cuda-sanitize test-cuda-link test-gpu lint bench bench-hf \
+  wheels release-check clean always
 
 demo: $(VENV)/installed
 	$(PY) examples/train_gpt.py --out demo-out
@@ -30,18 +35,12 @@ test: $(VENV)/installed
 # make test-torch TORCH=torch==2.11.0: the wheel, which is the same for every torch, in an environment with that one. The
 # tests run in their own folder, from where Python does not find the source tree.
 test-torch:
-	$(MAKE) build/cpu-wheel TORCH=$(BUILT_WITH)
+	$(MAKE) build/wheels/cpu TORCH=$(BUILT_WITH)
 	$(PYTHON) -m venv $(TORCH_VENV)
-	$(TORCH_VENV)/bin/python -m pip install --quiet "$(TORCH)" "$$(ls build/cpu-wheel/*.whl)[test]"
-	$(TORCH_VENV)/bin/python -m pip install --quiet --no-deps --force-reinstall build/cpu-wheel/*.whl
+	$(TORCH_VENV)/bin/python -m pip install --quiet "$(TORCH)" "$$(ls build/wheels/cpu/*.whl)[test]"
+	$(TORCH_VENV)/bin/python -m pip install --quiet --no-deps --force-reinstall build/wheels/cpu/*.whl
 	cd tests && OMP_WAIT_POLICY=passive ../$(TORCH_VENV)/bin/python -m pytest -m every_torch --backends cpu \
 	  -n 2 --dist worksteal
-
-# Its objects stay, so that the next one takes seconds.
-build/cpu-wheel: $(VENV)/torch $(SOURCES) $(shell find bnbops meta_kernels -name '*.py')
-	rm -rf $@
-	SKBUILD_CMAKE_DEFINE=BNBOPS_CUDA=OFF SKBUILD_BUILD_DIR=build/cpu \
-	  $(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir $@ .
 
 # The CUDA kernels in the simulator, watched for accesses out of bounds and for data races. EVERY=8 is a reduced sweep.
 KERNEL_TESTS := $(patsubst %,tests/test_cuda_%.py,blockwise int8 linear_4bit optimizer weight_4bit)
@@ -54,16 +53,30 @@ test-cuda-sanitize-%: $(VENV)/installed
 
 # No GPU needed: the CUDA library as it ships loads under a torch with CUDA, has every kernel, and refuses bad calls.
 # It is built against $(TORCH), as any wheel is.
-test-cuda-link: $(VENV)/torch $(CUDA_VENV)/torch
-	rm -rf build/cuda-wheel
-	CUDAARCHS="$(CUDA_ARCHITECTURES)" SKBUILD_CMAKE_DEFINE=BNBOPS_CUDA=ON SKBUILD_BUILD_DIR=build/cuda \
-	  $(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/cuda-wheel .
-	$(CUDA_VENV)/bin/python -m pip install --quiet --no-deps --force-reinstall build/cuda-wheel/*.whl
+test-cuda-link: build/wheels/cuda $(CUDA_VENV)/torch
+	$(CUDA_VENV)/bin/python -m pip install --quiet --no-deps --force-reinstall build/wheels/cuda/*.whl
 	$(CUDA_VENV)/bin/pytest tests/cuda_link
 
 # The tests that run on any kernels, on those of a GPU. Without one each of them is skipped, and says so.
 test-gpu: $(VENV)/installed
 	$(PY) -m pytest --backends cuda
+
+# A wheel of the working tree for this machine, without and with CUDA kernels. Its objects stay, so that the next one takes
+# seconds; in a folder for each choice of architectures, since CMake keeps to its first one.
+build/wheels/cpu: BNBOPS_CUDA = OFF
+build/wheels/cuda: BNBOPS_CUDA = ON
+build/wheels/%: $(VENV)/torch always
+	rm -rf $@
+	$(WHEEL) SKBUILD_BUILD_DIR="build/objects/$*$(addprefix -,$(subst ;,-,$(CUDA_ARCHITECTURES)))" \
+	  $(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir $@ .
+
+# dist/: what is committed as an sdist, and the wheel for all systems that is built from it, from nothing; checked.
+wheels: $(VENV)/release
+	$(WHEEL) $(PY) -m release.check --wheels --torch "$(TORCH)"
+
+# dist/ with all that is published, if nothing is wrong with it (docs/releasing.md).
+release-check: $(VENV)/release
+	$(WHEEL) $(PY) -m release.check --torch "$(TORCH)"
 
 lint: $(VENV)/installed
 	$(PY) -m ruff check .
@@ -92,13 +105,17 @@ $(VENV)/torch:
 	$(PY) -m pip install --quiet "scikit-build-core>=0.11" "cmake>=3.25" ninja
 	touch $@
 
+$(VENV)/release: $(VENV)/torch release/requirements.txt
+	$(PY) -m pip install --quiet -r release/requirements.txt
+	touch $@
+
 $(CUDA_VENV)/torch:
 	$(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_VENV)/bin/python -m pip install --quiet "$(CUDA_TORCH)" numpy safetensors pytest
 	touch $@
 
 # Editable: Python changes are live, C++ changes rebuild here. CUDA kernels are built for the GPU of this machine, if any.
-$(VENV)/installed: $(VENV)/torch $(SOURCES)
+$(VENV)/installed: $(VENV)/release $(SOURCES)
 	if $(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
 	then export CUDAARCHS=native; else export SKBUILD_CMAKE_DEFINE=BNBOPS_CUDA=OFF; fi; \
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[test,lint]"

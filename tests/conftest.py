@@ -77,10 +77,12 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def golden() -> Callable[[str], dict]:
-    """Loads a golden file by name."""
+    """Loads a golden file by name. Some are left out of the sdist, and the tests that need them are skipped there."""
 
     def load(name: str) -> dict:
         path = GOLDEN / name
+        if not path.exists() and (GOLDEN.parents[1] / "PKG-INFO").exists():
+            pytest.skip(f"{name} is in the repository, and not in the sdist, which is to be small")
         return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
 
     return load
