@@ -126,7 +126,11 @@ def test_changelog_tells_a_release_from_a_rehearsal(when, is_release, tree):
     ("before", "after", "fault"),
     [
         ("1.2.0 (", "1.3.0 (", "at the top is about 1.3.0, pyproject.toml's version is 1.2.0"),
-        ("unreleased", "soon", r"`## 1.2.0 \(soon\)` should be such as `## 1.2.0 \(unreleased\)` or .*2026-12-01"),
+        (
+            "unreleased",
+            "soon",
+            r"section is `## 1.2.0 \(soon\)`, it should be such as `## 1.2.0 \(unreleased\)` or .*2026-12-01",
+        ),
         ("unreleased", "2026-12-02", "dated 2026-12-02, which is after today"),
         ("unreleased", "2026-02-30", "no day of the calendar"),
         ("- A change.", "", r"lists no changes"),
