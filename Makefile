@@ -105,8 +105,9 @@ $(VENV)/torch:
 	$(PY) -m pip install --quiet "scikit-build-core>=0.11" "cmake>=3.25" ninja
 	touch $@
 
-$(VENV)/release: $(VENV)/torch release/requirements.txt
-	$(PY) -m pip install --quiet -r release/requirements.txt
+$(VENV)/release: $(VENV)/torch pyproject.toml
+	$(PY) -c "import release; print(*release.project()['project']['optional-dependencies']['release'], sep='\n')" | \
+	  $(PY) -m pip install --quiet -r /dev/stdin
 	touch $@
 
 $(CUDA_VENV)/torch:
@@ -115,7 +116,7 @@ $(CUDA_VENV)/torch:
 	touch $@
 
 # Editable: Python changes are live, C++ changes rebuild here. CUDA kernels are built for the GPU of this machine, if any.
-$(VENV)/installed: $(VENV)/release $(SOURCES)
+$(VENV)/installed: $(VENV)/torch $(SOURCES)
 	if $(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
 	then export CUDAARCHS=native; else export SKBUILD_CMAKE_DEFINE=BNBOPS_CUDA=OFF; fi; \
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[test,lint]"

@@ -68,7 +68,7 @@ def check_contents(path: Path, sources: set[str]) -> bool:
 
 
 def check_libraries(path: Path) -> None:
-    """Its libraries need torch and the system alone, wherever these are, and name no folder of the build."""
+    """Its libraries need torch and the system alone, wherever these are, and name no file of the build."""
     with zipfile.ZipFile(path) as archive, TemporaryDirectory() as folder:
         for name in {*LIBRARIES} & {*archive.namelist()}:
             check_library(Path(archive.extract(name, folder)))
@@ -83,8 +83,8 @@ def check_library(path: Path) -> None:
         raise Fault(f"{path.name} needs {', '.join(wrong)}, which neither torch nor the system brings")
     if any(tag.entry.d_tag in ("DT_RPATH", "DT_RUNPATH") for tag in tags):
         raise Fault(f"{path.name} has a search path for libraries (RPATH), which is one of this machine")
-    if folders := re.findall(rb"(?<=\0)/[\w.+-]+/[ -~]*(?=\0)", path.read_bytes()):
-        raise Fault(f"{path.name} names files of this machine: {', '.join(name.decode() for name in folders[:3])}")
+    if files := re.findall(rb"(?<=\0)/[ -~]+\.(?:cpp|cuh?|hp*|py|so)(?=\0)", path.read_bytes()):
+        raise Fault(f"{path.name} names files of this machine: {', '.join(name.decode() for name in files[:3])}")
 
 
 def _metadata(path: Path, name: str) -> str:
