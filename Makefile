@@ -72,11 +72,11 @@ build/wheels/%: $(VENV)/torch always
 
 # dist/: what is committed as an sdist, and the wheel for all systems that is built from it, from nothing; checked.
 wheels: $(VENV)/release
-	$(WHEEL) $(PY) -m release.check --wheels --torch "$(TORCH)"
+	$(WHEEL) PYTHONPATH=tools $(PY) -m release.check --wheels --torch "$(TORCH)"
 
 # dist/ with all that is published, if nothing is wrong with it (docs/releasing.md).
 release-check: $(VENV)/release
-	$(WHEEL) $(PY) -m release.check --torch "$(TORCH)"
+	$(WHEEL) PYTHONPATH=tools $(PY) -m release.check --torch "$(TORCH)"
 
 lint: $(VENV)/installed
 	$(PY) -m ruff check .
@@ -106,7 +106,7 @@ $(VENV)/torch:
 	touch $@
 
 $(VENV)/release: $(VENV)/torch pyproject.toml
-	$(PY) -c "import release; print(*release.project()['project']['optional-dependencies']['release'], sep='\n')" | \
+	PYTHONPATH=tools $(PY) -c "import release; print(*release.project()['project']['optional-dependencies']['release'], sep='\n')" | \
 	  $(PY) -m pip install --quiet -r /dev/stdin
 	touch $@
 

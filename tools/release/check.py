@@ -45,6 +45,11 @@ def check_source() -> tuple[str, bool]:
     return version, dated
 
 
+def check_metadata(*archives: Path) -> None:
+    """An index takes them: they say what they are, and the README renders."""
+    run(sys.executable, "-m", "twine", "check", "--strict", *archives)
+
+
 def make_archives(out: Path, version: str, torch: str) -> tuple[Path, Path]:
     """The sdist and the wheel built from it, in `out`, which is emptied before."""
     shutil.rmtree(out, ignore_errors=True)
@@ -59,7 +64,7 @@ def make_archives(out: Path, version: str, torch: str) -> tuple[Path, Path]:
     wheel.check_libraries(built)
     kernels = "CPU and CUDA kernels" if has_cuda else "CPU kernels, none of CUDA"
     say(f"{built.name}, {built.stat().st_size / 1e6:.2f} MB, built from it: {kernels}")
-    run(sys.executable, "-m", "twine", "check", "--strict", archive, built)
+    check_metadata(archive, built)
     say("an index takes their metadata (twine)")
     say(f"installed beside {torch}, without a compiler: {install.check(built, torch)}, all operators are right")
     return archive, built
