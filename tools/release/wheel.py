@@ -35,9 +35,17 @@ def build(source: Path, out: Path) -> Path:
 
 def name_platform(wheel: Path, out: Path) -> Path:
     """`wheel`, which is for this system, as one of `PLATFORM` in the folder `out`: the same but for its tag. auditwheel
-    looks at each symbol that it needs of the system. Nothing is put into it: torch brings libtorch."""
+    looks at each symbol that it needs of the system. Nothing is put into it: torch brings libtorch.
+
+    Raises:
+        Fault: it needs a newer system; says which versions of what.
+    """
     options = ["--plat", PLATFORM, "--only-plat", "--exclude", "libtorch*.so", "--wheel-dir", out]
-    run(sys.executable, "-m", "auditwheel", "repair", *options, wheel, env=build_environment())
+    try:
+        run(sys.executable, "-m", "auditwheel", "repair", *options, wheel, env=build_environment())
+    except Fault as fault:
+        needs = run(sys.executable, "-m", "auditwheel", "show", wheel)
+        raise Fault(f"the wheel is not one for {PLATFORM}: {fault}\n{needs.strip()}") from None
     (path,) = out.glob(f"{wheel.name.rsplit('-', 1)[0]}-{PLATFORM}.whl")
     return path
 
