@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import linear
@@ -40,24 +41,23 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
+def run(args: argparse.Namespace, device: str) -> Iterator[dict[str, Any]]:
+    """The tables, as they come."""
     memory = Memory(count("1Mi" if args.quick else "128Mi"), device)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its layers would warn in each call
     peers = {name: module for name in args.peers if (module := import_peer(name))}
     bitsandbytes = {name: module for name, module in peers.items() if name == "bitsandbytes"}
-    sections = []
     if "steps" in args.sections:
         large = [(max(1, args.params // optim_step.WIDTH), optim_step.WIDTH)]
         small = [optim_step.SMALL_SHAPES[i % len(optim_step.SMALL_SHAPES)] for i in range(30 if args.quick else 1000)]
         optimizers = [{"torchao": "torchao.optim"}.get(name, name) for name in peers]
-        sections += optim_step.adamw_sections(large, small, args.rounds, memory, optimizers)
+        yield from optim_step.adamw_sections(large, small, args.rounds, memory, optimizers)
     if "blockwise" in args.sections:
-        sections += quantize.run(quantize.whole_blocks(args.elements), args.rounds, memory, bitsandbytes)
+        yield from quantize.run(quantize.whole_blocks(args.elements), args.rounds, memory, bitsandbytes)
     if "4bit" in args.sections:
-        sections += quantize_4bit.run(args.elements, args.rounds, memory, bitsandbytes.get("bitsandbytes"))
+        yield from quantize_4bit.run(args.elements, args.rounds, memory, bitsandbytes.get("bitsandbytes"))
     if "linear" in args.sections:
-        sections += linear.product_sections(args, args.rounds, memory, peers)
-    return sections
+        yield from linear.product_sections(args, args.rounds, memory, peers)
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         print("no GPU: there is no CUDA device, or this torch is without CUDA; nothing was measured")
         return []
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    sections = run(args, "cuda")
+    sections = list(run(args, "cuda"))
     if args.json:
         save(args.json, sections)
     return sections

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -155,30 +155,28 @@ def with_outliers(x: Tensor) -> Tensor:
     return x
 
 
-def product_sections(args: Any, rounds: int, memory: Memory, peers: dict[str, ModuleType]) -> list[dict[str, Any]]:
+def product_sections(args: Any, rounds: int, memory: Memory, peers: dict[str, ModuleType]) -> Iterator[dict[str, Any]]:
     dtype = DTYPES[args.dtype]
     n, k = args.features
     weight = (0.02 * torch.randn(n, k, generator=torch.Generator().manual_seed(0))).to(memory.device, dtype)
     inputs = functools.partial(inputs_of, dtype=dtype, device=memory.device)
     size_and_dtype = f"{n}x{k} {args.dtype}" + (", nested scales" if args.nested else "")
-    sections = []
     if "forward" in args.parts:
         contenders = list(contenders_4bit(weight, args.nested, peers, training=False))
         for rows in args.rows:
             title = f"NF4 {size_and_dtype}, forward, rows: {rows}"
-            sections.append(run_section(title, contenders, inputs(rows, k), None, rounds, memory))
+            yield run_section(title, contenders, inputs(rows, k), None, rounds, memory)
     if "backward" in args.parts:
         contenders = list(contenders_4bit(weight, args.nested, peers, training=True))
         x, grad = inputs(args.rows[-1], k).requires_grad_(), inputs(args.rows[-1], n)
         title = f"NF4 {size_and_dtype}, forward and backward to the input, rows: {args.rows[-1]}"
-        sections.append(run_section(title, contenders, x, grad, rounds, memory))
+        yield run_section(title, contenders, x, grad, rounds, memory)
     if "int8" in args.parts:
         contenders = list(contenders_8bit(weight, peers))
         for rows in args.rows:
             title = f"int8 {n}x{k} {args.dtype}, threshold {THRESHOLD:g}, forward, rows: {rows}"
             x = with_outliers(inputs(rows, k))
-            sections.append(run_section(title, contenders, x, None, rounds, memory))
-    return sections
+            yield run_section(title, contenders, x, None, rounds, memory)
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
@@ -205,7 +203,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its layers would warn in each call
     peers = {name: module for name in args.peers if (module := import_peer(name))}
 
-    sections = product_sections(args, rounds, memory, peers)
+    sections = list(product_sections(args, rounds, memory, peers))
     if "quantize" in args.parts:
         elements = min(args.elements, 2**14) if args.quick else args.elements
         sections += quantize_4bit.run(elements, rounds, memory, peers.get("bitsandbytes"))

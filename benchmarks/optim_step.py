@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -259,16 +259,14 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 
 def adamw_sections(
     large: list[tuple[int, int]], small: list[tuple[int, ...]], rounds: int, memory: Memory, peers: list[str]
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     own, others = contenders(), peer_contenders(peers)
-    sections = []
     for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
         title = f"AdamW step, one {name} parameter {list(large[0])}"
-        sections.append(run_section(problem(title, large, dtype), own + others, rounds, memory))
+        yield run_section(problem(title, large, dtype), own + others, rounds, memory)
     for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
         title = f"AdamW step, {len(small)} small {name} parameters"
-        sections.append(run_section(problem(title, small, dtype), own, 3 * rounds, memory))
-    return sections
+        yield run_section(problem(title, small, dtype), own, 3 * rounds, memory)
 
 
 if __name__ == "__main__":

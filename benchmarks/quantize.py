@@ -162,13 +162,13 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     memory = Memory(count("1Mi" if args.quick else "64Mi"))
 
     peers = {name: module for name in args.peers if (module := import_peer(name))}
-    sections = run(elements, rounds, memory, peers)
+    sections = list(run(elements, rounds, memory, peers))
     if args.json:
         save(args.json, sections)
     return sections
 
 
-def run(elements: int, rounds: int, memory: Memory, peers: dict[str, ModuleType]) -> list[dict[str, Any]]:
+def run(elements: int, rounds: int, memory: Memory, peers: dict[str, ModuleType]) -> Iterator[dict[str, Any]]:
     """A section for quantize_blockwise, and one for dequantize_blockwise."""
     libraries = {"bnbops": bnbops.functional} | {name: module.functional for name, module in peers.items()}
     to_codes, to_values = [memory.candidate()], [memory.candidate()]
@@ -180,11 +180,9 @@ def run(elements: int, rounds: int, memory: Memory, peers: dict[str, ModuleType]
             to_values += dequantizers
         print(f"verified {case.name}: {', '.join(libraries)}", flush=True)
 
-    sections = []
     for title, turns in (("quantize_blockwise", to_codes), ("dequantize_blockwise", to_values)):
         take_turns(turns, rounds, memory)
-        sections.append(report(f"{title}, {elements} elements", "the speed of bitsandbytes", turns))
-    return sections
+        yield report(f"{title}, {elements} elements", "the speed of bitsandbytes", turns)
 
 
 if __name__ == "__main__":

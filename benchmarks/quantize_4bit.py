@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -56,7 +57,7 @@ def verify(library: str, functional: ModuleType, name: str, A: Tensor) -> tuple[
     return packed, state
 
 
-def run(elements: int, rounds: int, memory: Memory, bitsandbytes: ModuleType | None) -> list[dict[str, Any]]:
+def run(elements: int, rounds: int, memory: Memory, bitsandbytes: ModuleType | None) -> Iterator[dict[str, Any]]:
     """A section for quantize_4bit, and one for dequantize_4bit."""
     values = torch.randn(max(1, elements // WIDTH), WIDTH, generator=torch.Generator().manual_seed(0))
     values = values.to(memory.device)
@@ -78,8 +79,6 @@ def run(elements: int, rounds: int, memory: Memory, bitsandbytes: ModuleType | N
                 to_values.append(Candidate(f"{name}, out=", out, elements, moved))
         print(f"verified {dtype_name}: {', '.join(libraries)}", flush=True)
 
-    sections = []
     for title, turns in (("quantize_4bit", to_codes), ("dequantize_4bit", to_values)):
         take_turns(turns, rounds, memory)
-        sections.append(report(f"{title}, NF4, {elements} elements", "the speed of bitsandbytes", turns))
-    return sections
+        yield report(f"{title}, NF4, {elements} elements", "the speed of bitsandbytes", turns)

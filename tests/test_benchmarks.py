@@ -346,7 +346,7 @@ def test_gpu_says_that_there_is_none(monkeypatch, capsys, tmp_path):
 def test_gpu_on_the_cpu(capsys):
     """The same sections with the CPU in the GPU's place."""
     peers = [name for peer in PEERS for name in peer]
-    sections = gpu.run(gpu.arguments([*ALONE, *peers, "--rows", "1"]), "cpu")
+    sections = list(gpu.run(gpu.arguments([*ALONE, *peers, "--rows", "1"]), "cpu"))
     titles = [section["title"].split(",")[0] for section in sections]
     steps, others = (
         ["AdamW step"] * 4,
