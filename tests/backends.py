@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -99,6 +100,24 @@ def _below_autograd(kernel: Callable[..., Any]) -> Callable[..., Any]:
             return kernel(*args, **kwargs)
 
     return call
+
+
+@dataclass(frozen=True)
+class OnCuda:
+    """Where a test may put models and tensors to have them treated by CUDA kernels: on a GPU, or on the CPU while the
+    simulator stands in for its kernels."""
+
+    backend: str  # "cuda" or "cuda_on_cpu"
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if self.backend == "cuda" else "cpu")
+
+    @contextmanager
+    def kernels(self) -> Iterator[None]:
+        """Tensors of `device` get the CUDA kernels inside; outside, tensors on the CPU get the CPU's."""
+        with replaced({} if self.backend == "cuda" else simulated()):
+            yield
 
 
 @contextmanager

@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     any_kernels = "cpu" not in config.getoption("backends").split(",")
     every, chosen, others = config.getoption("every"), [], []
     for i, item in enumerate(items):
-        fits = not any_kernels or {"backend", "gpu"} & set(getattr(item, "fixturenames", ()))
+        fits = not any_kernels or {"backend", "on_cuda", "gpu"} & set(getattr(item, "fixturenames", ()))
         (chosen if fits and i % every == 0 else others).append(item)
     config.hook.pytest_deselected(items=others)
     items[:] = chosen
@@ -49,6 +49,9 @@ def pytest_pyfunc_call() -> Generator[None, object, object]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames and backends.on_cpu.mark not in metafunc.definition.own_markers:
         metafunc.parametrize("backend", metafunc.config.getoption("backends").split(","), indirect=True)
+    if "on_cuda" in metafunc.fixturenames:
+        chosen = [name for name in metafunc.config.getoption("backends").split(",") if name != "cpu"]
+        metafunc.parametrize("on_cuda", chosen, indirect=True)
 
 
 @pytest.fixture
@@ -56,6 +59,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test once with each backend's kernels; `backends.on_every_backend` asks for it."""
     with backends.use(request.param):
         yield request.param
+
+
+@pytest.fixture
+def on_cuda(request: pytest.FixtureRequest) -> backends.OnCuda:
+    """For tests that hold CUDA kernels, a GPU's or simulated ones, against the CPU's or against dense layers."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip(backends.NO_GPU)
+    return backends.OnCuda(request.param)
 
 
 @pytest.fixture
