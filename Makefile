@@ -18,7 +18,7 @@ TORCH_VENV := .venv-$(subst ==,-,$(TORCH))
 BITSANDBYTES_VENV := .venv-bitsandbytes
 SOURCES := pyproject.toml bnbops/codebooks.py $(shell find csrc -type f)
 
-.PHONY: demo demo-fsdp test test-torch test-cuda-sanitize test-cuda-link test-gpu lint bench bench-hf \
+.PHONY: demo demo-fsdp test test-torch test-cuda-sanitize test-cuda-link test-gpu gpu-bundle lint bench bench-hf \
   wheels release-check clean always
 
 demo: $(VENV)/installed
@@ -77,6 +77,13 @@ wheels: $(VENV)/release
 # dist/ with all that is published, if nothing is wrong with it (docs/releasing.md).
 release-check: $(VENV)/release
 	$(WHEEL) PYTHONPATH=tools $(PY) -m release.check --torch "$(TORCH)"
+
+# A folder, and an archive of it, that prove all of this on a machine with a GPU, torch and no network: its run.sh writes a
+# report (docs/cuda.md). Its kernels are for an H100 or H200, unless CUDA_ARCHITECTURES says otherwise.
+gpu-bundle: CUDA_ARCHITECTURES := $(or $(CUDA_ARCHITECTURES),90)
+gpu-bundle: build/wheels/cuda $(VENV)/installed
+	PYTHONPATH=tests $(PY) -m gpu_bundle.make --wheel build/wheels/cuda/*.whl --architectures "$(CUDA_ARCHITECTURES)" \
+	  --out build/gpu-bundle
 
 lint: $(VENV)/installed
 	$(PY) -m ruff check .

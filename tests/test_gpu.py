@@ -1,6 +1,7 @@
-"""What only a GPU can show: the CPU kernels' bits, CUDA graphs, streams, several devices, paging, NVIDIA's checkers.
+"""What only a GPU can show: CUDA graphs, streams, several devices, paging, NVIDIA's checkers.
 
-Without a GPU everything here is skipped; `make test-gpu` runs it together with the tests that run on any kernels.
+Without a GPU everything here is skipped; `make test-gpu` runs it together with the tests that run on any kernels
+(test_on_cuda.py has what the simulator can show, too).
 """
 
 from __future__ import annotations
@@ -8,10 +9,8 @@ from __future__ import annotations
 import copy
 import ctypes
 import gc
-import os
 import pickle
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,44 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
-from torch.utils._pytree import tree_leaves
 
-import backends
 import bnbops as bnb
-from bnbops import self_check
-from bnbops._library import device_operators
 from bnbops.functional import create_dynamic_map
-from bnbops.op_samples import operator, samples
 from bnbops.optim.unified import UnifiedMemory
+from gpu_bundle import sanitizer
 from optimizer_cases import assert_same, assert_same_state, params, train
 from optimizer_classes import CLASSES, build
 
 pytestmark = pytest.mark.usefixtures("gpu")
-
-# Sums in another order than the CPU's, and AdEMAMix's schedules, whose logarithms the device computes.
-OTHER_BITS = ("linear_4bit", "grouped_linear_4bit", "linear_int8", "ademamix_step_")
-
-
-def tensors(values: object) -> list[Tensor]:
-    return [x.detach() for x in tree_leaves(values) if isinstance(x, Tensor)]
-
-
-@pytest.mark.parametrize("name", device_operators())
-def test_self_check(name):
-    assert [problem for sample in samples(name, "cuda") if (problem := self_check.check(name, sample))] == []
-
-
-@pytest.mark.parametrize("name", [name for name in device_operators() if not name.startswith(OTHER_BITS)])
-def test_same_bits_as_the_cpu(name):
-    for sample in samples(name):
-        here, there = sample.map(Tensor.detach).clone(), sample.map(Tensor.detach).clone()
-        expected = [here.run(operator(name)), here.args, here.kwargs]
-        actual = [there.run(backends.through(operator(name), "cuda")), there.args, there.kwargs]
-        for a, b in zip(tensors(actual), tensors(expected), strict=True):
-            assert torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8)), (
-                sample.name
-            )
-
 
 # ---- CUDA graphs -----------------------------------------------------------------------------------------------
 
@@ -137,6 +107,21 @@ def test_a_captured_step_skips_overflows():
     optimizer.found_inf.fill_(0.0)
     graph.replay()
     assert (param < 1).all() and optimizer.state[param]["step"].item() == 1
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler (cc), which Triton builds launchers with")
+def test_a_train_step_that_inductor_compiled_trains():
+    """With the kernels that it makes between those of bnbops."""
+    eager, compiled = Training(), Training()
+    try:
+        step = bnb.compiled_train_step(compiled.step, compiled.optimizer)
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+    losses = [(step().item(), eager.step().item()) for _ in range(4)]
+    assert losses[-1] < losses[0]
+    for a, b in losses:
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+    assert compiled.steps() == eager.steps() == {4.0}
 
 
 # ---- streams and devices ---------------------------------------------------------------------------------------
@@ -301,15 +286,10 @@ def test_paged_states_on_another_device():
 # ---- checkers --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+@pytest.mark.parametrize("tool", sanitizer.TOOLS)
 def test_compute_sanitizer_finds_nothing(tool, tmp_path: Path):
-    """In the self-check of every operator, without torch's caching of memory, which would hide what lies beside."""
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is None:
+    """In the self-check of every operator."""
+    program = sanitizer.find()
+    if program is None:
         pytest.skip("compute-sanitizer (of the CUDA toolkit) is not installed")
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=bnbops"]
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(
-        [*command, sys.executable, "-m", "bnbops"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
+    sanitizer.watch(program, tool, [sys.executable, "-m", "bnbops"], tmp_path)
