@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from bnbops.default_device import traceable_backward
 from bnbops.dynamo import TraceableStep, allow_as_graph_inputs, dynamo_mended, unwrapped
-from bnbops.versions import require_torch
+from bnbops.versions import require_torch_for
 
 __all__ = ["CompiledTrainStep", "GraphBreakError", "NothingTrainedError", "compiled_train_step"]
 
@@ -234,7 +234,7 @@ def compiled_train_step(
         NothingTrainedError: (when called) the new graph ran and updated no parameter of some optimizer.
         NotImplementedError: this torch cannot differentiate within a graph; 2.11 is the first that can.
     """
-    require_torch("2.11", "compiled_train_step")
+    require_torch_for("compiled_train_step")
     optimizers = _as_optimizers(optimizer, step_fn)
     if step_fn is not None and not callable(step_fn):
         raise TypeError(f"compiled_train_step: step_fn must be a function, got {type(step_fn).__name__}")

@@ -69,20 +69,16 @@ def torch_is(minimum: str) -> bool:
     return release(torch.__version__) >= release(minimum)
 
 
-def require_torch(minimum: str, what: str) -> None:
-    """Refuses to do what only a later torch can.
-
-    Args:
-        minimum: the first release of torch that can, such as "2.13"; `FEATURES` has it if users call for it by name.
-        what: that needs it, the subject of the message, such as "compiled_train_step with DTensors".
+def require_torch_for(feature: str) -> None:
+    """Refuses one of `FEATURES` that needs a later torch than this one.
 
     Raises:
-        NotImplementedError: this torch is older; says which one is needed.
+        NotImplementedError: says which torch it needs.
     """
-    if not torch_is(minimum):
+    if not torch_is(FEATURES[feature]):
         import torch
 
-        raise NotImplementedError(_needs_torch(what, minimum, f"this is torch {torch.__version__}"))
+        raise NotImplementedError(_needs_torch(feature, FEATURES[feature], f"this is torch {torch.__version__}"))
 
 
 def _needs_torch(what: str, minimum: str, state: str) -> str:
