@@ -11,7 +11,11 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or get_proxy_mode() is not None
 
 
-@torch.compiler.assume_constant_result  # within torch.compile, torch.compiler.is_exporting() is true before torch 2.13
 def is_exported() -> bool:
     """Whether `torch.export` records what is called."""
     return torch.compiler.is_exporting()
+
+
+# As torch.compiler.assume_constant_result, which imports the compiler: before torch 2.13, what Dynamo traces for
+# torch.compile takes itself for exported.
+is_exported._dynamo_marked_constant = True  # type: ignore[attr-defined]
