@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from bnbops import optim
+from bnbops.facts import STATE_BLOCK
 from bnbops.optim.manager import GlobalOptimManager
-from bnbops.optim.state import BLOCKSIZE, UNPAGED, absmax_name, cuts_between_blocks
+from bnbops.optim.state import UNPAGED, absmax_name, cuts_between_blocks
 
 LARGEST = 10**18  # number of parameters: torch counts bytes in 64 bits
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the parameters that the operators step
@@ -136,8 +137,8 @@ def _of_count(count: float, dtype: torch.dtype | None) -> list[nn.Parameter]:
     number = isinstance(count, int | float) and not isinstance(count, bool)
     if not number or not 1 <= count <= LARGEST or count % 1:
         raise ValueError(f"expected a module or a whole number of parameters from 1 to {LARGEST:.0e}, got {count!r}")
-    rows, rest = divmod(int(count), BLOCKSIZE)
-    shapes = [(rows, BLOCKSIZE)] * (rows > 0) + [(rest,)] * (rest > 0)
+    rows, rest = divmod(int(count), STATE_BLOCK)
+    shapes = [(rows, STATE_BLOCK)] * (rows > 0) + [(rest,)] * (rest > 0)
     return [_parameter(shape, dtype or torch.float32, True) for shape in shapes]
 
 

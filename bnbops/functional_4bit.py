@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from bnbops.codebooks import create_4bit_map
+from bnbops.facts import BLOCKS_4BIT, FORMATS_4BIT, in_words
 from bnbops.functional_blockwise import quantize_blockwise
 from bnbops.lasting import lasting
 from bnbops.quant_state import QuantState
 
 _BLOCKSIZE = 64  # by default
-_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 with lasting():  # at import: no tracer sees the making
     _MAPS = {name: create_4bit_map(name) for name in ("nf4", "fp4", "int4", "af4")}
@@ -22,10 +22,10 @@ with lasting():  # at import: no tracer sees the making
 def _check(function: str, dtype: torch.dtype, blocksize: int, quant_type: str) -> None:
     if dtype not in _FLOAT_DTYPES:
         raise ValueError(f"{function} takes float32, bfloat16 or float16 tensors, got {dtype}")
-    if blocksize not in _BLOCKSIZES:
-        raise ValueError(f"blocksize must be one of {', '.join(map(str, _BLOCKSIZES))}; got {blocksize}")
+    if blocksize not in BLOCKS_4BIT:
+        raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKS_4BIT))}; got {blocksize}")
     if quant_type not in QuantState.valid_quant_types:
-        raise ValueError(f"quant_type must be 'nf4' or 'fp4', got {quant_type!r}")
+        raise ValueError(f"quant_type must be {in_words(FORMATS_4BIT)}, got {quant_type!r}")
 
 
 def in_own_order(packed: Tensor) -> tuple[Tensor, bool]:

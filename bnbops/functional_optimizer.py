@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bnbops.optim.state import BLOCKSIZE
+from bnbops.facts import RULES, STATE_BLOCK, Rule
 
 
 class StepNumbers(NamedTuple):
@@ -29,50 +29,53 @@ class StepNumbers(NamedTuple):
     lr: float
 
 
-class _Rule(NamedTuple):
-    """The operator that takes the step, how many states it has, and its options."""
+class _Meaning(NamedTuple):
+    """The rule that bitsandbytes means, and its options."""
 
-    op: str
-    states: int
+    rule: Rule
     options: Callable[[StepNumbers], dict[str, Any]]
+
+    @property
+    def states(self) -> int:
+        return len(self.rule.states)
 
 
 def _adam(n: StepNumbers) -> dict[str, Any]:
     return {"beta1": n.beta1, "beta2": n.beta2, "eps": n.eps}
 
 
-_ADAM = _Rule("adam_step_", 2, _adam)
-_MOMENTUM = _Rule("momentum_step_", 1, lambda n: {"momentum": n.beta1, "dampening": 0.0, "nesterov": False})
-_RULES = {
+_ADAM = _Meaning(RULES["adam"], _adam)
+_MOMENTUM = _Meaning(RULES["momentum"], lambda n: {"momentum": n.beta1, "dampening": 0.0, "nesterov": False})
+_MEANINGS = {
     "adam": _ADAM,
     "lamb": _ADAM,  # of which bitsandbytes makes LAMB by `max_unorm`
     "momentum": _MOMENTUM,
     "lars": _MOMENTUM,
-    "lion": _Rule("lion_step_", 1, lambda n: {"beta1": n.beta1, "beta2": n.beta2}),
-    "rmsprop": _Rule("rmsprop_step_", 1, lambda n: {"alpha": n.beta1, "eps": n.eps}),
-    "adagrad": _Rule("adagrad_step_", 1, lambda n: {"lr_decay": 0.0, "eps": n.eps}),
-    "ademamix": _Rule(
-        "ademamix_step_", 3, lambda n: {**_adam(n), "beta3": n.beta3, "alpha": n.alpha, "t_alpha": 0, "t_beta3": 0}
+    "lion": _Meaning(RULES["lion"], lambda n: {"beta1": n.beta1, "beta2": n.beta2}),
+    "rmsprop": _Meaning(RULES["rmsprop"], lambda n: {"alpha": n.beta1, "eps": n.eps}),
+    "adagrad": _Meaning(RULES["adagrad"], lambda n: {"lr_decay": 0.0, "eps": n.eps}),
+    "ademamix": _Meaning(
+        RULES["ademamix"], lambda n: {**_adam(n), "beta3": n.beta3, "alpha": n.alpha, "t_alpha": 0, "t_beta3": 0}
     ),
 }
 _SHORTENED = ("adam", "lamb", "momentum", "lars", "rmsprop")  # by max_unorm
 
 
-def _rule(optimizer_name: str) -> _Rule:
-    if optimizer_name not in _RULES:
-        raise ValueError(f"optimizer_name must be one of {', '.join(_RULES)}; got {optimizer_name!r}")
-    return _RULES[optimizer_name]
+def _meaning(optimizer_name: str) -> _Meaning:
+    if optimizer_name not in _MEANINGS:
+        raise ValueError(f"optimizer_name must be one of {', '.join(_MEANINGS)}; got {optimizer_name!r}")
+    return _MEANINGS[optimizer_name]
 
 
 def _states(optimizer_name: str, state1: Tensor, state2: Tensor | None, p: Tensor) -> list[Tensor]:
     """One tensor of p's shape for each of the rule's states: AdEMAMix' first two are together in state1."""
-    rule = _rule(optimizer_name)
-    stacked = rule.states == 3
+    meant = _meaning(optimizer_name)
+    stacked = meant.states == 3
     given = [*(state1 if stacked else [state1]), *([] if state2 is None else [state2])]
-    if rule.states > 1 and state2 is None:
+    if meant.states > 1 and state2 is None:
         raise ValueError(f"{optimizer_name} needs a state2")
-    given = given[: rule.states]
-    if len(given) != rule.states or any(state.numel() != p.numel() for state in given):
+    given = given[: meant.states]
+    if len(given) != meant.states or any(state.numel() != p.numel() for state in given):
         shapes = ", ".join(str(list(s.shape)) for s in (state1, state2) if s is not None)
         expected = f"[2, *p.shape] and p's, {list(p.shape)}" if stacked else f"p's, {list(p.shape)}"
         raise ValueError(f"the states of {optimizer_name} must have shape {expected}; got {shapes}")
@@ -87,16 +90,16 @@ def _gradient(g: Tensor, p: Tensor, skip_zeros: bool) -> Tensor:
 
 
 def _take_step(
-    rule: _Rule, p: Tensor, g: Tensor, states: list[Tensor], n: StepNumbers, gnorm_scale: float = 1.0
+    meant: _Meaning, p: Tensor, g: Tensor, states: list[Tensor], n: StepNumbers, gnorm_scale: float = 1.0
 ) -> None:
     step = torch.full((), n.step - 1, dtype=torch.float32, device=p.device)
     clip = None if gnorm_scale == 1 else torch.full((1,), gnorm_scale, dtype=torch.float32, device=p.device)
-    getattr(torch.ops.bnbops, rule.op)(
+    getattr(torch.ops.bnbops, meant.rule.step)(
         *([p], [g], *([s] for s in states), *([] for _ in states), [step]),
         lr=torch.full((), n.lr, dtype=torch.float64, device="cpu"),
         weight_decay=n.weight_decay,
         clip=clip,
-        **rule.options(n),
+        **meant.options(n),
     )
 
 
@@ -164,15 +167,15 @@ def update_32bit(
     skip_zeros: bool,
 ) -> None:
     """`optimizer_update_32bit` for a parameter whose norm is known."""
-    rule, states, g = _rule(optimizer_name), _states(optimizer_name, state1, state2, p), _gradient(g, p, skip_zeros)
+    meant, states, g = _meaning(optimizer_name), _states(optimizer_name, state1, state2, p), _gradient(g, p, skip_zeros)
     param = p.contiguous()
     if max_unorm <= 0:
-        _take_step(rule, param, g, states, n, gnorm_scale)
+        _take_step(meant, param, g, states, n, gnorm_scale)
     elif optimizer_name in _SHORTENED:
-        coupled = rule is not _ADAM
+        coupled = meant is not _ADAM
         g = g.float() * gnorm_scale + (n.weight_decay * p.float() if coupled else 0.0)
         update = torch.zeros_like(param, dtype=torch.float32)  # a step from 0 of length 1: nothing but the update
-        _take_step(rule, update, g, states, n._replace(lr=1.0, weight_decay=0.0))
+        _take_step(meant, update, g, states, n._replace(lr=1.0, weight_decay=0.0))
         corrections = 1.0 if coupled else (1 - n.beta1**n.step) / math.sqrt(1 - n.beta2**n.step)
         norm, longest = torch.linalg.vector_norm(update) * corrections, max_unorm * param_norm
         scale = torch.where(norm > longest, longest / norm, 1.0)
@@ -221,21 +224,21 @@ def optimizer_update_8bit_blockwise(
         ValueError: an unknown name, or tensors that do not fit.
         RuntimeError: a dtype, device or number that the operators refuse.
     """
-    rule, codes, g = _rule(optimizer_name), _states(optimizer_name, state1, state2, p), _gradient(g, p, skip_zeros)
-    if rule.states > 1 and (qmap2 is None or absmax2 is None):
+    meant, codes, g = _meaning(optimizer_name), _states(optimizer_name, state1, state2, p), _gradient(g, p, skip_zeros)
+    if meant.states > 1 and (qmap2 is None or absmax2 is None):
         raise ValueError(f"{optimizer_name} needs qmap2 and absmax2")
-    scales = [*(absmax1 if rule.states == 3 else [absmax1]), *([absmax2] if rule.states > 1 else [])]
-    maps = [qmap1, qmap1, qmap2] if rule.states == 3 else [qmap1, qmap2][: rule.states]
+    scales = [*(absmax1 if meant.states == 3 else [absmax1]), *([absmax2] if meant.states > 1 else [])]
+    maps = [qmap1, qmap1, qmap2] if meant.states == 3 else [qmap1, qmap2][: meant.states]
     coded = list(zip(codes, scales, maps, strict=True))
     states = [
-        torch.ops.bnbops.dequantize_blockwise(code, absmax, qmap, BLOCKSIZE, torch.float32)
+        torch.ops.bnbops.dequantize_blockwise(code, absmax, qmap, STATE_BLOCK, torch.float32)
         for code, absmax, qmap in coded
     ]
     param = p.clone(memory_format=torch.contiguous_format)
     n = StepNumbers(beta1, beta2, beta3, alpha, eps, weight_decay, step, lr)
-    _take_step(rule, param, g, states, n, gnorm_scale)
+    _take_step(meant, param, g, states, n, gnorm_scale)
     results = [
-        torch.ops.bnbops.quantize_blockwise(state, qmap, BLOCKSIZE) for state, qmap in zip(states, maps, strict=True)
+        torch.ops.bnbops.quantize_blockwise(state, qmap, STATE_BLOCK) for state, qmap in zip(states, maps, strict=True)
     ]
     for (code, absmax, _), (new_code, new_absmax) in zip(coded, results, strict=True):
         code.copy_(new_code)

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from bnbops.codebooks import create_dynamic_map, create_linear_map
+from bnbops.facts import RULES, STATE_BLOCK, Rule, State
 from bnbops.op_samples_4bit import BUILDERS_4BIT
 from bnbops.op_samples_int8 import BUILDERS as BUILDERS_INT8
 from bnbops.sample import DTYPES, Sample, copied, full, normal, random_codes, strided, tensor
 
-__all__ = ["SAMPLED", "Sample", "operator", "option_names", "samples", "step_states"]
-
-_BLOCK = 256  # of optimizer states
+__all__ = ["SAMPLED", "Sample", "operator", "samples"]
 
 
 def samples(name: str, device: torch.device | str = "cpu") -> list[Sample]:
@@ -37,19 +36,7 @@ def operator(name: str) -> torch._ops.OpOverload:
     return getattr(getattr(torch.ops.bnbops, packet), overload or "default")
 
 
-def step_states(name: str) -> list[str]:
-    """The states of an optimizer's operator: its schema has a list of scales for each."""
-    arguments = operator(name)._schema.arguments
-    return [a.name.removesuffix("_absmax") for a in arguments if a.name.endswith("_absmax")]
-
-
-def option_names(name: str) -> list[str]:
-    """The numbers that an optimizer's operator takes, in the order of its argument `options`."""
-    arguments = operator(name)._schema.arguments
-    return [a.name for a in arguments if str(a.type) in ("float", "bool", "int") and not a.has_default_value()]
-
-
-# ---- isa, isas, step_ops -------------------------------------------------------------------------------------------
+# ---- isa, isas, facts ----------------------------------------------------------------------------------------------
 
 
 def _without_arguments() -> list[Sample]:
@@ -132,21 +119,20 @@ _VARIATIONS = {
     "no bias correction, coupled weight decay": {"bias_correction": False, "adam_w_mode": False},
     "no schedules": {"t_alpha": 0, "t_beta3": 0},
 }
-_SUMS_OF_SQUARES = ("square_avg", "sum")  # with the signed map; they have no negative codes
 _SHAPES = ((3, 300), (70,))
 
 
-def _step(name: str) -> list[Sample]:
-    """Made from the schema alone, so that a new optimizer gets its samples with its schema."""
-    return _essential_steps(name) + (_further_steps(name) if name == "adam_step_" else [])
+def _step(rule: Rule) -> list[Sample]:
+    """Made from the facts alone, so that a new optimizer gets its samples with its rule."""
+    return _essential_steps(rule) + (_further_steps(rule) if rule.name == "adam" else [])
 
 
-def _essential_steps(name: str) -> list[Sample]:
+def _essential_steps(rule: Rule) -> list[Sample]:
     """What may differ from one rule to the next."""
-    sample, names = partial(_step_sample, name), _argument_names(name)
-    trust = {"trust": tensor([0.3, 2.0])} if "trust" in names else {}
+    sample, names = partial(_step_sample, rule), [option.name for option in rule.options]
+    trust = {"trust": tensor([0.3, 2.0])} if rule.trust else {}
     scaling = {"grad_scale": full((1,), 4.0), "found_inf": full((1,), 0.0), "clip": tensor([0.5, 1.0])}
-    halved = [_OPTIONS[o] / 2 if isinstance(_OPTIONS[o], float) else _OPTIONS[o] for o in option_names(name)]
+    halved = [_OPTIONS[o] / 2 if isinstance(_OPTIONS[o], float) else _OPTIONS[o] for o in names]
     held = {"options": tensor(halved, torch.float64)}
     found = [
         sample("float32 states, float32", 32),
@@ -155,14 +141,14 @@ def _essential_steps(name: str) -> list[Sample]:
         sample("maximize, scaled and clipped gradients", 8, maximize=True, **scaling, **trust),
         sample("options in a tensor", 32, **held),
         sample("non-finite gradient elements", 32, grad=_with_non_finite),
-        *(sample(what, 8, **options) for what, options in _VARIATIONS.items() if options.keys() <= names),
+        *(sample(what, 8, **options) for what, options in _VARIATIONS.items() if options.keys() <= {*names}),
     ]
-    return [s for s in found if step_states(name) or "8-bit" not in s.name]
+    return [s for s in found if rule.states or "8-bit" not in s.name]
 
 
-def _further_steps(name: str) -> list[Sample]:
+def _further_steps(rule: Rule) -> list[Sample]:
     """What all rules share, once: each sample costs the tests seconds."""
-    sample = partial(_step_sample, name)
+    sample = partial(_step_sample, rule)
     low, one, overflow = torch.bfloat16, full((1,), 1.0), tensor(1.0)
     return [
         *(sample(f"float32 states, {dtype}".replace("torch.", ""), 32, dtype=dtype) for dtype in DTYPES[1:]),
@@ -187,7 +173,7 @@ def _further_steps(name: str) -> list[Sample]:
 
 
 def _step_sample(
-    name: str,
+    rule: Rule,
     what: str,
     bits: int,
     layout: str = "rows",
@@ -201,30 +187,26 @@ def _step_sample(
     params = [normal(*shape, seed=1).to(dtype) for shape in shapes]
     grads = [grad(normal(*shape, seed=2).to(grad_dtype or dtype)) for shape in shapes]
     states, absmax = [], []
-    for k, state in enumerate(step_states(name)):
+    for k, state in enumerate(rule.states):
         states.append([_state(state, shape, bits, seed=3 + k) for shape in shapes])
         absmax.append([_scales(shape, layout, seed=3 + k) for shape in shapes] if bits == 8 else [])
     steps = [tensor(float(3 * i)) for i in range(len(shapes))]
-    options = {key: _OPTIONS[key] for key in option_names(name)}
+    options = {option.name: _OPTIONS[option.name] for option in rule.options}
     kwargs = {"lr": tensor(0.1, torch.float64), **options, **changed}
     return Sample(what, (params, grads, *states, *absmax, steps), kwargs)
 
 
-def _argument_names(name: str) -> set[str]:
-    return {argument.name for argument in operator(name)._schema.arguments}
-
-
-def _state(name: str, shape: tuple[int, ...], bits: int, seed: int) -> Tensor:
+def _state(state: State, shape: tuple[int, ...], bits: int, seed: int) -> Tensor:
     if bits == 32:
         return 0.1 * normal(*shape, seed=seed).square()
     codes = random_codes(*shape, seed=seed)
-    return codes | 128 if name in _SUMS_OF_SQUARES else codes
+    return codes | 128 if state.signed and state.divisor else codes  # a square has no negative codes
 
 
 def _scales(shape: tuple[int, ...], layout: str, seed: int) -> Tensor:
     if layout == "flat":
-        return 0.1 * normal(-(math.prod(shape) // -_BLOCK), seed=seed).abs()
-    return 0.1 * normal(shape[0], -(math.prod(shape[1:]) // -_BLOCK), seed=seed).abs()
+        return 0.1 * normal(-(math.prod(shape) // -STATE_BLOCK), seed=seed).abs()
+    return 0.1 * normal(shape[0], -(math.prod(shape[1:]) // -STATE_BLOCK), seed=seed).abs()
 
 
 def _with_non_finite(grad: Tensor) -> Tensor:
@@ -249,7 +231,7 @@ def _squared_norms() -> list[Sample]:
 
 def _lamb_squared_norms() -> list[Sample]:
     """The samples of lamb_step_, but for what has no meaning here."""
-    calls = _essential_steps("lamb_step_")
+    calls = _essential_steps(RULES["lamb"])
     kwargs = [{k: v for k, v in s.kwargs.items() if k not in ("found_inf", "trust")} for s in calls]
     return [Sample(s.name, s.args, kw) for s, kw in zip(calls, kwargs, strict=True)]
 
@@ -271,11 +253,11 @@ def _percentile_clip() -> list[Sample]:
 _BUILDERS: dict[str, Callable[[], list[Sample]]] = {
     "isa": _without_arguments,
     "isas": _without_arguments,
-    "step_ops": _without_arguments,
+    "facts": _without_arguments,
     "quantize_blockwise": _quantize,
     "dequantize_blockwise": _dequantize,
     "dequantize_blockwise.out": _dequantize_out,
-    **{name: partial(_step, name) for name in torch.ops.bnbops.step_ops()},
+    **{rule.step: partial(_step, rule) for rule in RULES.values()},
     "squared_norms": _squared_norms,
     "lamb_squared_norms": _lamb_squared_norms,
     "percentile_clip_": _percentile_clip,

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnbops.facts import FORMATS_4BIT
+
 # To add to what is wrong with the entries of a state dict.
 NO_NUMBERS = "quantized entries cannot be averaged or cast: do that with the float weights, and quantize the result"
 _PACKED_PREFIX = "quant_state.bitsandbytes__"
@@ -65,7 +67,7 @@ class QuantState:
         state2: QuantState of the scales (nested), or None.
     """
 
-    valid_quant_types = ("fp4", "nf4")
+    valid_quant_types = FORMATS_4BIT
     valid_qs_keys = (
         *("absmax", "quant_map", "quant_state", "quant_type", "blocksize", "dtype", "shape"),
         *("nested_absmax", "nested_quant_map", "nested_blocksize", "nested_dtype", "nested_offset"),

@@ -5,6 +5,7 @@ The computations here are short and slow; the tests have finer ones.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -17,14 +18,13 @@ from torch import Tensor
 from bnbops._library import ISAS
 from bnbops.codebooks import create_dynamic_map
 from bnbops.expect import Difference, absmax_of, blocked, expect, expect_close, expect_nearest, normalise
-from bnbops.op_samples import SAMPLED, Sample, operator, option_names, samples, step_states
+from bnbops.facts import RULES, STATE_BLOCK, Rule, State
+from bnbops.op_samples import SAMPLED, Sample, operator, samples
 from bnbops.sample import tensor
 from bnbops.self_check_4bit import REFERENCES_4BIT
 from bnbops.self_check_int8 import REFERENCES as REFERENCES_INT8
 
 __all__ = ["REFERENCES", "check", "run"]
-
-_BLOCK = 256  # of optimizer states
 
 
 # ---- one reference an operator: gets the arguments before the call, the result, and the arguments after ---------
@@ -40,8 +40,9 @@ def _isas(_before: dict[str, Any], result: list[str], _after: dict[str, Any]) ->
     expect(torch.ops.bnbops.isa() in result, f"{torch.ops.bnbops.isa()} is in use, but is not among {result}")
 
 
-def _step_ops(_before: dict[str, Any], result: list[str], _after: dict[str, Any]) -> None:
-    expect(sorted(result) == sorted(_RULES), f"{result} instead of {list(_RULES)}")
+def _facts(_before: dict[str, Any], result: str, _after: dict[str, Any]) -> None:
+    rules = json.loads(result)["rules"]
+    expect(sorted(rules) == sorted(_UPDATES), f"rules {list(rules)} instead of {list(_UPDATES)}")
 
 
 def _quantize(before: dict[str, Any], result: tuple[Tensor, Tensor], _after: dict[str, Any]) -> None:
@@ -140,57 +141,53 @@ def _ademamix(p: Tensor, g: Tensor, states: list[Tensor], t: int, o: dict[str, A
     return p - o["lr"] * (update + o["weight_decay"] * p), m, slow, v
 
 
-# By operator: its update rule and which states are signed.
-_RULES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[bool, ...]]] = {
-    "adam_step_": (_adam, (True, False)),
-    "sgd_step_": (_sgd, ()),
-    "momentum_step_": (_momentum, (True,)),
-    "lion_step_": (_lion, (True,)),
-    "rmsprop_step_": (_rmsprop, (True,)),
-    "rmsprop_momentum_step_": (_rmsprop, (True, True)),
-    "adagrad_step_": (_adagrad, (True,)),
-    "lamb_step_": (_lamb, (True, False)),
-    "lars_step_": (_momentum, (True,)),
-    "ademamix_step_": (_ademamix, (True, True, False)),
+_UPDATES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "adam": _adam,
+    "sgd": _sgd,
+    "momentum": _momentum,
+    "lion": _lion,
+    "rmsprop": _rmsprop,
+    "rmsprop_momentum": _rmsprop,
+    "adagrad": _adagrad,
+    "lamb": _lamb,
+    "lars": _momentum,
+    "ademamix": _ademamix,
 }
 
 
-def _step(name: str, before: dict[str, Any], _result: None, after: dict[str, Any]) -> None:
+def _step(rule: Rule, before: dict[str, Any], _result: None, after: dict[str, Any]) -> None:
     skip = before.get("found_inf") is not None and bool(before["found_inf"].item())
     for i in range(len(before["params"])):
         if skip:
-            for key in ("params", "steps", *step_states(name)):
+            for key in ("params", "steps", *rule.state_names):
                 expect(torch.equal(after[key][i], before[key][i]), f"{key}[{i}] changed although found_inf is set")
         else:
             expect(torch.equal(after["steps"][i], before["steps"][i] + 1), f"steps[{i}] is not one more")
-            _step_of_one(name, i, before, after)
+            _step_of_one(rule, i, before, after)
 
 
-def _step_of_one(name: str, i: int, before: dict[str, Any], after: dict[str, Any]) -> None:
-    rule, signs = _RULES[name]
-    p, g, old = _values(signs, i, before, step_states(name))
-    new = rule(p, g, old, int(before["steps"][i].item()) + 1, _options(name, i, before))
+def _step_of_one(rule: Rule, i: int, before: dict[str, Any], after: dict[str, Any]) -> None:
+    p, g, old = _values(rule, i, before)
+    new = _UPDATES[rule.name](p, g, old, int(before["steps"][i].item()) + 1, _options(rule, i, before))
     new_p, *new_states = (torch.where(g.isfinite(), n, o) for n, o in zip(new, (p, *old), strict=True))
 
     expect_close(after["params"][i], new_p, f"params[{i}]")
-    for state, x, signed in zip(step_states(name), new_states, signs, strict=True):
-        actual = after[state][i]
-        if not after[f"{state}_absmax"]:
-            expect_close(actual, x, f"{state}[{i}]")
+    for state, x in zip(rule.states, new_states, strict=True):
+        actual, what = after[state.name][i], f"{state.name}[{i}]"
+        if not after[f"{state.name}_absmax"]:
+            expect_close(actual, x, what)
             continue
-        absmax = after[f"{state}_absmax"][i]
-        blocks = blocked(_rows(x, absmax), _BLOCK)
-        expect_close(absmax.view(blocks.shape[:2]), absmax_of(blocks), f"{state}_absmax[{i}]")
+        absmax = after[f"{state.name}_absmax"][i]
+        blocks = blocked(_rows(x, absmax), STATE_BLOCK)
+        expect_close(absmax.view(blocks.shape[:2]), absmax_of(blocks), f"{state.name}_absmax[{i}]")
         normalised = normalise(blocks).flatten(1)[:, : _rows(x, absmax).shape[1]]
-        code = create_dynamic_map(signed).to(x.device)
-        if state in ("exp_avg_sq", "square_avg", "sum"):  # a step divides by its root: positive stays positive
+        code = create_dynamic_map(state.signed).to(x.device)
+        if state.divisor:  # positive stays positive
             normalised = torch.where(normalised > 0, normalised.clamp_min(code[code > 0].min()), normalised)
-        expect_nearest(actual, normalised, code, f"{state}[{i}]")
+        expect_nearest(actual, normalised, code, what)
 
 
-def _values(
-    signs: tuple[bool, ...], i: int, before: dict[str, Any], states: list[str]
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _values(rule: Rule, i: int, before: dict[str, Any]) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Parameter, gradient (unscaled, clipped and negated as asked) and states of parameter `i` in float64."""
     p, g = before["params"][i].double(), before["grads"][i].double()
     if before.get("grad_scale") is not None:
@@ -199,16 +196,15 @@ def _values(
         g = g * before["clip"][i].double()
     if before.get("maximize"):
         g = -g
-    maps = [create_dynamic_map(signed).to(p.device) for signed in signs]
-    scales = [before[f"{state}_absmax"] for state in states]
-    return p, g, [_decoded(before[s][i], a[i] if a else None, m) for s, a, m in zip(states, scales, maps, strict=True)]
+    return p, g, [_decoded(state, i, before) for state in rule.states]
 
 
-def _options(name: str, i: int, before: dict[str, Any]) -> dict[str, Any]:
+def _options(rule: Rule, i: int, before: dict[str, Any]) -> dict[str, Any]:
     """What the rule of parameter `i` gets; options in a tensor take the place of the others."""
     held = before["options"].tolist() if before.get("options") is not None else []
     trust = before["trust"][i].item() if before.get("trust") is not None else 1.0
-    return before | dict(zip(option_names(name), held, strict=False)) | {"lr": before["lr"].item(), "trust": trust}
+    names = [option.name for option in rule.options]
+    return before | dict(zip(names, held, strict=False)) | {"lr": before["lr"].item(), "trust": trust}
 
 
 def _rows(x: Tensor, absmax: Tensor) -> Tensor:
@@ -217,12 +213,14 @@ def _rows(x: Tensor, absmax: Tensor) -> Tensor:
     return x.reshape(rows, x.numel() // max(rows, 1))
 
 
-def _decoded(state: Tensor, absmax: Tensor | None, code: Tensor) -> Tensor:
-    if absmax is None:
-        return state.double()
-    rows = _rows(state, absmax)
-    scale = absmax.view(rows.shape[0], absmax.shape[-1]).repeat_interleave(_BLOCK, dim=1)[:, : rows.shape[1]]
-    return (code[rows.long()] * scale).double().view(state.shape)
+def _decoded(state: State, i: int, before: dict[str, Any]) -> Tensor:
+    codes, scales = before[state.name][i], before[f"{state.name}_absmax"]
+    if not scales:
+        return codes.double()
+    absmax, code = scales[i], create_dynamic_map(state.signed).to(codes.device)
+    rows = _rows(codes, absmax)
+    scale = absmax.view(rows.shape[0], absmax.shape[-1]).repeat_interleave(STATE_BLOCK, dim=1)[:, : rows.shape[1]]
+    return (code[rows.long()] * scale).double().view(codes.shape)
 
 
 # ---- norms -----------------------------------------------------------------------------------------------------
@@ -240,12 +238,10 @@ def _squared_norms(before: dict[str, Any], result: Tensor, _after: dict[str, Any
 
 
 def _lamb_squared_norms(before: dict[str, Any], result: Tensor, _after: dict[str, Any]) -> None:
-    directions = []
+    directions, rule = [], RULES["lamb"]
     for i in range(len(before["params"])):
-        p, g, states = _values((True, False), i, before, ["exp_avg", "exp_avg_sq"])
-        u, *_ = _lamb_direction(
-            p, g, states, int(before["steps"][i].item()) + 1, _options("lamb_squared_norms", i, before)
-        )
+        p, g, states = _values(rule, i, before)
+        u, *_ = _lamb_direction(p, g, states, int(before["steps"][i].item()) + 1, _options(rule, i, before))
         directions.append(torch.where(g.isfinite(), u, 0.0))
     _expect_norms(result, directions, 1e-5)
 
@@ -267,11 +263,11 @@ def _percentile_clip(before: dict[str, Any], result: Tensor, after: dict[str, An
 REFERENCES: dict[str, Callable[[dict[str, Any], Any, dict[str, Any]], None]] = {
     "isa": _isa,
     "isas": _isas,
-    "step_ops": _step_ops,
+    "facts": _facts,
     "quantize_blockwise": _quantize,
     "dequantize_blockwise": _dequantize,
     "dequantize_blockwise.out": _dequantize_out,
-    **{name: partial(_step, name) for name in _RULES},
+    **{rule.step: partial(_step, rule) for rule in RULES.values()},
     "squared_norms": _squared_norms,
     "lamb_squared_norms": _lamb_squared_norms,
     "percentile_clip_": _percentile_clip,

@@ -5,8 +5,9 @@
 
 namespace bnbops {
 
-// Which codebook 4-bit codes have.
+// Which codebook 4-bit codes have, and its name.
 enum class QuantType : uint8_t { kNF4, kFP4 };
+constexpr const char* kFormats4bit[] = {"nf4", "fp4"};
 
 struct QuantizeJob {
   const void* values;

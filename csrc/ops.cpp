@@ -2,8 +2,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <string>
-#include <vector>
 
+#include "facts.h"
 #include "int8.h"
 #include "optimizer.h"
 #include "rules.h"
@@ -15,13 +15,6 @@
 
 namespace bnbops {
 namespace {
-
-// The operators made from the table of rules, for whoever must treat them alike (the fake kernels).
-std::vector<std::string> step_ops() {
-  std::vector<std::string> names;
-  for_each_rule(AllRules{}, [&](auto rule, int) { names.push_back(step_names<decltype(rule)>().op); });
-  return names;
-}
 
 void define_rules(torch::stable::detail::StableLibrary& m) {
   for_each_rule(AllRules{}, [&](auto rule, int) {
@@ -57,7 +50,7 @@ void define_4bit(torch::stable::detail::StableLibrary& m) {
 STABLE_TORCH_LIBRARY(BNBOPS_LIBRARY, m) {
   m.def("isa() -> str");
   m.def("isas() -> str[]");
-  m.def("step_ops() -> str[]");
+  m.def("facts() -> str");
   m.def("quantize_blockwise(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)");
   m.def("dequantize_blockwise(Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype) -> Tensor");
   m.def(
@@ -72,6 +65,4 @@ STABLE_TORCH_LIBRARY(BNBOPS_LIBRARY, m) {
   bnbops::define_int8(m);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(BNBOPS_LIBRARY, CompositeExplicitAutograd, m) {
-  m.impl("step_ops", TORCH_BOX(&bnbops::step_ops));
-}
+STABLE_TORCH_LIBRARY_IMPL(BNBOPS_LIBRARY, CompositeExplicitAutograd, m) { m.impl("facts", TORCH_BOX(&bnbops::facts)); }

@@ -92,8 +92,13 @@ class OptimizerOperators {
   template <class Rule>
   static void check_values(const StepNames& names, StepArguments& a) {
     use_held_options(a);
-    const char* invalid = Rule::invalid(a.options.data());
-    BNBOPS_CHECK(invalid == nullptr, "bnbops::", names.op, ": ", invalid);
+    for (size_t i = 0; i < a.options.size(); ++i) {
+      const OptionSpec& spec = Rule::kOptions[i];
+      BNBOPS_CHECK(spec.range.has(a.options[i]), "bnbops::", names.op, ": ", spec.name, " must be ", spec.range.text,
+                   ", got ", a.options[i]);
+    }
+    const char* conflict = Rule::conflict(a.options.data());
+    BNBOPS_CHECK(conflict == nullptr, "bnbops::", names.op, ": ", conflict);
     Device::check_values("bnbops::" + names.op + ": ", a);
   }
 

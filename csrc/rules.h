@@ -11,7 +11,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <initializer_list>
+#include <limits>
 
 #include "portable.h"
 
@@ -23,8 +23,22 @@ struct StateSpec {
   bool is_divisor = false;  // a positive value never becomes 0, which the next step would divide by
 };
 
+// The values that an option may have: from `from` to below `below`, which "must be ..." tells.
+struct Range {
+  double from, below;
+  const char* text;
+  constexpr bool has(double x) const { return x >= from && x < below; }
+};
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr Range kRate{0, 1, "in [0, 1)"};                          // a decay rate
+constexpr Range kAmount{0, kInfinity, "finite and not negative"};  // eps, weight decay, ...
+constexpr Range kNumber{std::numeric_limits<double>::lowest(), kInfinity, "finite"};
+constexpr Range kCount{0, kInfinity, "a whole number from 0 on"};
+constexpr Range kFlag{0, 2, "True or False"};
+
 struct OptionSpec {
   const char *type, *name;  // as in a schema: "float", "bool" or "int"
+  Range range;
 };
 
 // What `prepare` gets beside the options.
@@ -49,31 +63,26 @@ using StatesOf = States<F, Rule::kStates>;
 template <class Rule>
 constexpr int kSlots = Rule::kStates > 0 ? Rule::kStates : 1;  // arrays have a size
 
-// The first error message of a list in which nullptr stands for "fine".
-inline const char* first_error(std::initializer_list<const char*> errors) {
-  for (const char* error : errors) {
-    if (error != nullptr) return error;
-  }
-  return nullptr;
-}
-inline const char* require(bool ok, const char* message) { return ok ? nullptr : message; }
-inline bool is_rate(double x) { return x >= 0 && x < 1; }               // a decay rate
-inline bool is_amount(double x) { return x >= 0 && std::isfinite(x); }  // eps, weight decay, ...
 BNBOPS_HD float to_float(double x) { return static_cast<float>(x); }
 
-struct NoTrust {
+// What most rules have in common.
+struct RuleDefaults {
   static constexpr bool kTrust = false;          // no ratio of norms scales the step of a parameter
   static constexpr bool kDirectionNorm = false;  // or it is not made from the norm of `direction`
+  // What is wrong with options that are in their ranges but do not go together, or nullptr.
+  static const char* conflict(const double* /*option*/) { return nullptr; }
 };
 
 // Adam with decoupled weight decay; Adam itself is weight_decay = 0.
 // Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019, algorithm 2.
-struct Adam : NoTrust {
+struct Adam : RuleDefaults {
   static constexpr const char* kName = "adam";
   static constexpr int kStates = 2;
   static constexpr StateSpec kStateSpecs[] = {{"exp_avg", true}, {"exp_avg_sq", false, true}};
-  static constexpr OptionSpec kOptions[] = {
-      {"float", "beta1"}, {"float", "beta2"}, {"float", "eps"}, {"float", "weight_decay"}};
+  static constexpr OptionSpec kOptions[] = {{"float", "beta1", kRate},
+                                            {"float", "beta2", kRate},
+                                            {"float", "eps", kAmount},
+                                            {"float", "weight_decay", kAmount}};
 
   struct Hyper {
     float beta1, beta2, eps;
@@ -98,13 +107,6 @@ struct Adam : NoTrust {
     return h;
   }
 
-  static const char* invalid(const double* option) {
-    return first_error({require(is_rate(option[0]), "beta1 must be in [0, 1)"),
-                        require(is_rate(option[1]), "beta2 must be in [0, 1)"),
-                        require(is_amount(option[2]), "eps must be finite and not negative"),
-                        require(is_amount(option[3]), "weight_decay must be finite and not negative")});
-  }
-
   template <class F>
   BNBOPS_HD static F update(F g, F& p, States<F, kStates>& s, const Hyper& h) {
     s[0] = fused_multiply_add(F(h.beta1), s[0], F(h.grad_weight) * g);
@@ -118,11 +120,11 @@ struct Adam : NoTrust {
 };
 
 // Gradient descent without memory (torch.optim.SGD, momentum = 0).
-struct Sgd : NoTrust {
+struct Sgd : RuleDefaults {
   static constexpr const char* kName = "sgd";
   static constexpr int kStates = 0;
   static constexpr StateSpec kStateSpecs[] = {{nullptr, false}};
-  static constexpr OptionSpec kOptions[] = {{"float", "weight_decay"}};
+  static constexpr OptionSpec kOptions[] = {{"float", "weight_decay", kAmount}};
 
   struct Hyper {
     float grad_factor, weight_decay, minus_lr;
@@ -130,10 +132,6 @@ struct Sgd : NoTrust {
 
   BNBOPS_HD static Hyper prepare(const double* option, const StepScalars& x) {
     return {to_float(x.grad_factor), to_float(option[0]), to_float(-x.lr)};
-  }
-
-  static const char* invalid(const double* option) {
-    return require(is_amount(option[0]), "weight_decay must be finite and not negative");
   }
 
   template <class F>
@@ -145,12 +143,14 @@ struct Sgd : NoTrust {
 };
 
 // Gradient descent with momentum. Sutskever et al. 2013, equations 1 and 2; dampening and Nesterov as torch.optim.SGD.
-struct Momentum : NoTrust {
+struct Momentum : RuleDefaults {
   static constexpr const char* kName = "momentum";
   static constexpr int kStates = 1;
   static constexpr StateSpec kStateSpecs[] = {{"momentum_buffer", true}};
-  static constexpr OptionSpec kOptions[] = {
-      {"float", "momentum"}, {"float", "dampening"}, {"float", "weight_decay"}, {"bool", "nesterov"}};
+  static constexpr OptionSpec kOptions[] = {{"float", "momentum", kAmount},
+                                            {"float", "dampening", kNumber},
+                                            {"float", "weight_decay", kAmount},
+                                            {"bool", "nesterov", kFlag}};
 
   struct Hyper {
     float grad_factor, weight_decay, trust, minus_lr;
@@ -174,12 +174,9 @@ struct Momentum : NoTrust {
     return h;
   }
 
-  static const char* invalid(const double* option) {
-    return first_error(
-        {require(is_amount(option[0]), "momentum must be finite and not negative"),
-         require(std::isfinite(option[1]), "dampening must be finite"),
-         require(is_amount(option[2]), "weight_decay must be finite and not negative"),
-         require(option[3] == 0 || (option[0] > 0 && option[1] == 0), "nesterov needs a momentum and no dampening")});
+  static const char* conflict(const double* option) {
+    const bool fine = option[3] == 0 || (option[0] > 0 && option[1] == 0);
+    return fine ? nullptr : "nesterov needs a momentum and no dampening";
   }
 
   template <class F>
@@ -209,11 +206,12 @@ struct Lars : Momentum {
 };
 
 // Chen et al. 2023, algorithm 2.
-struct Lion : NoTrust {
+struct Lion : RuleDefaults {
   static constexpr const char* kName = "lion";
   static constexpr int kStates = 1;
   static constexpr StateSpec kStateSpecs[] = {{"exp_avg", true}};
-  static constexpr OptionSpec kOptions[] = {{"float", "beta1"}, {"float", "beta2"}, {"float", "weight_decay"}};
+  static constexpr OptionSpec kOptions[] = {
+      {"float", "beta1", kRate}, {"float", "beta2", kRate}, {"float", "weight_decay", kAmount}};
 
   struct Hyper {
     float beta1, beta2, minus_lr;
@@ -230,12 +228,6 @@ struct Lion : NoTrust {
             to_float(1 - x.lr * option[2])};
   }
 
-  static const char* invalid(const double* option) {
-    return first_error({require(is_rate(option[0]), "beta1 must be in [0, 1)"),
-                        require(is_rate(option[1]), "beta2 must be in [0, 1)"),
-                        require(is_amount(option[2]), "weight_decay must be finite and not negative")});
-  }
-
   template <class F>
   BNBOPS_HD static F update(F g, F& p, States<F, kStates>& s, const Hyper& h) {
     const F interpolated = fused_multiply_add(F(h.beta1), s[0], F(h.grad_weight1) * g);
@@ -246,11 +238,12 @@ struct Lion : NoTrust {
 };
 
 // Tieleman & Hinton 2012 (lecture 6e); eps outside the root and coupled weight decay as torch.optim.RMSprop.
-struct RmsProp : NoTrust {
+struct RmsProp : RuleDefaults {
   static constexpr const char* kName = "rmsprop";
   static constexpr int kStates = 1;
   static constexpr StateSpec kStateSpecs[] = {{"square_avg", true, true}};  // the map that bitsandbytes takes
-  static constexpr OptionSpec kOptions[] = {{"float", "alpha"}, {"float", "eps"}, {"float", "weight_decay"}};
+  static constexpr OptionSpec kOptions[] = {
+      {"float", "alpha", kRate}, {"float", "eps", kAmount}, {"float", "weight_decay", kAmount}};
 
   struct Hyper {
     float grad_factor, weight_decay, minus_lr, alpha, square_weight, eps;
@@ -259,12 +252,6 @@ struct RmsProp : NoTrust {
   BNBOPS_HD static Hyper prepare(const double* option, const StepScalars& x) {
     return {to_float(x.grad_factor), to_float(option[2]),     to_float(-x.lr),
             to_float(option[0]),     to_float(1 - option[0]), to_float(option[1])};
-  }
-
-  static const char* invalid(const double* option) {
-    return first_error({require(is_rate(option[0]), "alpha must be in [0, 1)"),
-                        require(is_amount(option[1]), "eps must be finite and not negative"),
-                        require(is_amount(option[2]), "weight_decay must be finite and not negative")});
   }
 
   // The gradient over the root of its mean square.
@@ -283,12 +270,12 @@ struct RmsProp : NoTrust {
 };
 
 // RMSprop whose steps are accumulated with momentum, as torch.optim.RMSprop.
-struct RmsPropMomentum : NoTrust {
+struct RmsPropMomentum : RuleDefaults {
   static constexpr const char* kName = "rmsprop_momentum";
   static constexpr int kStates = 2;
   static constexpr StateSpec kStateSpecs[] = {RmsProp::kStateSpecs[0], {"momentum_buffer", true}};
   static constexpr OptionSpec kOptions[] = {
-      RmsProp::kOptions[0], RmsProp::kOptions[1], RmsProp::kOptions[2], {"float", "momentum"}};
+      RmsProp::kOptions[0], RmsProp::kOptions[1], RmsProp::kOptions[2], {"float", "momentum", kAmount}};
 
   struct Hyper {
     RmsProp::Hyper rmsprop;
@@ -297,11 +284,6 @@ struct RmsPropMomentum : NoTrust {
 
   BNBOPS_HD static Hyper prepare(const double* option, const StepScalars& x) {
     return {RmsProp::prepare(option, x), to_float(option[3])};
-  }
-
-  static const char* invalid(const double* option) {
-    return first_error(
-        {RmsProp::invalid(option), require(is_amount(option[3]), "momentum must be finite and not negative")});
   }
 
   template <class F>
@@ -313,11 +295,12 @@ struct RmsPropMomentum : NoTrust {
 };
 
 // Duchi, Hazan & Singer 2011, figure 1 (diagonal); lr_decay as torch.optim.Adagrad.
-struct Adagrad : NoTrust {
+struct Adagrad : RuleDefaults {
   static constexpr const char* kName = "adagrad";
   static constexpr int kStates = 1;
   static constexpr StateSpec kStateSpecs[] = {{"sum", true, true}};  // the map that bitsandbytes takes
-  static constexpr OptionSpec kOptions[] = {{"float", "lr_decay"}, {"float", "eps"}, {"float", "weight_decay"}};
+  static constexpr OptionSpec kOptions[] = {
+      {"float", "lr_decay", kAmount}, {"float", "eps", kAmount}, {"float", "weight_decay", kAmount}};
 
   struct Hyper {
     float grad_factor, weight_decay, eps;
@@ -327,12 +310,6 @@ struct Adagrad : NoTrust {
   BNBOPS_HD static Hyper prepare(const double* option, const StepScalars& x) {
     return {to_float(x.grad_factor), to_float(option[2]), to_float(option[1]),
             to_float(-x.lr / (1 + (x.step - 1) * option[0]))};
-  }
-
-  static const char* invalid(const double* option) {
-    return first_error({require(is_amount(option[0]), "lr_decay must be finite and not negative"),
-                        require(is_amount(option[1]), "eps must be finite and not negative"),
-                        require(is_amount(option[2]), "weight_decay must be finite and not negative")});
   }
 
   template <class F>
@@ -345,15 +322,15 @@ struct Adagrad : NoTrust {
 };
 
 // You et al. 2020, algorithm 2. The norms behind the trust ratio come from `direction`.
-struct Lamb {
+struct Lamb : RuleDefaults {
   static constexpr const char* kName = "lamb";
   static constexpr bool kDirectionNorm = true;
   static constexpr bool kTrust = true;
   static constexpr int kStates = 2;
   static constexpr StateSpec kStateSpecs[] = {{"exp_avg", true}, {"exp_avg_sq", false, true}};
-  static constexpr OptionSpec kOptions[] = {
-      {"float", "beta1"},        {"float", "beta2"},          {"float", "eps"},
-      {"float", "weight_decay"}, {"bool", "bias_correction"}, {"bool", "adam_w_mode"}};
+  static constexpr OptionSpec kOptions[] = {{"float", "beta1", kRate},          {"float", "beta2", kRate},
+                                            {"float", "eps", kAmount},          {"float", "weight_decay", kAmount},
+                                            {"bool", "bias_correction", kFlag}, {"bool", "adam_w_mode", kFlag}};
 
   struct Hyper {
     float grad_factor, beta1, beta2, eps;
@@ -381,8 +358,6 @@ struct Lamb {
     return h;
   }
 
-  static const char* invalid(const double* option) { return Adam::invalid(option); }
-
   // Moves the states on and returns the direction u, whose norm makes the trust ratio.
   template <class F>
   BNBOPS_HD static F direction(F g, F p, States<F, kStates>& s, const Hyper& h) {
@@ -407,13 +382,14 @@ struct Lamb {
 };
 
 // Pagliardini, Ablin & Grangier 2024, algorithm 1.
-struct AdEmaMix : NoTrust {
+struct AdEmaMix : RuleDefaults {
   static constexpr const char* kName = "ademamix";
   static constexpr int kStates = 3;
   static constexpr StateSpec kStateSpecs[] = {{"exp_avg", true}, {"exp_avg_slow", true}, {"exp_avg_sq", false, true}};
-  static constexpr OptionSpec kOptions[] = {{"float", "beta1"}, {"float", "beta2"}, {"float", "beta3"},
-                                            {"float", "alpha"}, {"float", "eps"},   {"float", "weight_decay"},
-                                            {"int", "t_alpha"}, {"int", "t_beta3"}};
+  static constexpr OptionSpec kOptions[] = {{"float", "beta1", kRate},  {"float", "beta2", kRate},
+                                            {"float", "beta3", kRate},  {"float", "alpha", kAmount},
+                                            {"float", "eps", kAmount},  {"float", "weight_decay", kAmount},
+                                            {"int", "t_alpha", kCount}, {"int", "t_beta3", kCount}};
 
   struct Hyper {
     float beta1, beta2, beta3, alpha, eps;
@@ -454,17 +430,6 @@ struct AdEmaMix : NoTrust {
     h.inv_correction1 = to_float(1 / (1 - power(beta1, x.step)));
     h.inv_sqrt_correction2 = to_float(1 / std::sqrt(1 - power(beta2, x.step)));
     return h;
-  }
-
-  static const char* invalid(const double* option) {
-    return first_error({require(is_rate(option[0]), "beta1 must be in [0, 1)"),
-                        require(is_rate(option[1]), "beta2 must be in [0, 1)"),
-                        require(is_rate(option[2]), "beta3 must be in [0, 1)"),
-                        require(is_amount(option[3]), "alpha must be finite and not negative"),
-                        require(is_amount(option[4]), "eps must be finite and not negative"),
-                        require(is_amount(option[5]), "weight_decay must be finite and not negative"),
-                        require(option[6] >= 0, "t_alpha must not be negative"),
-                        require(option[7] >= 0, "t_beta3 must not be negative")});
   }
 
   template <class F>

@@ -1,5 +1,8 @@
 # Sources that more than one library is made of, relative to this folder.
 
+# The schemas of all operators, and what their tables say.
+set(BNBOPS_SCHEMAS ops.cpp facts.cpp)
+
 # The argument checks, which every backend has in it.
 set(BNBOPS_CHECKS check.cpp blockwise.cpp norms.cpp optimizer.cpp weight_4bit.cpp int8.cpp)
 

@@ -10,11 +10,11 @@ std::string text_of(const std::vector<int64_t>& shape) {
 }
 
 void check_type(const char* op, int64_t blocksize, const std::string& quant_type) {
-  BNBOPS_CHECK(quant_type == "nf4" || quant_type == "fp4", "bnbops::", op, ": quant_type must be 'nf4' or 'fp4', got '",
-               quant_type, "'");
+  quant_type_of(op, quant_type);
   const bool power_of_two = blocksize > 0 && (blocksize & (blocksize - 1)) == 0;
-  BNBOPS_CHECK(power_of_two && blocksize >= 32 && blocksize <= 4096, "bnbops::", op,
-               ": blocksize must be a power of two from 32 to 4096, got ", blocksize);
+  BNBOPS_CHECK(power_of_two && blocksize >= kSmallestBlock4bit && blocksize <= kLargestBlock4bit, "bnbops::", op,
+               ": blocksize must be a power of two from ", kSmallestBlock4bit, " to ", kLargestBlock4bit, ", got ",
+               blocksize);
 }
 
 void check_result_dtype(const char* op, ScalarType dtype) {
@@ -113,6 +113,15 @@ void Weight4bitArguments::check(size_t dims) const {
   BNBOPS_CHECK(nested_absmax->numel() == nested_blocks, Named{*nested_absmax, op, "nested_absmax"}, " has ",
                nested_absmax->numel(), " elements, but ", blocks, " scales in blocks of ", nested_blocksize, " need ",
                nested_blocks);
+}
+
+QuantType quant_type_of(const char* op, const std::string& name) {
+  std::string known;
+  for (const auto& format : kFormats4bit) {
+    if (name == format) return static_cast<QuantType>(&format - kFormats4bit);
+    known += (known.empty() ? "'" : " or '") + std::string(format) + "'";
+  }
+  fail("bnbops::", op, ": quant_type must be ", known, ", got '", name, "'");
 }
 
 int64_t storage_size(ScalarType quant_storage) {

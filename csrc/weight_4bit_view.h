@@ -7,13 +7,11 @@
 
 namespace bnbops {
 
-inline QuantType quant_type_of(const std::string& name) { return name == "nf4" ? QuantType::kNF4 : QuantType::kFP4; }
-
 inline Weight4bit kernel_view(const Weight4bitArguments& arguments) {
   Weight4bit weight{};
   weight.codes = data_of<uint8_t>(arguments.weight);
   weight.blocksize = arguments.blocksize;
-  weight.quant_type = quant_type_of(arguments.quant_type);
+  weight.quant_type = quant_type_of(arguments.op, arguments.quant_type);
   if (arguments.nested_absmax) {
     weight.nested_codes = data_of<uint8_t>(arguments.absmax);
     weight.nested_codebook = data_of<float>(*arguments.nested_code);

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from bnbops.facts import MOST_INT8_PRODUCTS
+
 from .checks import FLOAT_DTYPES, check, check_device, check_dtype, check_float, check_scales, name_of
 from .frozen import bias_gradient, refuse_vmap, register_autocast, register_gradients
-
-_MAX_PRODUCTS = 131071  # whose sum an int32 holds for certain
 
 
 def _rows(tensor: Tensor) -> int:
@@ -53,8 +53,8 @@ def _check_threshold(op: str, threshold: float) -> None:
 def _check_inner(op: str, a: str, A: Tensor, b: str, B: Tensor) -> None:
     shapes = f"{op}: {b} has shape {list(B.shape)}, but {a} has {list(A.shape)}"
     check(B.shape[-1] == A.shape[-1], f"{shapes}: their last dimensions must be equal")
-    message = f"{op}: {a} has {A.shape[-1]} columns; an int32 holds the sum of at most {_MAX_PRODUCTS} products"
-    check(A.shape[-1] <= _MAX_PRODUCTS, message)
+    message = f"{op}: {a} has {A.shape[-1]} columns; an int32 holds the sum of at most {MOST_INT8_PRODUCTS} products"
+    check(A.shape[-1] <= MOST_INT8_PRODUCTS, message)
 
 
 def _check_matmul(op: str, A: Tensor, B: Tensor) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
 
 import torch
 from torch import Tensor
+
+from bnbops.facts import RULES, STATE_BLOCK, Rule
 
 from .checks import (
     check,
@@ -16,8 +19,6 @@ from .checks import (
     check_one_element,
     name_of,
 )
-
-_BLOCK = 256
 
 
 def _check_lengths(
@@ -41,13 +42,13 @@ def _check_absmax(what: str, absmax: Tensor, param: Tensor) -> None:
     check_device(what, absmax, param)
     check_contiguous(what, absmax)
     rows = param.shape[0] if param.dim() else 1
-    per_row = -((param.numel() // rows if rows else 0) // -_BLOCK)
-    flat = -(param.numel() // -_BLOCK)
+    per_row = -((param.numel() // rows if rows else 0) // -STATE_BLOCK)
+    flat = -(param.numel() // -STATE_BLOCK)
     by_rows = absmax.dim() == 2 and absmax.shape[0] == rows and (absmax.shape[1] == per_row or param.numel() == 0)
     check(
         by_rows or (absmax.dim() == 1 and absmax.shape[0] == flat),
         f"{what} has shape {list(absmax.shape)}, but params of shape {list(param.shape)} need [{rows}, {per_row}] "
-        f"(blocks of {_BLOCK} in each row) or [{flat}] (flat blocks)",
+        f"(blocks of {STATE_BLOCK} in each row) or [{flat}] (flat blocks)",
     )
 
 
@@ -127,22 +128,19 @@ def _check_scalars(op: str, params: list[Tensor], lr: Tensor, scalars: dict[str,
 _SCALARS = ("grad_scale", "found_inf", "clip", "trust")
 
 
-def _register(op: str, result) -> None:
+def _register(op: str, rule: Rule, result: Callable[[list[Tensor]], Tensor | None]) -> None:
     """A fake for an operator with a rule's arguments, which returns `result(params)`."""
-    schema = getattr(torch.ops.bnbops, op).default._schema
-    names = [a.name for a in schema.arguments if not a.kwarg_only]
-    states = [name.removesuffix("_absmax") for name in names if name.endswith("_absmax")]
-
-    count = sum(a.kwarg_only and str(a.type) in ("float", "bool", "int") for a in schema.arguments) - 1  # maximize
+    states = list(rule.state_names)
+    names = ["grads", *states, *(f"{state}_absmax" for state in states), "steps"]
 
     def fake(params, *args, lr, options=None, **scalars):
-        lists = dict(zip(names[1:], args, strict=True))
+        lists = dict(zip(names, args, strict=True))
         _check_lengths(op, params, lists, states, _is_quantized(lists))
         for i in range(len(params)):
             _check_param(op, i, params, lists, states)
         _check_scalars(op, params, lr, {name: scalars.get(name) for name in _SCALARS})
         if options is not None:
-            _check_options(op, options, count)
+            _check_options(op, options, len(rule.options))
         return result(params)
 
     torch.library.register_fake(f"bnbops::{op}", fake)
@@ -155,9 +153,8 @@ def _norms(params: list[Tensor]) -> Tensor:
     return torch.empty(len(params), dtype=torch.float64, device=params[0].device if params else "cpu")
 
 
-for _op in torch.ops.bnbops.step_ops():
-    _register(_op, lambda params: None)
-    _norms_op = _op.removesuffix("_step_") + "_squared_norms"
-    if hasattr(torch.ops.bnbops, _norms_op):
-        _register(_norms_op, _norms)
-        _library.impl(_norms_op, torch.library.fallthrough_kernel, "Autograd")  # not differentiable
+for _rule in RULES.values():
+    _register(_rule.step, _rule, lambda params: None)
+    if _rule.direction_norm:
+        _register(_rule.squared_norms, _rule, _norms)
+        _library.impl(_rule.squared_norms, torch.library.fallthrough_kernel, "Autograd")  # not differentiable

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from bnbops.facts import BLOCKS_4BIT, FORMATS_4BIT, in_words
+
 from .checks import (
     FLOAT_DTYPES,
     check,
@@ -29,9 +31,9 @@ _CODEBOOK_SIZE = 256  # of quantized scales
 
 
 def _check_type(op: str, blocksize: int, quant_type: str) -> None:
-    check(quant_type in ("nf4", "fp4"), f"{op}: quant_type must be 'nf4' or 'fp4', got '{quant_type}'")
-    fits = 32 <= blocksize <= 4096 and blocksize & (blocksize - 1) == 0
-    check(fits, f"{op}: blocksize must be a power of two from 32 to 4096, got {blocksize}")
+    check(quant_type in FORMATS_4BIT, f"{op}: quant_type must be {in_words(FORMATS_4BIT)}, got '{quant_type}'")
+    bounds = f"from {BLOCKS_4BIT[0]} to {BLOCKS_4BIT[-1]}"
+    check(blocksize in BLOCKS_4BIT, f"{op}: blocksize must be a power of two {bounds}, got {blocksize}")
 
 
 def _check_storage(what: str, dtype: torch.dtype) -> None:

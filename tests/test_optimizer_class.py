@@ -241,7 +241,7 @@ def test_which_parameters_get_8bit_states(name):
     train(p, optimizer, range(1))
     for x, (shape, quantized) in zip(p, SHAPES.items(), strict=True):
         state = optimizer.state[x]
-        names = optimizer._state_names
+        names = optimizer._state_names()
         assert state["step"].shape == () and state["step"].dtype == torch.float32 and state["step"].item() == 1
         if quantized and fixed_bits(name) == 8:
             assert set(state) == {"step", *names, *(f"{n}_absmax" for n in names)}
@@ -260,7 +260,7 @@ def test_optim_bits_and_min_8bit_size(name):
         p = params(shape)
         optimizer = build(name, p, **arguments)
         optimizer.init_state()
-        return optimizer.state[p[0]][optimizer._state_names[0]].dtype == torch.uint8
+        return optimizer.state[p[0]][optimizer._state_names()[0]].dtype == torch.uint8
 
     assert not is_8bit((64, 64)) and not is_8bit((64, 64), optim_bits=32)
     assert is_8bit((64, 64), optim_bits=8)

@@ -194,7 +194,7 @@ def test_a_state_dict_of_another_family(name):
     optimizer = build(name, p)
     train(p, optimizer, range(1))
     for other in (build(other, params((64, 80))) for other in FAMILIES):
-        if other._state_names != optimizer._state_names:
+        if other._state_names() != optimizer._state_names():
             with pytest.raises(ValueError, match=r"is it of another optimizer|its keys do not fit"):
                 other.load_state_dict(optimizer.state_dict())
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from backends import on_every_backend
-from reference.group import fresh_group, random_group
+from bnbops import facts
+from reference.group import NOT_NEGATIVE, fresh_group, random_group
 from reference.rules import RULES
 from rule_cases import CASES, CODECS, DTYPES, assert_same, every_case, option_tensor, step_and_check, usual
 
@@ -16,7 +17,10 @@ SHAPES = [(64, 64), (3, 256), (5, 257), (7, 255), (1, 513), (2, 1), (17, 512), (
 
 def test_the_references_are_of_all_operators():
     """Same rules, same states, same options."""
-    assert sorted(torch.ops.bnbops.step_ops()) == sorted(f"{rule}_step_" for rule in RULES)
+    assert {name: {s.name: s.signed for s in rule.states} for name, rule in facts.RULES.items()} == {
+        name: rule.states for name, rule in RULES.items()
+    }
+    assert {name for name, state in facts.STATES.items() if state.divisor} == NOT_NEGATIVE
     around = {"params", "grads", "steps", "lr", "maximize", "options", "grad_scale", "found_inf", "clip"}
     for name, rule in RULES.items():
         assert rule.operator.name() == f"bnbops::{name}_step_"

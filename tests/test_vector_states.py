@@ -34,7 +34,7 @@ def test_large_vectors_have_8bit_states(name):
     optimizer = build(name, p, **EIGHT_BITS)
     assert bits(optimizer) == [8, 32, 32, 32]
     state = optimizer.state[p[0]]
-    for key in optimizer._state_names:
+    for key in optimizer._state_names():
         assert state[key].dtype == torch.uint8 and state[key].shape == (LARGE,)
         assert state[f"{key}_absmax"].shape == (256,)
     assert bits(build(name, params((LARGE,)))) == [32]
@@ -93,7 +93,7 @@ def test_a_vector_is_stepped_as_a_matrix_of_its_blocks(name):
             optimizer.step()
     assert torch.equal(matrix.flatten(), vector)
     state, flat = (optimizer.state[p] for p, optimizer in pairs)
-    assert state.keys() == flat.keys() and state[f"{pairs[0][1]._state_names[0]}_absmax"].dtype == torch.float32
+    assert state.keys() == flat.keys() and state[f"{pairs[0][1]._state_names()[0]}_absmax"].dtype == torch.float32
     assert_same([x.flatten() for x in state.values()], [x.flatten() for x in flat.values()])
 
 

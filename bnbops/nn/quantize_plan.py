@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from bnbops.facts import FORMATS_4BIT
 from bnbops.nn.weight_4bit import Weight4bit
 from bnbops.nn.weight_8bit import Int8Module
 from bnbops.sharded import is_sharded
 
-FORMATS = ("nf4", "fp4", "int8")
+FORMATS = (*FORMATS_4BIT, "int8")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights that can be quantized
 SHARDED = "its weight is sharded (a DTensor): quantize the model first, then call fully_shard"
 

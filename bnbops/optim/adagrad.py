@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from bnbops.facts import RULES
 from bnbops.optim.base import Optimizer
 from bnbops.optim.options import MIN_8BIT_SIZE, CommonAndPaged, non_negative, takes_common_keywords
 from bnbops.optim.precision import variant
@@ -29,14 +30,8 @@ class Adagrad(Optimizer):
         ValueError: a value out of range, or one that is not supported.
     """
 
-    _op = "adagrad_step_"
-    _state_names = ("sum",)
-    _checks: ClassVar = {
-        "lr_decay": non_negative,
-        "weight_decay": non_negative,
-        "initial_accumulator_value": non_negative,
-        "eps": non_negative,
-    }
+    _rules = (RULES["adagrad"],)
+    _checks: ClassVar = {"initial_accumulator_value": non_negative}
 
     @takes_common_keywords
     def __init__(
@@ -55,9 +50,6 @@ class Adagrad(Optimizer):
         defaults = {"lr": lr, "lr_decay": lr_decay, "weight_decay": weight_decay}
         defaults |= {"initial_accumulator_value": initial_accumulator_value, "eps": eps}
         super().__init__(params, defaults, optim_bits=optim_bits, args=args, min_8bit_size=min_8bit_size, **keywords)
-
-    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {name: group[name] for name in ("lr_decay", "eps", "weight_decay")}
 
     def _initial(self, group: dict[str, Any]) -> dict[str, float]:
         return {"sum": group["initial_accumulator_value"]}

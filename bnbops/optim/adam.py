@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
+from bnbops.facts import RULES
 from bnbops.optim.base import Optimizer
 from bnbops.optim.options import (
     MIN_8BIT_SIZE,
     CommonKeywords,
     check_unsupported,
-    decay_rates,
-    non_negative,
     takes_common_keywords,
 )
 from bnbops.optim.precision import variant
@@ -38,9 +37,7 @@ class Adam(Optimizer):
         ValueError: a value out of range, or one that is not supported.
     """
 
-    _op = "adam_step_"
-    _state_names = ("exp_avg", "exp_avg_sq")
-    _checks: ClassVar = {"betas": decay_rates(2), "eps": non_negative, "weight_decay": non_negative}
+    _rules = (RULES["adam"],)
 
     @takes_common_keywords
     def __init__(
@@ -68,10 +65,6 @@ class Adam(Optimizer):
             is_paged=is_paged,
             **keywords,
         )
-
-    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
-        beta1, beta2 = group["betas"]
-        return {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "weight_decay": group["weight_decay"]}
 
 
 Adam8bit = variant(Adam, bits=8)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from bnbops.facts import RULES
 from bnbops.optim.base import Optimizer
 from bnbops.optim.options import (
     MIN_8BIT_SIZE,
     CommonKeywords,
-    decay_rates,
-    non_negative,
     schedule_length,
     takes_common_keywords,
 )
@@ -38,16 +38,8 @@ class AdEMAMix(Optimizer):
         ValueError: a value out of range, or one that is not supported.
     """
 
-    _op = "ademamix_step_"
-    _state_names = ("exp_avg", "exp_avg_slow", "exp_avg_sq")
-    _checks: ClassVar = {
-        "betas": decay_rates(3),
-        "alpha": non_negative,
-        "t_alpha": schedule_length,
-        "t_beta3": schedule_length,
-        "eps": non_negative,
-        "weight_decay": non_negative,
-    }
+    _rules = (RULES["ademamix"],)
+    _checks: ClassVar = {"t_alpha": schedule_length, "t_beta3": schedule_length}
 
     @takes_common_keywords
     def __init__(
@@ -71,18 +63,9 @@ class AdEMAMix(Optimizer):
             params, defaults, optim_bits=optim_bits, min_8bit_size=min_8bit_size, is_paged=is_paged, **keywords
         )
 
-    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
-        beta1, beta2, beta3 = group["betas"]
-        return {
-            "beta1": beta1,
-            "beta2": beta2,
-            "beta3": beta3,
-            "alpha": group["alpha"],
-            "eps": group["eps"],
-            "weight_decay": group["weight_decay"],
-            "t_alpha": group["t_alpha"] or 0,
-            "t_beta3": group["t_beta3"] or 0,
-        }
+    def _options(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        unscheduled = {name: group[name] or 0 for name in ("t_alpha", "t_beta3")}
+        return super()._options({**group, **unscheduled})
 
 
 AdEMAMix8bit = variant(AdEMAMix, bits=8, without=("optim_bits",))

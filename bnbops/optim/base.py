@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from bnbops.facts import Rule
 from bnbops.optim.batch import Batch
 from bnbops.optim.call import Call, Plan, check
 from bnbops.optim.checkpoint import FORMAT_VERSION
@@ -19,8 +20,10 @@ from bnbops.optim.options import (
     MIN_8BIT_SIZE,
     Check,
     as_numbers,
+    checks_of,
     common_defaults,
     learning_rate,
+    numbers_of,
     with_vector_size,
 )
 from bnbops.optim.overrides import Overrides
@@ -36,10 +39,9 @@ from bnbops.tracing import is_traced
 class Optimizer(TraceableOptimizer):
     """Base of the optimizers: parameters and their states go to one operator call a group and precision.
 
-    A family defines `_op` (a name in `torch.ops.bnbops`), `_state_names` (in the operator's order), `_options` (the
-    operator's hyperparameters from a param group) and `_checks` (what they may be). Everything that configures a step
-    lives in the param groups, but what `GlobalOptimManager` overrides for single parameters; that is looked up by
-    `init_state()` and every `step()` outside a compiled graph.
+    A family names the update rules that it follows, whose states, options and ranges csrc/rules.h has. Everything that
+    configures a step lives in the param groups, but what `GlobalOptimManager` overrides for single parameters; that is
+    looked up by `init_state()` and every `step()` outside a compiled graph.
 
     Unlike torch's own optimizers it can be traced whole: `step()` builds no state inside a compiled graph; call
     `init_state()` before (`bnbops.compiled_train_step` does).
@@ -70,10 +72,8 @@ class Optimizer(TraceableOptimizer):
         ValueError: a value out of range, or one that is not supported.
     """
 
-    _op: str
-    _state_names: tuple[str, ...]
-    _optional_states: tuple[str, ...] = ()  # that a parameter has only if its options ask for them
-    _checks: ClassVar[Mapping[str, Check]] = {}
+    _rules: ClassVar[tuple[Rule, ...]]  # the options tell which of them
+    _checks: ClassVar[Mapping[str, Check]] = {}  # of options that are not the rules', or not as the rules have them
 
     def __init__(
         self,
@@ -112,13 +112,17 @@ class Optimizer(TraceableOptimizer):
 
     # ---- what a family may define ------------------------------------------------------------------------------
 
-    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The operator's keyword arguments that are its own."""
-        raise NotImplementedError
+    def _rule(self, group: Mapping[str, Any]) -> Rule:
+        """The rule that a group's options ask for."""
+        return self._rules[0]
 
-    def _rule(self, group: dict[str, Any]) -> tuple[Callable[..., None], tuple[str, ...]]:
-        """The operator that a group's options ask for, and its states."""
-        return getattr(torch.ops.bnbops, self._op), self._state_names
+    def _operator(self, rule: Rule) -> Callable[..., None]:
+        """What takes its step."""
+        return getattr(torch.ops.bnbops, rule.step)
+
+    def _options(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The operator's keyword arguments that are its own."""
+        return numbers_of(self._rule(group), group)
 
     def _trust(self, call: Call, scalars: dict[str, Any], group: dict[str, Any]) -> dict[str, Tensor]:
         """The operator's keyword arguments that are made from norms."""
@@ -126,7 +130,7 @@ class Optimizer(TraceableOptimizer):
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         """Raises ValueError for an option out of range, all but lr: schedulers may arrive a little below zero."""
-        for name, check_option in {**COMMON_CHECKS, **self._checks}.items():
+        for name, check_option in {**COMMON_CHECKS, **checks_of(self._rules), **self._checks}.items():
             check_option(name, options[name])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -175,7 +179,8 @@ class Optimizer(TraceableOptimizer):
 
     def _plan(self, group: dict[str, Any], override: int) -> Plan:
         config = self._overrides.applied(group, override)
-        return Plan.of(config, *self._rule(config))
+        rule = self._rule(config)
+        return Plan.of(config, self._operator(rule), rule.state_names)
 
     # ---- steps -------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnbops.facts import RULES
 from bnbops.optim.call import Plan
 
 
@@ -59,16 +60,10 @@ def as_tensors(plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _ZEROS = {"float": 0.0, "bool": False, "int": 0}
-
-
-def _options(op: Any) -> dict[str, Any]:
-    """The options of an operator's own, and zeros for them."""
-    options = [a for a in op.default._schema.arguments if a.kwarg_only and str(a.type) in _ZEROS]
-    return {a.name: _ZEROS[str(a.type)] for a in options if a.name != "maximize"}
-
-
-# Made once, since the compiler cannot look into schemas.
-_OPTIONS = {op: _options(op) for op in (getattr(torch.ops.bnbops, name) for name in torch.ops.bnbops.step_ops())}
+_OPTIONS = {
+    getattr(torch.ops.bnbops, rule.step): {option.name: _ZEROS[option.type] for option in rule.options}
+    for rule in RULES.values()
+}
 
 
 def _unused(op: Any) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bnbops.facts import NORM_HISTORY
 from bnbops.optim.norms import whole_squared_norms
 from bnbops.optim.parallel import local_grad
-from bnbops.optim.state import NORMS_KEPT, absmax_name
+from bnbops.optim.state import absmax_name
 from bnbops.sharded import is_sharded, local
 from bnbops.tracing import is_traced
 
@@ -90,8 +91,10 @@ class Call:
         overflow = torch.ones((), dtype=torch.float32, device="cpu")  # no device has work to do
         self.op(*self.lists, **{**self.scalars, "found_inf": overflow})
         for i, vec in enumerate(self.gnorm_vecs):
-            if vec.shape != (NORMS_KEPT,) or vec.dtype != torch.float32:
-                raise RuntimeError(f"gnorm_vec[{i}] must be float32 [{NORMS_KEPT}], got {vec.dtype} {list(vec.shape)}")
+            if vec.shape != (NORM_HISTORY,) or vec.dtype != torch.float32:
+                raise RuntimeError(
+                    f"gnorm_vec[{i}] must be float32 [{NORM_HISTORY}], got {vec.dtype} {list(vec.shape)}"
+                )
 
     def run(self) -> None:
         """Takes the step."""

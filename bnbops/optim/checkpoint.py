@@ -7,11 +7,12 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from bnbops.facts import Rule
 from bnbops.lasting import lasting
 from bnbops.optim import interchange, torch_interchange
 from bnbops.optim.batch import Batch
@@ -35,8 +36,7 @@ _DEFAULTS = {"percentile_clipping": 100, "min_8bit_vector_size": sys.maxsize}
 class CheckpointedOptimizer(torch.optim.Optimizer):
     """What `Optimizer` does with state dicts, pickles and copies."""
 
-    _state_names: tuple[str, ...]
-    _optional_states: tuple[str, ...]
+    _rules: ClassVar[tuple[Rule, ...]]
     _overrides: Overrides
     fused_scaling: bool
     _paged_directory: str | os.PathLike[str] | None
@@ -120,7 +120,17 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
 
     def problem_with(self, param: Tensor, state: Mapping[str, object], any_float: bool = False) -> str | None:
         """Why `load_state_dict` would refuse a parameter's state for its names, shapes or dtypes, or None."""
-        return check_state(param, state, self._state_names, self._optional_states, any_float=any_float)
+        return check_state(param, state, self._state_names(), self._optional_states(), any_float=any_float)
+
+    @classmethod
+    def _state_names(cls) -> tuple[str, ...]:
+        """Of all states that a parameter may have."""
+        return tuple(dict.fromkeys(name for rule in cls._rules for name in rule.state_names))
+
+    @classmethod
+    def _optional_states(cls) -> tuple[str, ...]:
+        """Those that a parameter has only if its options ask for them."""
+        return tuple(name for name in cls._state_names() if any(name not in rule.state_names for rule in cls._rules))
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("_paged_directory", "fused_scaling")}

@@ -7,13 +7,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bnbops.codebooks import create_dynamic_map
+from bnbops.facts import STATE_BLOCK, STATES
 from bnbops.lasting import lasting
-from bnbops.optim.state import BLOCKSIZE, absmax_shape
+from bnbops.optim.state import absmax_shape
 
-# As csrc/rules.h has them: states of the unsigned map, and those that a step divides by the root of.
-_UNSIGNED = frozenset({"exp_avg_sq"})
-DIVISORS = frozenset({"exp_avg_sq", "square_avg", "sum"})
-
+DIVISORS = frozenset(state.name for state in STATES.values() if state.divisor)
 with lasting():
     _MAPS = {signed: create_dynamic_map(signed) for signed in (True, False)}
 ONE = 255  # the code of 1 in either map
@@ -22,12 +20,12 @@ _ZEROS = {signed: int((code == 0).nonzero()) for signed, code in _MAPS.items()}
 
 def code_map(name: str, device: torch.device) -> Tensor:
     """The codebook of a state, fp32 [256]."""
-    return _MAPS[name not in _UNSIGNED].to(device)
+    return _MAPS[STATES[name].signed].to(device)
 
 
 def zero_code(name: str) -> int:
     """The code of 0 in a state's codebook."""
-    return _ZEROS[name not in _UNSIGNED]
+    return _ZEROS[STATES[name].signed]
 
 
 def decoded(name: str, codes: Tensor, absmax: Tensor) -> Tensor:
@@ -43,7 +41,7 @@ def decoded(name: str, codes: Tensor, absmax: Tensor) -> Tensor:
     """
     blocks = _blocked(codes, absmax.dim() == 1)
     code = code_map(name, codes.device)
-    values = torch.ops.bnbops.dequantize_blockwise(blocks, absmax.reshape(-1), code, BLOCKSIZE, torch.float32)
+    values = torch.ops.bnbops.dequantize_blockwise(blocks, absmax.reshape(-1), code, STATE_BLOCK, torch.float32)
     return _unblocked(values, codes.shape)
 
 
@@ -59,7 +57,7 @@ def encoded(name: str, values: Tensor, *, flat: bool) -> tuple[Tensor, Tensor]:
         uint8 codes of the values' shape; fp32 scales `[rows, blocks]`, or `[blocks]` if `flat`.
     """
     blocks = _blocked(values, flat)
-    codes, absmax = torch.ops.bnbops.quantize_blockwise(blocks, code_map(name, values.device), BLOCKSIZE)
+    codes, absmax = torch.ops.bnbops.quantize_blockwise(blocks, code_map(name, values.device), STATE_BLOCK)
     codes = _unblocked(codes, values.shape)
     if name in DIVISORS:  # what is positive stays so, or the next step would divide by 0
         codes = torch.where((values > 0) & (codes == zero_code(name)), zero_code(name) + 1, codes)
@@ -69,7 +67,7 @@ def encoded(name: str, values: Tensor, *, flat: bool) -> tuple[Tensor, Tensor]:
 def _blocked(x: Tensor, flat: bool) -> Tensor:
     """The same elements in an order in which no block of 256 straddles rows, filled up with zeros."""
     inner = 0 if flat or not x.numel() else x.numel() // x.shape[0]
-    return pad(x.reshape(-1, inner), (0, -inner % BLOCKSIZE)) if inner % BLOCKSIZE else x.contiguous()
+    return pad(x.reshape(-1, inner), (0, -inner % STATE_BLOCK)) if inner % STATE_BLOCK else x.contiguous()
 
 
 def _unblocked(blocks: Tensor, shape: torch.Size) -> Tensor:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from bnbops.facts import NORM_HISTORY
 from bnbops.optim.codec import DIVISORS, ONE, decoded, encoded, zero_code
 from bnbops.optim.loading import placed
-from bnbops.optim.state import NORMS_KEPT, absmax_name, begin, like
+from bnbops.optim.state import absmax_name, begin, like
 from bnbops.sharded import is_sharded, local
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _checked(param: Tensor, name: str, value: Any) -> Tensor:
     Raises:
         ValueError: it does not fit.
     """
-    shape = {"step": (), "gnorm_vec": (NORMS_KEPT,)}.get(name, tuple(param.shape))
+    shape = {"step": (), "gnorm_vec": (NORM_HISTORY,)}.get(name, tuple(param.shape))
     what = f"'{name}' of a parameter of shape {list(param.shape)}"
     if isinstance(value, Real) and not isinstance(value, bool) and shape == ():
         value = torch.tensor(float(value), dtype=torch.float32, device=local(param).device)

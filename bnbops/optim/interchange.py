@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from bnbops.facts import STATE_BLOCK
 from bnbops.optim.codec import code_map, decoded, encoded
-from bnbops.optim.state import BLOCKSIZE, absmax_name, absmax_shape
+from bnbops.optim.state import absmax_name, absmax_shape
 from bnbops.sharded import is_sharded
 
 if TYPE_CHECKING:
@@ -44,14 +45,14 @@ class _Storage:
 
 _NO_NESTEROV = {"dampening": 0, "nesterov": False}
 _STORAGE = {
-    "adam_step_": _Storage(("betas", "betas")),
-    "lamb_step_": _Storage(("betas", "betas"), unorm=True, ignored={"bias_correction": True, "adam_w_mode": True}),
-    "ademamix_step_": _Storage(("betas", "betas", "betas")),
-    "lion_step_": _Storage(("betas", "betas"), nonzero=1, eps=False, states=1),
-    "momentum_step_": _Storage(("momentum", "dampening"), nonzero=0, eps=False, states=1, ignored=_NO_NESTEROV),
-    "lars_step_": _Storage(("momentum", "dampening"), nonzero=0, eps=False, states=1, unorm=True, ignored=_NO_NESTEROV),
-    "rmsprop_step_": _Storage(("alpha", "momentum"), nonzero=0, states=1, ignored={"momentum": 0}),
-    "adagrad_step_": _Storage((0, 0), states=1, ignored={"lr_decay": 0}),
+    "adam": _Storage(("betas", "betas")),
+    "lamb": _Storage(("betas", "betas"), unorm=True, ignored={"bias_correction": True, "adam_w_mode": True}),
+    "ademamix": _Storage(("betas", "betas", "betas")),
+    "lion": _Storage(("betas", "betas"), nonzero=1, eps=False, states=1),
+    "momentum": _Storage(("momentum", "dampening"), nonzero=0, eps=False, states=1, ignored=_NO_NESTEROV),
+    "lars": _Storage(("momentum", "dampening"), nonzero=0, eps=False, states=1, unorm=True, ignored=_NO_NESTEROV),
+    "rmsprop": _Storage(("alpha", "momentum"), nonzero=0, states=1, ignored={"momentum": 0}),
+    "adagrad": _Storage((0, 0), states=1, ignored={"lr_decay": 0}),
 }
 _Slots = list[tuple[int, tuple[str, ...]]]  # our states behind bitsandbytes' state1 and state2
 
@@ -140,9 +141,9 @@ def to_bitsandbytes(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _storage(optimizer: Optimizer) -> _Storage:
-    if optimizer._op not in _STORAGE:
+    if (name := optimizer._rules[0].name) not in _STORAGE:
         raise ValueError(f"{_name(optimizer)} has no counterpart in bitsandbytes to exchange state dicts with")
-    return _STORAGE[optimizer._op]
+    return _STORAGE[name]
 
 
 def _name(optimizer: Optimizer) -> str:
@@ -151,7 +152,7 @@ def _name(optimizer: Optimizer) -> str:
 
 def _slots(optimizer: Optimizer, group: dict[str, Any]) -> _Slots:
     """Of three states, the first two are stacked."""
-    names = optimizer._rule(group)[1]
+    names = optimizer._rule(group).state_names
     return [(1, names[:-1] or names), (2, names[-1:])][: len(names)]
 
 
@@ -247,7 +248,7 @@ def _slot_problem(
     stack = (len(ours),) if len(ours) > 1 else ()
     wanted = {f"state{number}": (torch.uint8 if quantized else torch.float32, (*stack, *param.shape))}
     if quantized:
-        wanted[f"absmax{number}"] = (torch.float32, (*stack, -(param.numel() // -BLOCKSIZE)))
+        wanted[f"absmax{number}"] = (torch.float32, (*stack, -(param.numel() // -STATE_BLOCK)))
         wanted[f"qmap{number}"] = (torch.float32, (256,))
     for key, (dtype, shape) in wanted.items():
         tensor = state[key]
@@ -273,7 +274,7 @@ def _read_state(slots: _Slots, param: Tensor, state: dict[str, Any]) -> dict[str
 
     read = {"step": torch.tensor(float(state["step"]), dtype=torch.float32, device="cpu")}
     read |= {key: state[key] for key in state.keys() & {"gnorm_vec"}}
-    whole_rows = param.dim() >= 2 and math.prod(param.shape[1:]) % BLOCKSIZE == 0
+    whole_rows = param.dim() >= 2 and math.prod(param.shape[1:]) % STATE_BLOCK == 0
     for number, ours in slots:
         read |= zip(ours, parts(f"state{number}", ours), strict=True)
         if f"absmax{number}" in state:
@@ -313,6 +314,6 @@ def _write_state(storage: _Storage, slots: _Slots, state: dict[str, Tensor]) -> 
 
 def _flat(name: str, codes: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
     """An 8-bit state in flat blocks."""
-    if absmax.dim() == 1 or math.prod(codes.shape[1:]) % BLOCKSIZE == 0:
+    if absmax.dim() == 1 or math.prod(codes.shape[1:]) % STATE_BLOCK == 0:
         return codes, absmax.reshape(-1)
     return encoded(name, decoded(name, codes, absmax), flat=True)

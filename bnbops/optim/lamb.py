@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from bnbops.facts import RULES
 from bnbops.optim.base import Optimizer
 from bnbops.optim.call import Call
 from bnbops.optim.norms import trust_ratio, whole_squared_norms
@@ -14,7 +15,6 @@ from bnbops.optim.options import (
     MIN_8BIT_SIZE,
     CommonAndPaged,
     check_unsupported,
-    decay_rates,
     non_negative,
     takes_common_keywords,
 )
@@ -48,14 +48,8 @@ class LAMB(Optimizer):
         ValueError: a value out of range, or one that is not supported.
     """
 
-    _op = "lamb_step_"
-    _state_names = ("exp_avg", "exp_avg_sq")
-    _checks: ClassVar = {
-        "betas": decay_rates(2),
-        "eps": non_negative,
-        "weight_decay": non_negative,
-        "max_unorm": non_negative,
-    }
+    _rules = (RULES["lamb"],)
+    _checks: ClassVar = {"max_unorm": non_negative}
 
     @takes_common_keywords
     def __init__(
@@ -81,11 +75,6 @@ class LAMB(Optimizer):
         defaults |= {"weight_decay": weight_decay, "adam_w_mode": adam_w_mode}
         defaults |= {"max_unorm": max_unorm, "trust_clip": trust_clip}
         super().__init__(params, defaults, optim_bits=optim_bits, args=args, min_8bit_size=min_8bit_size, **keywords)
-
-    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
-        beta1, beta2 = group["betas"]
-        names = ("eps", "weight_decay", "bias_correction", "adam_w_mode")
-        return {"beta1": beta1, "beta2": beta2, **{name: group[name] for name in names}}
 
     def _trust(self, call: Call, scalars: dict[str, Any], group: dict[str, Any]) -> dict[str, Tensor]:
         if group["max_unorm"] == 0:

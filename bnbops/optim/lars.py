@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from bnbops.facts import RULES, Rule
 from bnbops.optim.base import Optimizer
 from bnbops.optim.call import Call
 from bnbops.optim.norms import trust_ratio, whole_squared_norms
 from bnbops.optim.options import MIN_8BIT_SIZE, CommonAndPaged, non_negative, require, takes_common_keywords
 from bnbops.optim.precision import variant
-from bnbops.optim.sgd import MOMENTUM_CHECKS, check_nesterov, momentum_options
+from bnbops.optim.sgd import check_nesterov, undampened
 from bnbops.sharded import is_sharded
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+_WEIGHT_DECAY = [option.name for option in RULES["lars"].options].index("weight_decay")
 
 
 class LARS(Optimizer):
@@ -43,9 +47,8 @@ class LARS(Optimizer):
         ValueError: a value out of range, or one that is not supported.
     """
 
-    _op = "lars_step_"
-    _state_names = ("momentum_buffer",)
-    _checks: ClassVar = {**MOMENTUM_CHECKS, "max_unorm": non_negative}
+    _rules = (RULES["lars"],)
+    _checks: ClassVar = {"max_unorm": non_negative}
 
     @takes_common_keywords
     def __init__(
@@ -72,8 +75,8 @@ class LARS(Optimizer):
         super()._check_options(options)
         check_nesterov(options)
 
-    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
-        return momentum_options(group)
+    def _options(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        return super()._options(undampened(group))
 
     def _trust(self, call: Call, scalars: dict[str, Any], group: dict[str, Any]) -> dict[str, Tensor]:
         if group["max_unorm"] == 0:
@@ -85,7 +88,7 @@ class LARS(Optimizer):
         if scalars["grad_scale"] is not None:
             grad = grad / scalars["grad_scale"]
         # a compiled step holds the options in a tensor
-        decay = scalars["options"][2] if "options" in scalars else scalars["weight_decay"]
+        decay = scalars["options"][_WEIGHT_DECAY] if "options" in scalars else scalars["weight_decay"]
         decayed = grad + decay * weight
         return {"trust": trust_ratio(weight, decayed, group["max_unorm"], group["trust_clip"])}
 
@@ -114,9 +117,8 @@ class PytorchLARS(Optimizer):
         ValueError: a value out of range, or sharded parameters (DTensors).
     """
 
-    _op = "pytorch_lars_step_"  # below, not one of torch.ops.bnbops
-    _state_names = ("momentum_buffer",)
-    _checks: ClassVar = {**MOMENTUM_CHECKS, "max_unorm": non_negative}
+    _rules = (replace(RULES["lars"], name="pytorch_lars"),)
+    _checks: ClassVar = {"max_unorm": non_negative}
 
     @takes_common_keywords
     def __init__(
@@ -143,11 +145,11 @@ class PytorchLARS(Optimizer):
         check_nesterov(options)
         require(options["optim_bits"] == 32, f"PytorchLARS has 32-bit states, got optim_bits={options['optim_bits']}")
 
-    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {**momentum_options(group), "max_unorm": group["max_unorm"]}
+    def _options(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super()._options(undampened(group)), "max_unorm": group["max_unorm"]}
 
-    def _rule(self, group: dict[str, Any]) -> tuple[Callable[..., None], tuple[str, ...]]:
-        return pytorch_lars_step_, self._state_names
+    def _operator(self, rule: Rule) -> Callable[..., None]:
+        return pytorch_lars_step_
 
 
 def pytorch_lars_step_(

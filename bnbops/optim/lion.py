@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
+from bnbops.facts import RULES
 from bnbops.optim.base import Optimizer
-from bnbops.optim.options import MIN_8BIT_SIZE, CommonKeywords, decay_rates, non_negative, takes_common_keywords
+from bnbops.optim.options import MIN_8BIT_SIZE, CommonKeywords, takes_common_keywords
 from bnbops.optim.precision import variant
 
 if TYPE_CHECKING:
@@ -29,9 +30,7 @@ class Lion(Optimizer):
         ValueError: a value out of range, or one that is not supported.
     """
 
-    _op = "lion_step_"
-    _state_names = ("exp_avg",)
-    _checks: ClassVar = {"betas": decay_rates(2), "weight_decay": non_negative}
+    _rules = (RULES["lion"],)
 
     @takes_common_keywords
     def __init__(
@@ -55,10 +54,6 @@ class Lion(Optimizer):
             is_paged=is_paged,
             **keywords,
         )
-
-    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
-        beta1, beta2 = group["betas"]
-        return {"beta1": beta1, "beta2": beta2, "weight_decay": group["weight_decay"]}
 
 
 Lion8bit = variant(Lion, bits=8, without=("optim_bits",))

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnbops.facts import NORM_HISTORY
 from bnbops.lasting import lasting
 from bnbops.optim.codec import decoded, encoded
 from bnbops.optim.state import (
-    NORMS_KEPT,
     UNPAGED,
     Allocate,
     absmax_name,
@@ -60,7 +60,7 @@ def check_state(
         if key == "step":
             shapes, dtype = [(), (1,)], torch.float32
         elif key == "gnorm_vec":
-            shapes, dtype = [(NORMS_KEPT,)], torch.float32
+            shapes, dtype = [(NORM_HISTORY,)], torch.float32
         elif key in present:
             shapes, dtype = [tuple(param.shape)], torch.uint8 if quantized else torch.float32
         else:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from numbers import Real
 from typing import Any, TypedDict, TypeVar
 
 from torch import Tensor
+
+from bnbops.facts import Option, Rule
 
 Init = TypeVar("Init", bound=Callable[..., None])
 Check = Callable[[str, Any], None]  # (name, value); raises ValueError
@@ -30,10 +32,6 @@ def require(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def finite(name: str, value: Any) -> None:
-    require(isinstance(value, Real) and math.isfinite(value), f"{name} must be a finite number, got {value!r}")
-
-
 def non_negative(name: str, value: Any) -> None:
     require(
         isinstance(value, Real) and math.isfinite(value) and value >= 0,
@@ -41,20 +39,33 @@ def non_negative(name: str, value: Any) -> None:
     )
 
 
-def decay_rate(name: str, value: Any) -> None:
-    require(isinstance(value, Real) and 0 <= value < 1, f"{name} must be in [0, 1), got {value!r}")
-
-
-def decay_rates(count: int) -> Check:
-    """For `betas`: a sequence of `count` numbers in [0, 1)."""
+def _decay_rates(rates: list[Option]) -> Check:
+    """For `betas`: a sequence of numbers, one for each of the operator's."""
 
     def check(name: str, value: Any) -> None:
-        ok = isinstance(value, tuple | list) and len(value) == count
-        require(ok, f"{name} must be {count} numbers, got {value!r}")
-        for i, beta in enumerate(value):
-            decay_rate(f"{name}[{i}]", beta)
+        ok = isinstance(value, tuple | list) and len(value) == len(rates)
+        require(ok, f"{name} must be {len(rates)} numbers, got {value!r}")
+        for i, (rate, beta) in enumerate(zip(rates, value, strict=True)):
+            rate.check(f"{name}[{i}]", beta)
 
     return check
+
+
+def checks_of(rules: Iterable[Rule]) -> dict[str, Check]:
+    """The checks of a family's options that its operators take; "beta1", ... are together in `betas`."""
+    checks: dict[str, Check] = {}
+    for rule in rules:
+        if rates := [option for option in rule.options if option.name.startswith("beta")]:
+            checks["betas"] = _decay_rates(rates)
+        numbers = [option for option in rule.options if option not in rates and option.type != "bool"]
+        checks |= {option.name: option.check for option in numbers}
+    return checks
+
+
+def numbers_of(rule: Rule, group: Mapping[str, Any]) -> dict[str, Any]:
+    """What an operator takes, from a param group's options."""
+    values = {**group, **{f"beta{i}": beta for i, beta in enumerate(group.get("betas", ()), start=1)}}
+    return {option.name: values[option.name] for option in rule.options}
 
 
 def schedule_length(name: str, value: Any) -> None:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from bnbops.facts import RULES, Rule
 from bnbops.optim.base import Optimizer
 from bnbops.optim.options import (
     MIN_8BIT_SIZE,
     CommonAndPaged,
     check_unsupported,
-    decay_rate,
-    non_negative,
     takes_common_keywords,
 )
 from bnbops.optim.precision import variant
@@ -42,15 +39,7 @@ class RMSprop(Optimizer):
         ValueError: a value out of range, or one that is not supported.
     """
 
-    _op = "rmsprop_step_"
-    _state_names = ("square_avg",)
-    _optional_states = ("momentum_buffer",)
-    _checks: ClassVar = {
-        "alpha": decay_rate,
-        "eps": non_negative,
-        "weight_decay": non_negative,
-        "momentum": non_negative,
-    }
+    _rules = (RULES["rmsprop"], RULES["rmsprop_momentum"])
 
     @takes_common_keywords
     def __init__(
@@ -71,14 +60,8 @@ class RMSprop(Optimizer):
         defaults = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
         super().__init__(params, defaults, optim_bits=optim_bits, args=args, min_8bit_size=min_8bit_size, **keywords)
 
-    def _rule(self, group: dict[str, Any]) -> tuple[Callable[..., None], tuple[str, ...]]:
-        if group["momentum"]:
-            return torch.ops.bnbops.rmsprop_momentum_step_, ("square_avg", "momentum_buffer")
-        return torch.ops.bnbops.rmsprop_step_, ("square_avg",)
-
-    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
-        names = ("alpha", "eps", "weight_decay", *(("momentum",) if group["momentum"] else ()))
-        return {name: group[name] for name in names}
+    def _rule(self, group: Mapping[str, Any]) -> Rule:
+        return RULES["rmsprop_momentum" if group["momentum"] else "rmsprop"]
 
 
 RMSprop8bit = variant(RMSprop, bits=8, without=("optim_bits",))

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from bnbops.facts import RULES, Rule
 from bnbops.optim.base import Optimizer
 from bnbops.optim.options import (
     MIN_8BIT_SIZE,
-    Check,
     CommonAndPaged,
-    finite,
-    non_negative,
     require,
     takes_common_keywords,
 )
@@ -21,12 +17,6 @@ from bnbops.optim.precision import variant
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-MOMENTUM_CHECKS: Mapping[str, Check] = {
-    "momentum": non_negative,
-    "dampening": finite,
-    "weight_decay": non_negative,
-}
 
 
 def check_nesterov(options: Mapping[str, Any]) -> None:
@@ -42,14 +32,9 @@ def check_nesterov(options: Mapping[str, Any]) -> None:
     )
 
 
-def momentum_options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of the operators with momentum. Without momentum nothing is dampened, as in torch.optim.SGD."""
-    return {
-        "momentum": group["momentum"],
-        "dampening": group["dampening"] if group["momentum"] else 0.0,
-        "weight_decay": group["weight_decay"],
-        "nesterov": group["nesterov"],
-    }
+def undampened(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group whose gradients are not dampened where there is no momentum, as in torch.optim.SGD."""
+    return {**group, "dampening": group["dampening"] if group["momentum"] else 0.0}
 
 
 class SGD(Optimizer):
@@ -72,10 +57,7 @@ class SGD(Optimizer):
         ValueError: a value out of range, or one that is not supported.
     """
 
-    _op = "momentum_step_"
-    _state_names = ("momentum_buffer",)
-    _optional_states = ("momentum_buffer",)
-    _checks = MOMENTUM_CHECKS
+    _rules = (RULES["momentum"], RULES["sgd"])
 
     @takes_common_keywords
     def __init__(
@@ -99,13 +81,8 @@ class SGD(Optimizer):
         super()._check_options(options)
         check_nesterov(options)
 
-    def _rule(self, group: dict[str, Any]) -> tuple[Callable[..., None], tuple[str, ...]]:
-        if group["momentum"]:
-            return torch.ops.bnbops.momentum_step_, ("momentum_buffer",)
-        return torch.ops.bnbops.sgd_step_, ()
-
-    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
-        return momentum_options(group) if group["momentum"] else {"weight_decay": group["weight_decay"]}
+    def _rule(self, group: Mapping[str, Any]) -> Rule:
+        return RULES["momentum" if group["momentum"] else "sgd"]
 
 
 SGD8bit = variant(SGD, bits=8, without=("optim_bits",))

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnbops.facts import NORM_HISTORY, STATE_BLOCK
 from bnbops.lasting import lasting
 from bnbops.sharded import is_sharded, local
 
-BLOCKSIZE = 256
-NORMS_KEPT = 100  # of gradients, for percentile clipping
 UNPAGED = ("step", "gnorm_vec")  # too small to be worth it
 
 logger = logging.getLogger(__name__)
@@ -31,12 +30,12 @@ def absmax_name(state: str) -> str:
 def absmax_shape(shape: torch.Size) -> tuple[int, ...]:
     """Shape of the scales of a parameter: one for every 256 elements of a row, rows being dimension 0; a vector is one
     row."""
-    return flat_absmax_shape(shape) if len(shape) == 1 else (shape[0], -(math.prod(shape[1:]) // -BLOCKSIZE))
+    return flat_absmax_shape(shape) if len(shape) == 1 else (shape[0], -(math.prod(shape[1:]) // -STATE_BLOCK))
 
 
 def flat_absmax_shape(shape: torch.Size) -> tuple[int]:
     """Shape of the scales in bitsandbytes' layout: one for every 256 elements of the whole."""
-    return (-(math.prod(shape) // -BLOCKSIZE),)
+    return (-(math.prod(shape) // -STATE_BLOCK),)
 
 
 def wants_8bit(param: Tensor, config: Mapping[str, Any]) -> bool:
@@ -61,7 +60,7 @@ def _log_32bit(shape: tuple[int, ...], placements: tuple[Any, ...], mesh: tuple[
     logger.warning(
         "a parameter of shape %s gets 32-bit states: its placements %s on a mesh of shape %s cut it within blocks of "
         "%d elements. Shards of rows never do; those of a vector, or of dimension 1, do not if they have whole blocks.",
-        *(list(shape), placements, mesh, BLOCKSIZE),
+        *(list(shape), placements, mesh, STATE_BLOCK),
     )
 
 
@@ -86,7 +85,7 @@ def shards_whole_blocks(param: Tensor) -> bool:
     strides = [getattr(placement, "split_factor", 1) for _, placement in cuts]  # of _StridedShard
     if len(cuts) <= 1 and all(stride == 1 for stride in strides):
         return pieces == 1 or cuts_between_blocks(param.shape, pieces)
-    scales, rest = divmod(math.prod(param.shape[along:]), BLOCKSIZE)
+    scales, rest = divmod(math.prod(param.shape[along:]), STATE_BLOCK)
     even = rest == 0 and scales % pieces == 0 and param.shape[along] % pieces == 0
     return even and all(pieces % stride == 0 for stride in strides)
 
@@ -95,7 +94,7 @@ def cuts_between_blocks(shape: torch.Size, ranks: int) -> bool:
     """Whether torch cuts the dimension along which blocks lie where it cuts the scales."""
     along = _along(shape)
     scales = absmax_shape(shape)[along]
-    return -(shape[along] // -ranks) * math.prod(shape[along + 1 :]) == -(scales // -ranks) * BLOCKSIZE
+    return -(shape[along] // -ranks) * math.prod(shape[along + 1 :]) == -(scales // -ranks) * STATE_BLOCK
 
 
 def _along(shape: torch.Size) -> int:
@@ -189,5 +188,5 @@ def missing_tensors(
             begin(new, name, initial[name])
     if config["percentile_clipping"] != 100 and "gnorm_vec" not in state:
         # Infinite where there was no gradient yet: those clip nothing.
-        new["gnorm_vec"] = torch.full((NORMS_KEPT,), math.inf, dtype=torch.float32, device=device)
+        new["gnorm_vec"] = torch.full((NORM_HISTORY,), math.inf, dtype=torch.float32, device=device)
     return new

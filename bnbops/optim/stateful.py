@@ -113,7 +113,7 @@ class StatefulOptimizer(CheckpointedOptimizer):
             state,
             plan.names,
             plan.config,
-            known=(*self._state_names, *self._optional_states),
+            known=self._state_names(),
             initial=self._initial(plan.config),
             allocate=self._allocator(param, plan.config),
         )

@@ -40,20 +40,20 @@ class _Counterpart:
 
 
 _COUNTERPARTS = {
-    "adam_step_": _Counterpart(
+    "adam": _Counterpart(
         "Adam and AdamW",
         ("betas", "eps"),
         ("foreach", "fused", "capturable", "differentiable"),
         off=("amsgrad",),
         extra={_DECOUPLED: True},
     ),
-    "momentum_step_": _Counterpart(
+    "momentum": _Counterpart(
         "SGD", ("momentum", "dampening", "nesterov"), ("foreach", "fused", "differentiable"), counts=False
     ),
-    "rmsprop_step_": _Counterpart(
+    "rmsprop": _Counterpart(
         "RMSprop", ("alpha", "eps", "momentum"), ("foreach", "capturable", "differentiable"), off=("centered",)
     ),
-    "adagrad_step_": _Counterpart(
+    "adagrad": _Counterpart(
         "Adagrad", ("lr_decay", "eps", "initial_accumulator_value"), ("foreach", "fused", "differentiable")
     ),
 }
@@ -106,7 +106,7 @@ def to_torch(optimizer: StatefulOptimizer) -> dict[str, Any]:
     states, groups = {}, []
     for i, (group, saved) in enumerate(zip(optimizer.param_groups, state_dict["param_groups"], strict=True)):
         groups.append(_write_group(optimizer, counterpart, i, group, saved["params"]))
-        names = optimizer._rule(group)[1]
+        names = optimizer._rule(group).state_names
         for key, param in zip(saved["params"], group["params"], strict=True):
             state = optimizer.dequantized_state(param)
             if not state or (not counterpart.counts and state["step"] == 0):  # SGD's first buffer is the gradient
@@ -122,9 +122,9 @@ def to_torch(optimizer: StatefulOptimizer) -> dict[str, Any]:
 
 
 def _counterpart(optimizer: StatefulOptimizer) -> _Counterpart:
-    if optimizer._op not in _COUNTERPARTS:
+    if (name := optimizer._rules[0].name) not in _COUNTERPARTS:
         raise ValueError(f"{_name(optimizer)} has no counterpart in torch.optim to exchange state dicts with")
-    return _COUNTERPARTS[optimizer._op]
+    return _COUNTERPARTS[name]
 
 
 def _name(optimizer: StatefulOptimizer) -> str:

@@ -92,7 +92,7 @@ class TraceableOptimizer(StatefulOptimizer):
             self._run([call for batch in batches for call in self._calls(batch)])
 
     def _check_operators(self) -> None:
-        if not hasattr(torch.ops.bnbops, self._op):
+        if not all(hasattr(torch.ops.bnbops, rule.step) for rule in self._rules):
             raise NotImplementedError(f"the step of {type(self).__name__} is no operator that takes options as tensors")
 
     def _refuse_constants(self) -> None:

@@ -1,0 +1,98 @@
+"""What the tables of the C++ library say (csrc/facts.cpp), so that nothing of it is written again here.
+
+It is read from the operators, so they must be loaded before.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class State:
+    """A state of an optimizer: one number for each element of a parameter."""
+
+    name: str
+    signed: bool  # 8-bit codes are of the signed dynamic map, else of the unsigned one
+    divisor: bool  # never negative, and a step divides by its root: what is positive stays so
+
+
+@dataclass(frozen=True)
+class Option:
+    """A number that an operator takes, as "float", "int" or "bool"."""
+
+    name: str
+    type: str
+    low: float
+    below: float
+    range: str  # the same in words
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises ValueError for a value out of range; `name` is what the caller calls it."""
+        if not (isinstance(value, Real) and self.low <= value < self.below):
+            raise ValueError(f"{name} must be {self.range}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An update rule, with its states and options in the order of its operators' arguments."""
+
+    name: str
+    states: tuple[State, ...]
+    options: tuple[Option, ...]
+    trust: bool = False  # takes a ratio for each parameter
+    direction_norm: bool = False  # which is made from the norm of the step's direction
+
+    @property
+    def step(self) -> str:
+        """The operator that takes the step."""
+        return f"{self.name}_step_"
+
+    @property
+    def squared_norms(self) -> str:
+        """The operator that gives squared norms of the direction, if the rule has `direction_norm`."""
+        return f"{self.name}_squared_norms"
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        return tuple(state.name for state in self.states)
+
+
+def _option(name: str, type: str, below: float | None, range: str, **low: float | None) -> Option:
+    lowest = low["from"]
+    return Option(name, type, -math.inf if lowest is None else lowest, math.inf if below is None else below, range)
+
+
+def _rule(name: str, facts: Mapping[str, Any]) -> Rule:
+    states = tuple(State(**state) for state in facts["states"])
+    options = tuple(_option(**option) for option in facts["options"])
+    return Rule(name, states, options, facts["trust"], facts["direction_norm"])
+
+
+_facts = json.loads(torch.ops.bnbops.facts())
+RULES: Mapping[str, Rule] = {name: _rule(name, facts) for name, facts in _facts["rules"].items()}
+STATES: Mapping[str, State] = {state.name: state for rule in RULES.values() for state in rule.states}
+"""Of all rules, by name: a name means the same in each of them."""
+STATE_BLOCK: int = _facts["state_block"]
+"""Elements of an 8-bit state that share a scale."""
+NORM_HISTORY: int = _facts["norm_history"]
+"""Norms of gradients that percentile clipping looks back on."""
+FORMATS_4BIT: tuple[str, ...] = tuple(_facts["formats_4bit"])
+BLOCKS_4BIT: tuple[int, ...] = tuple(
+    2**k for k in range(31) if _facts["smallest_block_4bit"] <= 2**k <= _facts["largest_block_4bit"]
+)
+"""Elements of a 4-bit weight that may share a scale."""
+MOST_INT8_PRODUCTS: int = _facts["most_int8_products"]
+"""Of two int8, whose sum an int32 holds for certain."""
+
+
+def in_words(values: tuple[str, ...]) -> str:
+    """ "'nf4' or 'fp4'"."""
+    return " or ".join(map(repr, values))
