@@ -241,7 +241,7 @@ def test_which_parameters_get_8bit_states(name):
     train(p, optimizer, range(1))
     for x, (shape, quantized) in zip(p, SHAPES.items(), strict=True):
         state = optimizer.state[x]
-        names = optimizer._state_names()
+        names = optimizer._rule(optimizer.param_groups[0]).state_names
         assert state["step"].shape == () and state["step"].dtype == torch.float32 and state["step"].item() == 1
         if quantized and fixed_bits(name) == 8:
             assert set(state) == {"step", *names, *(f"{n}_absmax" for n in names)}

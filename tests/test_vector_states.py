@@ -34,7 +34,7 @@ def test_large_vectors_have_8bit_states(name):
     optimizer = build(name, p, **EIGHT_BITS)
     assert bits(optimizer) == [8, 32, 32, 32]
     state = optimizer.state[p[0]]
-    for key in optimizer._state_names():
+    for key in optimizer._rule(optimizer.param_groups[0]).state_names:
         assert state[key].dtype == torch.uint8 and state[key].shape == (LARGE,)
         assert state[f"{key}_absmax"].shape == (256,)
     assert bits(build(name, params((LARGE,)))) == [32]
