@@ -33,7 +33,7 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr Range kRate{0, 1, "in [0, 1)"};                          // a decay rate
 constexpr Range kAmount{0, kInfinity, "finite and not negative"};  // eps, weight decay, ...
 constexpr Range kNumber{std::numeric_limits<double>::lowest(), kInfinity, "finite"};
-constexpr Range kCount{0, kInfinity, "a whole number from 0 on"};
+constexpr Range kCount{0, kInfinity, "0 or more"};
 constexpr Range kFlag{0, 2, "True or False"};
 
 struct OptionSpec {

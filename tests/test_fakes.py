@@ -129,7 +129,7 @@ def spoil(arguments: dict[str, Any], rng: random.Random) -> str:
 
 # What only data can tell is no business of a fake, and a CUDA kernel does not wait for it either, but for addresses.
 SHARED = "share memory"
-IN_DATA = ("must be sorted", "must be positive and finite", "must be finite", "must not be negative")
+IN_DATA = ("must be sorted", "must be positive and finite", "must be finite", "must be 0 or more")
 
 
 def bad_calls(name: str) -> Iterator[tuple[list[str], dict[str, Any], Outcome]]:

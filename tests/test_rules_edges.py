@@ -196,7 +196,7 @@ def test_threads_change_no_bit(rule, codec, dtype):
 RATE = ("must be in [0, 1)", (math.nan, -0.1, 1.0, math.inf))
 AMOUNT = ("must be finite and not negative", (math.nan, -1e-3, math.inf))
 FINITE = ("must be finite", (math.nan, math.inf, -math.inf))
-COUNT = ("must not be negative", (-1,))
+COUNT = ("must be 0 or more", (-1,))
 OUT_OF_RANGE = {
     "lr": FINITE,
     "beta1": RATE,
