@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -59,6 +60,7 @@ def dynamo_mended() -> Iterator[None]:
             _protect_shared_constants(_undo)
             _allow_gradients_of_subclasses(_undo)
             _allow_gradients_of_dtensors(_undo)
+            _let_accelerate_look_for_packages(_undo)
         _calls += 1
     try:
         with torch._dynamo.config.patch(trace_autograd_ops=True):
@@ -115,3 +117,13 @@ def _allow_gradients_of_dtensors(undo: ExitStack) -> None:
 
     torch_functions._collect_tensors_with_sources = with_subclasses
     undo.callback(setattr, torch_functions, "_collect_tensors_with_sources", collect)
+
+
+def _let_accelerate_look_for_packages(undo: ExitStack) -> None:
+    """Let Accelerate ask which packages there are, as its optimizers and the Trainer do in every step: constants of the
+    process. Before torch 2.13 Dynamo cannot trace the import system's `find_spec`."""
+    imports = sys.modules.get("accelerate.utils.imports")
+    if torch_is("2.13") or imports is None:
+        return
+    imports._is_package_available._dynamo_marked_constant = True
+    undo.callback(delattr, imports._is_package_available, "_dynamo_marked_constant")

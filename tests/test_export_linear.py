@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import bnbops
 from bnbops.__main__ import main
 from bnbops.nn import Linear4bit, Linear8bitLt
+from bnbops.versions import torch_is
 from quantized_cases import EMBEDDINGS, IN, LINEARS, OUT, TOKENS, features, gradients, quantized
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cpp_inference"
@@ -130,6 +131,8 @@ def test_autocast_is_part_of_what_is_exported() -> None:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that examples/cpp_inference/export.py writes: the one compilation of this file."""
+    if not torch_is("2.13"):
+        pytest.skip("AOTInductor before torch 2.13 hands operators another dtype than the program has")
     folder = tmp_path_factory.mktemp("written")
     quick = {"aot_inductor.precompile_headers": False, "aot_inductor.compile_wrapper_opt_level": "O0"}
     with torch._inductor.config.patch(quick):

@@ -11,7 +11,7 @@ from release import Fault, run
 
 def check(wheel: Path, torch: str) -> str:
     """Installs `torch`, such as "torch==2.13.0", and the wheel from nothing, and checks every operator. Returns what
-    `python -m bnbops` says first."""
+    `python -m bnbops` says of the versions."""
     with TemporaryDirectory() as folder:
         python = Path(folder) / "venv" / "bin" / "python"
         run(sys.executable, "-m", "venv", python.parents[1])
@@ -24,4 +24,4 @@ def check_installed(python: Path, folder: Path) -> str:
     said = run(python, "-m", "bnbops", cwd=folder, env={"PATH": "", "HOME": str(folder)})
     if "all operators are right" not in said:
         raise Fault(f"`python -m bnbops` does not find all operators right:\n  {said.strip()}")
-    return said.partition("\n")[0]
+    return next(line for line in said.splitlines() if line.startswith("bnbops "))

@@ -6,7 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -117,6 +117,10 @@ class CompiledStep:
         if step.graph_count > graphs > 0 and self._graph_per == "step":
             _tell_of_another_graph(step.graph_count, micro_batches)
         return loss
+
+    def compute_loss_context_manager(self) -> AbstractContextManager[Any]:
+        # As Trainer's, which asks of a nullcontext for its class: Dynamo cannot before torch 2.13.
+        return self.autocast_smart_context_manager()
 
     def _step_for(self, model: nn.Module) -> CompiledTrainStep:
         optimizer = unwrapped(self.optimizer)
