@@ -12,6 +12,7 @@ from torch import Tensor
 
 import bnbops
 from bnbops.functional import create_dynamic_map
+from bnbops.versions import torch_is
 from reference.group import Group, op_options, random_group
 from rule_cases import usual
 
@@ -337,3 +338,12 @@ def test_dequantize_out_refuses(case, device):
     good = good_dequantize() | {"out": torch.zeros(100)}
     torch.ops.bnbops.dequantize_blockwise.out(**move(good, device))
     check_refused(torch.ops.bnbops.dequantize_blockwise.out, [], move(good, device) | changed(device), match)
+
+
+@pytest.mark.every_torch
+def test_what_torch_refuses_is_said_in_its_words():
+    """Where it tells them: a copy of what is expanded has no room in memory."""
+    words = "can't allocate memory" if torch_is("2.13") else "failed; torch wrote why to stderr"
+    with pytest.raises(RuntimeError, match=words) as raised:
+        torch.ops.bnbops.quantize_blockwise(torch.zeros(1).expand(2**46), create_dynamic_map(), 256)
+    assert ".h" not in str(raised.value), "nor where in a header it noticed"
