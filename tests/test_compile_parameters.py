@@ -14,7 +14,7 @@ import bnbops
 from bnbops.dynamo import dynamo_mended
 from bnbops.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from bnbops.optim import AdamW8bit
-from bnbops.versions import torch_is
+from bnbops.versions import require_torch_for, torch_is
 from compile_cases import Step, assert_same, batches, snapshot
 
 IN, OUT = 48, 8
@@ -198,6 +198,7 @@ def test_training_a_weight_that_has_a_class_of_its_own(cls: type[nn.Parameter]) 
 @pytest.mark.every_torch
 def test_dynamo_is_as_it_was_afterwards() -> None:
     """When the last one of the calls that overlap, in other threads, has ended."""
+    require_torch_for("compiled_train_step")
     entered, ends = threading.Event(), threading.Event()
     refused = sorted(torch_function.banned_attrs)
     assert "grad" in refused
