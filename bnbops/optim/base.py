@@ -72,8 +72,13 @@ class Optimizer(TraceableOptimizer):
         ValueError: a value out of range, or one that is not supported.
     """
 
-    _rules: ClassVar[tuple[Rule, ...]]  # the options tell which of them
+    _rules: ClassVar[tuple[Rule, ...]] = ()  # the options tell which of them
     _checks: ClassVar[Mapping[str, Check]] = {}  # of options that are not the rules', or not as the rules have them
+    _all_checks: ClassVar[Mapping[str, Check]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._all_checks = {**COMMON_CHECKS, **checks_of(cls._rules), **cls._checks}  # once: every step asks
 
     def __init__(
         self,
@@ -130,7 +135,7 @@ class Optimizer(TraceableOptimizer):
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         """Raises ValueError for an option out of range, all but lr: schedulers may arrive a little below zero."""
-        for name, check_option in {**COMMON_CHECKS, **checks_of(self._rules), **self._checks}.items():
+        for name, check_option in self._all_checks.items():
             check_option(name, options[name])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
