@@ -82,8 +82,7 @@ release-check: $(VENV)/release
 # report (docs/cuda.md). Its kernels are for an H100 or H200, unless CUDA_ARCHITECTURES says otherwise.
 gpu-bundle: CUDA_ARCHITECTURES := $(or $(CUDA_ARCHITECTURES),90)
 gpu-bundle: build/wheels/cuda $(VENV)/installed
-	PYTHONPATH=tests $(PY) -m gpu_bundle.make --wheel build/wheels/cuda/*.whl --architectures "$(CUDA_ARCHITECTURES)" \
-	  --out build/gpu-bundle
+	PYTHONPATH=tests $(PY) -m gpu_bundle.make --wheel build/wheels/cuda/*.whl --out build/gpu-bundle
 
 lint: $(VENV)/installed
 	$(PY) -m ruff check .

@@ -121,7 +121,7 @@ def _missing_cuda(found: dict[str, Any]) -> list[str]:
         problem = cuda["problem"]
     elif cuda["driver"] is None:
         problem = "there is no NVIDIA driver: install it where there is a GPU"
-    elif _too_old(cuda["driver"]["cuda"], cuda["toolkit"]):
+    elif too_old(cuda["driver"]["cuda"], cuda["toolkit"]):
         problem = (
             f"the NVIDIA driver runs CUDA {cuda['driver']['cuda']} at most, and CUDA {cuda['toolkit']} built bnbops: "
             f"update the driver, or reinstall bnbops with an older nvcc"
@@ -133,7 +133,7 @@ def _missing_cuda(found: dict[str, Any]) -> list[str]:
     return [f"CUDA kernels: {problem}"]
 
 
-def _too_old(driver_cuda: str | None, toolkit: str | None) -> bool:
+def too_old(driver_cuda: str | None, toolkit: str | None) -> bool:
     """A driver runs what any toolkit of its major version built."""
     return None not in (driver_cuda, toolkit) and versions.release(driver_cuda)[0] < versions.release(toolkit)[0]
 

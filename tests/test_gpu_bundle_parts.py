@@ -102,13 +102,13 @@ def test_torch_is_taken(version):
 
 
 def test_drivers():
-    environment.check_driver(13000, "13.0")
-    environment.check_driver(13000, "13.4")
-    environment.check_driver(13020, "12.8")
-    environment.check_driver(12080, "")
+    environment.check_driver("13.0", "13.0")
+    environment.check_driver("13.0", "13.4")
+    environment.check_driver("13.2", "12.8")
+    environment.check_driver("12.8", "")
     environment.check_driver(None, "13.0")
     with pytest.raises(environment.Unusable, match=r"driver is for CUDA 12\.8 and the bundle was built by CUDA 13\.0"):
-        environment.check_driver(12080, "13.0")
+        environment.check_driver("12.8", "13.0")
 
 
 @pytest.mark.parametrize(
@@ -136,10 +136,9 @@ def test_a_cards_bandwidth(monkeypatch):
     card = {"name": "NVIDIA H200", "major": 9, "minor": 0, "multi_processor_count": 132, "total_memory": 150754820096}
     bus = {"memory_clock_rate": 3_201_000, "memory_bus_width": 6144}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(environment, "drivers_cuda", lambda: 12080)
     for known, bandwidth in ((card | bus, 4917), (card, None)):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, known=known: SimpleNamespace(**known))
-        found = environment.hardware()
+        found = environment.hardware() | environment.of_driver({"version": "570.86", "cuda": "12.8"})
         assert found["bandwidth GB/s"] == bandwidth and found["compute capability"] == "9.0"
         assert found["driver's CUDA"] == "12.8" and found["memory GB"] == 150.8
 
@@ -278,7 +277,7 @@ def test_a_wheel_without_cuda_makes_no_bundle(tmp_path):
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("bnbops/__init__.py", "")
     with pytest.raises(make.Refused, match="has no CUDA kernels"):
-        make.make(wheel, ["90"], tmp_path / "bundle")
+        make.make(wheel, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
 
 

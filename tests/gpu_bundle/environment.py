@@ -1,10 +1,12 @@
-"""The first stage: what the machine has, and whether the library runs on it. If not, one sentence says what to do."""
+"""The first stage: what the machine has, and whether the library runs on it. If not, one sentence says what to do.
+
+bnbops is imported within functions: without torch, which may be what is missing, it is not there.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import importlib.metadata
 import json
 import os
@@ -31,28 +33,23 @@ def check_torch(version: str, cuda: str | None) -> None:
         raise Unusable(f"torch {version} is without CUDA: install one with CUDA (https://pytorch.org/get-started)")
 
 
-def check_driver(driver: int | None, toolkit: str) -> None:
-    """Any driver of the same major version of CUDA runs what a toolkit built. `driver`: as `drivers_cuda` says."""
-    if driver is not None and toolkit and driver // 1000 < int(toolkit.partition(".")[0]):
+def check_driver(driver_cuda: str | None, toolkit: str) -> None:
+    """Any driver of the same major version of CUDA runs what a toolkit built."""
+    from bnbops.report import too_old
+
+    if too_old(driver_cuda, toolkit or None):
         raise Unusable(
-            f"the NVIDIA driver is for CUDA {dotted(driver)} and the bundle was built by CUDA {toolkit}: update the "
-            f"driver, or make the bundle with a toolkit of CUDA {driver // 1000}"
+            f"the NVIDIA driver is for CUDA {driver_cuda} and the bundle was built by CUDA {toolkit}: update the "
+            f"driver, or make the bundle with a toolkit of CUDA {driver_cuda.partition('.')[0]}"
         )
 
 
-def dotted(version: int) -> str:
-    return f"{version // 1000}.{version % 1000 // 10}"
-
-
 def check_architecture(capability: tuple[int, int], architectures: Sequence[str], name: str) -> None:
-    """Machine code runs on GPUs of the same major version from its minor one on, PTX on all from its version on."""
+    """Of the bundle's kernels there is code for this GPU."""
+    from bnbops.cuda_build import CudaBuild
+
     have = capability[0] * 10 + capability[1]
-    for entry in architectures:
-        number, _, kind = entry.partition("-")
-        digits = int("".join(filter(str.isdigit, number)))
-        if digits <= have and (kind != "real" or digits // 10 == capability[0]):
-            return
-    if architectures:
+    if architectures and not CudaBuild("", tuple(architectures)).has_code_for(capability):
         raise Unusable(
             f"the bundle has kernels for compute capability {', '.join(architectures)} and {name} has {have}: make it "
             f"again with `make gpu-bundle CUDA_ARCHITECTURES={have}`"
@@ -68,24 +65,6 @@ def without_gpu() -> str:
     except (RuntimeError, AssertionError) as error:
         return f"no GPU: {' '.join(str(error).split())}"
     return "no GPU: torch finds no CUDA device (is the driver loaded, and CUDA_VISIBLE_DEVICES right?)"
-
-
-def drivers_cuda() -> int | None:
-    """The version of CUDA that the driver is for: 12080 is 12.8."""
-    with contextlib.suppress(OSError, AttributeError):
-        version = ctypes.c_int()
-        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) == 0:
-            return version.value
-    return None
-
-
-def driver_version() -> str | None:
-    """The driver's own number, such as 580.65.06."""
-    with contextlib.suppress(OSError, AttributeError):
-        nvml, text = ctypes.CDLL("libnvidia-ml.so.1"), ctypes.create_string_buffer(96)
-        if nvml.nvmlInit_v2() == 0 and nvml.nvmlSystemGetDriverVersion(text, 96) == 0:
-            return text.value.decode()
-    return None
 
 
 def software() -> dict[str, Any]:
@@ -110,9 +89,12 @@ def hardware() -> dict[str, Any]:
         "multiprocessors": found.multi_processor_count,
         "memory GB": round(found.total_memory / 1e9, 1),
         "bandwidth GB/s": round(2 * clock * 1e3 * width / 8 / 1e9) or None,  # two transfers a clock
-        "driver": driver_version(),
-        "driver's CUDA": dotted(version) if (version := drivers_cuda()) else None,
     }
+
+
+def of_driver(driver: dict[str, str | None] | None) -> dict[str, Any]:
+    """`report.driver`'s answer."""
+    return {"driver": driver and driver["version"], "driver's CUDA": driver and driver["cuda"]}
 
 
 def look(events: Events, dry_run: bool, bundle: dict[str, Any]) -> None:
@@ -125,19 +107,22 @@ def look(events: Events, dry_run: bool, bundle: dict[str, Any]) -> None:
         ) from None
     events.tell(facts={"torch's CUDA": torch.version.cuda})
     check_torch(torch.__version__, "dry run" if dry_run else torch.version.cuda)
+    if not dry_run and not torch.cuda.is_available():
+        raise Unusable(without_gpu())
     if not dry_run:
-        if not torch.cuda.is_available():
-            raise Unusable(without_gpu())
         events.tell(facts=hardware())
-        check_driver(drivers_cuda(), bundle.get("CUDA toolkit") or "")
-        check_architecture(
-            torch.cuda.get_device_capability(), bundle.get("architectures") or [], torch.cuda.get_device_name()
-        )
     import bnbops
+    from bnbops import report
 
     events.tell(facts={"bnbops": bnbops.__version__, "instruction set": bnbops.isa()})
     if dry_run:
         return
+    driver = report.driver()
+    events.tell(facts=of_driver(driver))
+    check_driver(driver and driver["cuda"], bundle.get("CUDA toolkit") or "")
+    check_architecture(
+        torch.cuda.get_device_capability(), bundle.get("architectures") or [], torch.cuda.get_device_name()
+    )
     if not bnbops.has_cuda:
         raise Unusable("this bnbops has no CUDA kernels: make the bundle where nvcc is (docs/cuda.md)")
     torch.ops.bnbops.squared_norms([torch.ones(1000, device="cuda")])

@@ -1,6 +1,6 @@
 """Makes the bundle:
 
-    PYTHONPATH=tests python -m gpu_bundle.make --wheel WHEEL --architectures 90 --out build/gpu-bundle
+    PYTHONPATH=tests python -m gpu_bundle.make --wheel WHEEL --out build/gpu-bundle
 
 The wheel of bnbops, the simulator for dry runs, tests with their golden files, benchmarks, and wheels of what the tests
 need that a machine with torch and numpy lacks: for this machine's kind of processor and any Python from 3.10 on.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from bnbops.cuda_build import CudaBuild, of_library
 from cuda_on_cpu import library
 from gpu_bundle.record import as_json
 
@@ -51,12 +51,15 @@ def download(folder: Path, *names: str) -> None:
     run(*pip, "--only-binary=:all:", *oldest, "--dest", folder, *names)
 
 
-def toolkit() -> str:
-    """The version of the nvcc that has built the wheel, such as 13.0."""
-    found = re.search(r"release (\d+\.\d+)", run("nvcc", "--version"))
-    if found is None:
-        raise Refused("nvcc --version does not say which one it is")
-    return found[1]
+def build_of(wheel: Path) -> CudaBuild:
+    """What the wheel's CUDA library says of itself."""
+    with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
+        if CUDA_LIBRARY not in archive.namelist():
+            raise Refused(f"{wheel.name} has no CUDA kernels: build it with -C cmake.define.BNBOPS_CUDA=ON")
+        build = of_library(Path(archive.extract(CUDA_LIBRARY, folder)))
+    if build is None:
+        raise Refused(f"{wheel.name}: its CUDA library does not say what built it, and for which GPUs; build it again")
+    return build
 
 
 def sanitizer(folder: Path, version: str) -> str | None:
@@ -83,10 +86,8 @@ def commit() -> str:
         return "unknown"
 
 
-def make(wheel: Path, architectures: list[str], out: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        if CUDA_LIBRARY not in archive.namelist():
-            raise Refused(f"{wheel.name} has no CUDA kernels: build it with -C cmake.define.BNBOPS_CUDA=ON")
+def make(wheel: Path, out: Path) -> None:
+    build = build_of(wheel)
     shutil.rmtree(out, ignore_errors=True)
     (out / "wheels").mkdir(parents=True)
     shutil.copy2(wheel, out / "wheels")
@@ -98,13 +99,12 @@ def make(wheel: Path, architectures: list[str], out: Path) -> None:
     shutil.copy2(ROOT / "tests" / "gpu_bundle" / "run.sh", out)
     shutil.copy2(library.build(), out / "simulator.so")
     download(out / "wheels", *WHEELS)
-    version = toolkit()
     described = {
         "bnbops": wheel.name.split("-")[1],
         "commit": commit(),
-        "architectures": architectures,
-        "CUDA toolkit": version,
-        "compute-sanitizer": sanitizer(out / "wheels", version),
+        "architectures": list(build.architectures),
+        "CUDA toolkit": build.toolkit,
+        "compute-sanitizer": sanitizer(out / "wheels", build.toolkit),
         "built with torch": torch.__version__,
     }
     (out / "bundle.json").write_text(as_json(described))
@@ -138,11 +138,10 @@ def of_nobody(entry: tarfile.TarInfo) -> tarfile.TarInfo:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="gpu_bundle.make", description="Makes the bundle for a machine with a GPU.")
     parser.add_argument("--wheel", type=Path, required=True, help="of bnbops, with CUDA kernels")
-    parser.add_argument("--architectures", required=True, help='that it has kernels for, such as 90 or "80;90"')
     parser.add_argument("--out", type=Path, required=True, help="the bundle's folder, which is made anew")
     args = parser.parse_args()
     try:
-        make(args.wheel, args.architectures.split(";"), args.out)
+        make(args.wheel, args.out)
         size, archive = pack(args.out)
     except Refused as error:
         print(error, file=sys.stderr)
