@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bnbops.codebooks import create_dynamic_map
-from bnbops.nn.scale_bits import to_bits
+from bnbops.nn.weights.scale_bits import to_bits
 from bnbops.sample import DTYPES, Sample, full, normal, random_codes, strided, tensor
 
 _FLOAT, _BYTES = torch.float32, torch.uint8

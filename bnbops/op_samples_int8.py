@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bnbops.nn.scale_bits import to_bits
+from bnbops.nn.weights.scale_bits import to_bits
 from bnbops.sample import Sample, full, integers, normal, strided, uniform
 
 __all__ = ["BUILDERS"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bnbops.codebooks import create_4bit_map
 from bnbops.expect import absmax_of, blocked, expect, expect_nearest, normalise
-from bnbops.nn.scale_bits import from_bits
+from bnbops.nn.weights.scale_bits import from_bits
 
 
 def _unpacked(packed: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bnbops.expect import expect, expect_close
-from bnbops.nn.scale_bits import from_bits
+from bnbops.nn.weights.scale_bits import from_bits
 from bnbops.sample import tensor
 
 __all__ = ["REFERENCES"]

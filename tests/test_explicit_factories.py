@@ -30,8 +30,8 @@ DEFAULTS = {
 # Where the default is meant: by file and call.
 ALLOWED = {
     ("bnbops/functional_4bit.py", "torch.get_default_device()"): "get_4bit_type(device=None), as its docstring says",
-    ("bnbops/nn/params_4bit.py", "torch.empty(0)"): "a parameter without data, as nn.Parameter() makes it",
-    ("bnbops/nn/params_8bit.py", "torch.empty(0)"): "a parameter without data, as nn.Parameter() makes it",
+    ("bnbops/nn/four_bit/parameter.py", "torch.empty(0)"): "a parameter without data, as nn.Parameter() makes it",
+    ("bnbops/nn/int8/parameter.py", "torch.empty(0)"): "a parameter without data, as nn.Parameter() makes it",
 }
 
 

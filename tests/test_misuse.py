@@ -19,8 +19,8 @@ from bnbops.nn import (
     LinearNF4,
     StableEmbedding,
 )
+from bnbops.nn.convert.requantize import dequantized_weight
 from bnbops.nn.parametrize import replace_parameter_4bit
-from bnbops.nn.requantize import dequantized_weight
 from layer_cases_4bit import differing
 
 IN, OUT = 64, 32

@@ -13,7 +13,8 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from bnbops.nn import Embedding4bit, Embedding8bit, Linear4bit, Linear8bitLt, Params4bit
+import bnbops
+from bnbops.nn import Embedding4bit, Embedding8bit, Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from quantized_cases import EMBEDDINGS, IN, LINEARS, TOKENS, Expert, features, quantized
 
 TIMEOUT = 120  # seconds; a child that failed says nothing
@@ -197,9 +198,25 @@ def test_state_dicts_of_parameters(name):
 
 def test_pickles_of_earlier_versions():
     """A Params4bit's attributes had its quantization state, in fp32."""
-    from bnbops.nn import params_4bit
+    from bnbops.nn.four_bit import parameter
 
     weight = Params4bit(torch.randn(IN, IN), quant_type="nf4").to("cpu")
-    attributes = {name: vars(weight)[name] for name in params_4bit._ATTRIBUTES} | {"module": None}
-    rebuilt = params_4bit._rebuild(Params4bit, weight.data, False, attributes)
+    attributes = {name: vars(weight)[name] for name in parameter._ATTRIBUTES} | {"module": None}
+    rebuilt = parameter._rebuild(Params4bit, weight.data, False, attributes)
     assert rebuilt.quant_state == weight.quant_state and torch.equal(rebuilt.data, weight.data)
+
+
+def test_files_that_name_former_modules(golden, pytestconfig):
+    """Written when the classes were in modules of other names, which files by `torch.save` hold."""
+    parameters = golden("nn_parameters.pt")
+    modules = torch.load(pytestconfig.rootpath / "tests/golden/nn_modules.pt", weights_only=False)
+    assert {type(parameter) for parameter in parameters.values()} == {Params4bit, Int8Params}
+    for name, parameter in parameters.items():
+        held = modules.get_parameter(name)
+        assert type(parameter) is type(held) and torch.equal(_bytes(parameter), _bytes(held))
+        if held._holds_codes:
+            assert torch.equal(parameter._values(torch.float32), held._values(torch.float32))
+    for name, module in modules.items():
+        assert type(module) is getattr(bnbops.nn, name)
+        fresh = copy.deepcopy(module)
+        fresh.load_state_dict(module.state_dict())

@@ -13,8 +13,8 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 from bnbops.nn import Embedding4bit, Embedding8bit, Linear4bit, Linear8bitLt, LinearFP4, LinearNF4, quantize_
+from bnbops.nn.convert.requantize import dequantized_weight
 from bnbops.nn.parametrize import replace_parameter_4bit
-from bnbops.nn.requantize import dequantized_weight
 
 pytestmark = pytest.mark.every_torch
 

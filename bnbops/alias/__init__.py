@@ -23,7 +23,7 @@ def install_as_bitsandbytes() -> None:
     """
     global _installed
     from bnbops.alias import names, operators, repair
-    from bnbops.nn import bias
+    from bnbops.nn.layers import bias
 
     with _turning:
         if _installed:
@@ -47,7 +47,7 @@ def uninstall_as_bitsandbytes() -> None:
     """Undoes `install_as_bitsandbytes()`. Does nothing where it was not called."""
     global _installed
     from bnbops.alias import names, operators, repair
-    from bnbops.nn import bias
+    from bnbops.nn.layers import bias
 
     with _turning:
         if not _installed:

@@ -1,15 +1,16 @@
 """Layers with bitsandbytes' names and arguments."""
 
 from bnbops.nn import averaging as averaging
-from bnbops.nn.embedding import Embedding, StableEmbedding
-from bnbops.nn.embedding_4bit import Embedding4bit, EmbeddingFP4, EmbeddingNF4
-from bnbops.nn.embedding_8bit import Embedding8bit
-from bnbops.nn.linear_4bit import Linear4bit, LinearFP4, LinearNF4
-from bnbops.nn.linear_8bit import Int8Params, Linear8bitLt
-from bnbops.nn.params_4bit import Params4bit
-from bnbops.nn.plain_state import plain_state_dict
-from bnbops.nn.quantize import quantize_
-from bnbops.nn.quantize_plan import QuantizationPlan, quantization_plan
+from bnbops.nn import former_names as former_names
+from bnbops.nn.convert.plan import QuantizationPlan, quantization_plan
+from bnbops.nn.convert.quantize import quantize_
+from bnbops.nn.four_bit.parameter import Params4bit
+from bnbops.nn.layers.embedding import Embedding, StableEmbedding
+from bnbops.nn.layers.embedding_4bit import Embedding4bit, EmbeddingFP4, EmbeddingNF4
+from bnbops.nn.layers.embedding_8bit import Embedding8bit
+from bnbops.nn.layers.linear_4bit import Linear4bit, LinearFP4, LinearNF4
+from bnbops.nn.layers.linear_8bit import Int8Params, Linear8bitLt
+from bnbops.nn.weights.plain_state import plain_state_dict
 
 __all__ = [
     "Embedding",

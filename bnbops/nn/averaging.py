@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
+from bnbops.nn.four_bit.module import Weight4bit
+from bnbops.nn.int8.module import Int8Module
 from bnbops.nn.parametrize import Bnb4bitParametrization
-from bnbops.nn.weight_4bit import Weight4bit
-from bnbops.nn.weight_8bit import Int8Module
 
 
 def _quantized_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -12,9 +12,7 @@ from torch.nn.utils import parametrize
 from bnbops.functional_4bit import quantize_4bit
 from bnbops.lasting import lasting
 from bnbops.nn import forwards
-from bnbops.nn.plain_state import of_whole_layer
-from bnbops.nn.quantized_parameter import QuantizedParameter
-from bnbops.nn.scales_4bit import (
+from bnbops.nn.four_bit.scales import (
     NAMES,
     Format,
     as_arguments,
@@ -29,6 +27,8 @@ from bnbops.nn.scales_4bit import (
     take_statistics,
     tensors_of,
 )
+from bnbops.nn.weights.parameter import QuantizedParameter
+from bnbops.nn.weights.plain_state import of_whole_layer
 from bnbops.quant_state import QuantState
 from bnbops.sharded import is_sharded
 
@@ -36,7 +36,7 @@ __all__ = ["Bnb4bitParametrization", "replace_parameter_4bit", "replace_paramete
 
 
 class Bnb4bitParametrization(nn.Module):
-    """Dequantizes a packed parameter, whose scales it holds (see `bnbops.nn.scales_4bit`).
+    """Dequantizes a packed parameter, whose scales it holds (see `bnbops.nn.four_bit.scales`).
 
     While the module that has the parameter is in `forward`, all reads of a thread get the same tensor, unless weights
     are loaded meanwhile; compiled code does not need that. No gradient flows to the codes.

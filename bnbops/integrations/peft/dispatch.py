@@ -28,9 +28,9 @@ from bnbops.integrations.peft.layers import (
     ParamWrapper,
     is_parametrized_4bit,
 )
-from bnbops.nn.requantize import dequantized_weight, is_quantized
-from bnbops.nn.weight_4bit import Weight4bit
-from bnbops.nn.weight_8bit import Int8Module
+from bnbops.nn.convert.requantize import dequantized_weight, is_quantized
+from bnbops.nn.four_bit.module import Weight4bit
+from bnbops.nn.int8.module import Int8Module
 
 
 def _layer_class(base: nn.Module, parameter_name: str | None, linear: type, embedding: type | None) -> type | None:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
+from bnbops.nn.convert.requantize import check_finite, dequantized_weight, is_quantized, requantized_weight
 from bnbops.nn.parametrize import Bnb4bitParametrization, replace
-from bnbops.nn.requantize import check_finite, dequantized_weight, is_quantized, requantized_weight
 
 
 def is_parametrized_4bit(module: Any, name: str) -> bool:

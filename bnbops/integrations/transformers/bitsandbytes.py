@@ -12,7 +12,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from bnbops.integrations.transformers.config import METHOD, BnbOpsConfig
 from bnbops.integrations.transformers.quantizer import BnbOpsHfQuantizer
-from bnbops.nn.quantize_plan import Place, Rule
+from bnbops.nn.convert.plan import Place, Rule
 
 _METHODS = ("bitsandbytes_4bit", "bitsandbytes_8bit")
 _turning = threading.Lock()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bnbops.nn.quantize_format import QuantizationFormat
+from bnbops.nn.convert.format import QuantizationFormat
 
 METHOD = "bnbops"
 

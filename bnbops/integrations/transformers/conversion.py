@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from bnbops.nn.freed_memory import give_back
-from bnbops.nn.quantize_plan import Place
-from bnbops.nn.quantized_layers import find, hold_quantized, quantize_weight
-from bnbops.nn.scales_4bit import STATISTICS
-from bnbops.nn.weight_4bit import Weight4bit
-from bnbops.nn.weight_8bit import Int8Module
+from bnbops.nn.convert.plan import Place
+from bnbops.nn.convert.replace import find, hold_quantized, quantize_weight
+from bnbops.nn.four_bit.module import Weight4bit
+from bnbops.nn.four_bit.scales import STATISTICS
+from bnbops.nn.int8.module import Int8Module
+from bnbops.nn.weights.freed_memory import give_back
 from bnbops.sharded import is_sharded
 
 if TYPE_CHECKING:

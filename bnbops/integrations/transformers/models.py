@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from bnbops.nn.convert.replace import keep_calls
+from bnbops.nn.convert.requantize import dequantized_weight
+from bnbops.nn.four_bit.module import Weight4bit
+from bnbops.nn.int8.module import Int8Module
 from bnbops.nn.parametrize import Bnb4bitParametrization
-from bnbops.nn.quantized_layers import keep_calls
-from bnbops.nn.requantize import dequantized_weight
-from bnbops.nn.weight_4bit import Weight4bit
-from bnbops.nn.weight_8bit import Int8Module
 
 
 def number_of_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:

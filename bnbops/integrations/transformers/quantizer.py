@@ -17,10 +17,10 @@ from bnbops._library import cuda_library
 from bnbops.integrations.transformers.config import METHOD, BnbOpsConfig
 from bnbops.integrations.transformers.conversion import Deserialize, Quantize, weight_converters
 from bnbops.integrations.transformers.models import dequantize_, number_of_parameters, without_tied_copies
-from bnbops.nn.quantize_format import QuantizationFormat
-from bnbops.nn.quantize_plan import Rule, matches, places_by_tensor, plan_by_rule, skip_rule, with_prefixes
-from bnbops.nn.quantized_layers import find
-from bnbops.nn.resizing import guard_resizing
+from bnbops.nn.convert.format import QuantizationFormat
+from bnbops.nn.convert.plan import Rule, matches, places_by_tensor, plan_by_rule, skip_rule, with_prefixes
+from bnbops.nn.convert.replace import find
+from bnbops.nn.convert.resizing import guard_resizing
 
 
 class BnbOpsHfQuantizer(HfQuantizer):

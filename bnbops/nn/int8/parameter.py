@@ -10,11 +10,11 @@ from torch import Tensor
 
 from bnbops.lasting import lasting
 from bnbops.matmul_int8 import quantize_weight
-from bnbops.nn.finite import is_finite
-from bnbops.nn.freed_memory import give_back
-from bnbops.nn.quantized_parameter import QuantizedParameter
-from bnbops.nn.scale_bits import from_bits
-from bnbops.nn.weight_source import as_float16
+from bnbops.nn.convert.sources import as_float16
+from bnbops.nn.weights.finite import is_finite
+from bnbops.nn.weights.freed_memory import give_back
+from bnbops.nn.weights.parameter import QuantizedParameter
+from bnbops.nn.weights.scale_bits import from_bits
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

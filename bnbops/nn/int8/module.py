@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from bnbops.default_device import traceable_weight
 from bnbops.lasting import lasting
-from bnbops.nn.codes import check_name, check_size, no_reset
-from bnbops.nn.entries_8bit import check_scales, take_entries
-from bnbops.nn.params_8bit import Int8Params, quantize_rows
-from bnbops.nn.plain_state import of_quantized_layer, of_whole_layer
-from bnbops.nn.quantized_parameter import sparing_integers
-from bnbops.nn.scale_bits import from_bits, to_bits
-from bnbops.nn.tied import hold, others, saved_as
+from bnbops.nn.int8.entries import check_scales, take_entries
+from bnbops.nn.int8.parameter import Int8Params, quantize_rows
+from bnbops.nn.weights.codes import check_name, check_size, no_reset
+from bnbops.nn.weights.parameter import sparing_integers
+from bnbops.nn.weights.plain_state import of_quantized_layer, of_whole_layer
+from bnbops.nn.weights.scale_bits import from_bits, to_bits
+from bnbops.nn.weights.tied import hold, others, saved_as
 from bnbops.quant_state import NO_NUMBERS
 from bnbops.sharded import is_sharded
 

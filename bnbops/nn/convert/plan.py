@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from bnbops.facts import FORMATS_4BIT
-from bnbops.nn.weight_4bit import Weight4bit
-from bnbops.nn.weight_8bit import Int8Module
+from bnbops.nn.four_bit.module import Weight4bit
+from bnbops.nn.int8.module import Int8Module
 from bnbops.sharded import is_sharded
 
 FORMATS = (*FORMATS_4BIT, "int8")

@@ -9,9 +9,9 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from bnbops.nn.codes import codes_as_they_are
-from bnbops.nn.nested import over_nested
-from bnbops.nn.weight_4bit import Weight4bit
+from bnbops.nn.four_bit.module import Weight4bit
+from bnbops.nn.layers.nested import over_nested
+from bnbops.nn.weights.codes import codes_as_they_are
 
 
 class Linear4bit(Weight4bit, nn.Linear):

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from bnbops.functional_4bit import quantize_4bit, scale_arguments
 from bnbops.lasting import lasting
-from bnbops.nn.codes import codes_as_they_are
-from bnbops.nn.freed_memory import give_back
-from bnbops.nn.quantized_parameter import QuantizedParameter
-from bnbops.nn.scales_4bit import Format, check_state, packed_bytes, state_of, tensors_of
+from bnbops.nn.four_bit.scales import Format, check_state, packed_bytes, state_of, tensors_of
+from bnbops.nn.weights.codes import codes_as_they_are
+from bnbops.nn.weights.freed_memory import give_back
+from bnbops.nn.weights.parameter import QuantizedParameter
 from bnbops.quant_state import QuantState
 
 # What the constructor takes beside the data, and what `__dict__` holds.

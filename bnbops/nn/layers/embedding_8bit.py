@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bnbops.nn.codes import codes_as_they_are
-from bnbops.nn.frozen_table import FrozenTable
-from bnbops.nn.nested import over_nested
-from bnbops.nn.weight_8bit import Int8Module
+from bnbops.nn.int8.module import Int8Module
+from bnbops.nn.layers.frozen_table import FrozenTable
+from bnbops.nn.layers.nested import over_nested
+from bnbops.nn.weights.codes import codes_as_they_are
 
 
 class Embedding8bit(Int8Module, FrozenTable):

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bnbops.nn.scale_bits import to_bits
-from bnbops.nn.scales_4bit import NAMES, of_entries
+from bnbops.nn.four_bit.scales import NAMES, of_entries
+from bnbops.nn.weights.scale_bits import to_bits
 
 
 def plain_state_dict(model: nn.Module) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from bnbops.nn.materialize import Change, Sources, check_sources, load_others, read
-from bnbops.nn.quantize_format import QuantizationFormat
-from bnbops.nn.quantize_plan import SHARDED, QuantizationPlan, Skip, places_by_tensor, quantization_plan
-from bnbops.nn.quantized_layers import find, quantize_weight
-from bnbops.nn.requantize import is_quantized
-from bnbops.nn.resizing import guard_resizing
-from bnbops.nn.weight_source import open_state
+from bnbops.nn.convert.format import QuantizationFormat
+from bnbops.nn.convert.materialize import Change, Sources, check_sources, load_others, read
+from bnbops.nn.convert.plan import SHARDED, QuantizationPlan, Skip, places_by_tensor, quantization_plan
+from bnbops.nn.convert.replace import find, quantize_weight
+from bnbops.nn.convert.requantize import is_quantized
+from bnbops.nn.convert.resizing import guard_resizing
+from bnbops.nn.convert.sources import open_state
 
 State = Mapping[str, Tensor] | str | os.PathLike[str]
 

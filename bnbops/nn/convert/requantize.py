@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bnbops.nn.finite import is_finite
-from bnbops.nn.params_4bit import Params4bit
-from bnbops.nn.params_8bit import Int8Params
-from bnbops.nn.weight_4bit import Weight4bit
-from bnbops.nn.weight_8bit import Int8Module
+from bnbops.nn.four_bit.module import Weight4bit
+from bnbops.nn.four_bit.parameter import Params4bit
+from bnbops.nn.int8.module import Int8Module
+from bnbops.nn.int8.parameter import Int8Params
+from bnbops.nn.weights.finite import is_finite
 from bnbops.sharded import is_sharded
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from bnbops.nn.finite import are_scales
-from bnbops.nn.scales_4bit import take_statistics
+from bnbops.nn.four_bit.scales import take_statistics
+from bnbops.nn.weights.finite import are_scales
 
 
 def take_entries(state_dict: dict[str, Any], prefix: str) -> tuple[Tensor | None, Tensor | None]:

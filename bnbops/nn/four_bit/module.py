@@ -11,11 +11,8 @@ from torch import Tensor, nn
 
 from bnbops.default_device import traceable_weight
 from bnbops.lasting import lasting
-from bnbops.nn.codes import check_name, check_size, no_reset
-from bnbops.nn.params_4bit import Params4bit
-from bnbops.nn.plain_state import of_quantized_layer, of_whole_layer
-from bnbops.nn.quantized_parameter import sparing_integers
-from bnbops.nn.scales_4bit import (
+from bnbops.nn.four_bit.parameter import Params4bit
+from bnbops.nn.four_bit.scales import (
     BUFFER,
     NAMES,
     PARAMETERS,
@@ -35,7 +32,10 @@ from bnbops.nn.scales_4bit import (
     take_statistics,
     tensors_of,
 )
-from bnbops.nn.tied import entries_before, hold, others, saved_as
+from bnbops.nn.weights.codes import check_name, check_size, no_reset
+from bnbops.nn.weights.parameter import sparing_integers
+from bnbops.nn.weights.plain_state import of_quantized_layer, of_whole_layer
+from bnbops.nn.weights.tied import entries_before, hold, others, saved_as
 from bnbops.quant_state import QuantState
 from bnbops.sharded import is_sharded
 
@@ -45,8 +45,8 @@ _PREFIX = "weight_"
 class Weight4bit(nn.Module):
     """Mixed into a module class before the one that makes its float `weight`.
 
-    Quantized, a module has its weight in plain tensors (`bnbops.nn.scales_4bit`): `weight`, packed, a Params4bit unless
-    something has replaced it (FSDP does), and its scales, `weight_absmax` and, doubly quantized,
+    Quantized, a module has its weight in plain tensors (`bnbops.nn.four_bit.scales`): `weight`, packed, a Params4bit
+    unless something has replaced it (FSDP does), and its scales, `weight_absmax` and, doubly quantized,
     `weight_nested_absmax`, `weight_nested_offset` and `weight_nested_code`. They are all that `forward` reads.
     `weight.quant_state` and `quant_state` show the same tensors.
     """

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from bnbops.matmul_int8 import quantize_weight
-from bnbops.nn.embedding_4bit import Embedding4bit
-from bnbops.nn.embedding_8bit import Embedding8bit
-from bnbops.nn.finite import is_within
-from bnbops.nn.linear_4bit import Linear4bit
-from bnbops.nn.linear_8bit import Linear8bitLt
-from bnbops.nn.params_4bit import Params4bit
-from bnbops.nn.params_8bit import Int8Params
-from bnbops.nn.quantize_plan import FORMATS, Place
-from bnbops.nn.scales_4bit import check_settings
-from bnbops.nn.weight_source import as_float16
+from bnbops.nn.convert.plan import FORMATS, Place
+from bnbops.nn.convert.sources import as_float16
+from bnbops.nn.four_bit.parameter import Params4bit
+from bnbops.nn.four_bit.scales import check_settings
+from bnbops.nn.int8.parameter import Int8Params
+from bnbops.nn.layers.embedding_4bit import Embedding4bit
+from bnbops.nn.layers.embedding_8bit import Embedding8bit
+from bnbops.nn.layers.linear_4bit import Linear4bit
+from bnbops.nn.layers.linear_8bit import Linear8bitLt
+from bnbops.nn.weights.finite import is_within
 
 
 def logical_shape(place: Place) -> Sequence[int]:

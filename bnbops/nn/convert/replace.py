@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from bnbops.functional import quantize_4bit
 from bnbops.lasting import lasting
-from bnbops.nn.entries_8bit import check_scales
-from bnbops.nn.materialize import Change
+from bnbops.nn.convert.format import QuantizationFormat, logical_shape
+from bnbops.nn.convert.materialize import Change
+from bnbops.nn.convert.plan import Place
+from bnbops.nn.four_bit.parameter import Params4bit
+from bnbops.nn.int8.entries import check_scales
+from bnbops.nn.int8.parameter import Int8Params
 from bnbops.nn.parametrize import replace_parameter_4bit, replace_parameter_4bit_prequantized
-from bnbops.nn.params_4bit import Params4bit
-from bnbops.nn.params_8bit import Int8Params
-from bnbops.nn.quantize_format import QuantizationFormat, logical_shape
-from bnbops.nn.quantize_plan import Place
 
 
 def find(model: nn.Module, name: str) -> Place:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbops.nn.codes import CodesParameter
+from bnbops.nn.weights.codes import CodesParameter
 
 _Device = torch.device | str | int | None
 _PRESERVE = torch.preserve_format

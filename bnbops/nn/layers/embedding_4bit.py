@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbops.nn.codes import codes_as_they_are
-from bnbops.nn.frozen_table import FrozenTable
-from bnbops.nn.nested import over_nested
-from bnbops.nn.weight_4bit import Weight4bit
+from bnbops.nn.four_bit.module import Weight4bit
+from bnbops.nn.layers.frozen_table import FrozenTable
+from bnbops.nn.layers.nested import over_nested
+from bnbops.nn.weights.codes import codes_as_they_are
 
 
 class Embedding4bit(Weight4bit, FrozenTable):

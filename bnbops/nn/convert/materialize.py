@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from bnbops.lasting import lasting
-from bnbops.nn.quantize_plan import Place, places_by_tensor
-from bnbops.nn.weight_source import Source, empty
+from bnbops.nn.convert.plan import Place, places_by_tensor
+from bnbops.nn.convert.sources import Source, empty
 
 Sources = dict[str, Source]
 Change = Callable[[], None]

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from bnbops.matmul_int8 import MatmulLtState, linear
-from bnbops.nn.bias import bias_for
-from bnbops.nn.codes import codes_as_they_are
-from bnbops.nn.nested import over_nested
-from bnbops.nn.params_8bit import Int8Params
-from bnbops.nn.weight_8bit import Int8Module
+from bnbops.nn.int8.module import Int8Module
+from bnbops.nn.int8.parameter import Int8Params
+from bnbops.nn.layers.bias import bias_for
+from bnbops.nn.layers.nested import over_nested
+from bnbops.nn.weights.codes import codes_as_they_are
 
 __all__ = ["Int8Params", "Linear8bitLt"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from bnbops.nn.requantize import is_quantized
+from bnbops.nn.convert.requantize import is_quantized
 
 
 def guard_resizing(model: nn.Module) -> None:

@@ -1,0 +1,1 @@
+"""Layers whose weight is quantized, and embeddings whose optimizer states are not."""

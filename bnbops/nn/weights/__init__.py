@@ -1,0 +1,1 @@
+"""What weights of all kinds share that are held as codes and scales."""
