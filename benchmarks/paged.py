@@ -33,7 +33,7 @@ from measure import VerificationError, count
 from torch import Tensor, nn
 
 import bnbops.optim
-from bnbops.optim.paged import PagedMemory
+from bnbops.optim.paging.paged import PagedMemory
 
 LAYERS = 32
 WIDTH = 1024

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 import bnbops
-from bnbops import report, self_check
+from bnbops import report
 from bnbops._library import ISAS
 from bnbops.estimate import Bytes, Estimate, estimate
+from bnbops.testing import self_check
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from bnbops import optim
 from bnbops.facts import STATE_BLOCK
-from bnbops.optim.manager import GlobalOptimManager
-from bnbops.optim.state import UNPAGED, absmax_name, cuts_between_blocks
+from bnbops.optim.core.manager import GlobalOptimManager
+from bnbops.optim.core.state import UNPAGED, absmax_name, cuts_between_blocks
 
 LARGEST = 10**18  # number of parameters: torch counts bytes in 64 bits
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the parameters that the operators step

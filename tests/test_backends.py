@@ -7,7 +7,7 @@ from torch import Tensor
 
 import backends
 from bnbops.functional import create_dynamic_map
-from bnbops.op_samples import SAMPLED, operator, samples
+from bnbops.testing.samples import SAMPLED, operator, samples
 from test_fakes import described
 
 WITH_TENSORS = [name for name in SAMPLED if "Tensor" in str(operator(name)._schema)]

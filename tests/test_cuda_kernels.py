@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import backends
-from bnbops import self_check
 from bnbops.functional import dequantize_4bit, quantize_nf4
+from bnbops.testing import self_check
 from cuda_on_cpu import library
 from cuda_on_cpu.kernels import Kernels
 
@@ -31,7 +31,7 @@ def test_the_self_check_runs_every_kernel(kernels):
         assert [problem for _, _, problems in self_check.run() for problem in problems] == []
     launched = kernels.take_launched()
     unreached = [name for address, name in kernels.names.items() if address not in launched]
-    assert unreached == [], "add samples to bnbops/op_samples.py that reach them"
+    assert unreached == [], "add samples to bnbops/testing/samples.py that reach them"
     assert launched == kernels.names.keys(), "a kernel whose name does not end in _kernel"
 
 

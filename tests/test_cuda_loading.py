@@ -10,7 +10,7 @@ import torch
 
 import bnbops
 from bnbops import _library, report
-from bnbops.op_samples import operator, samples
+from bnbops.testing.samples import operator, samples
 
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 

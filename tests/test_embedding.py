@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 import bnbops
 from bnbops.nn import Embedding, StableEmbedding
 from bnbops.optim import AdamW8bit
-from bnbops.optim.manager import GlobalOptimManager
+from bnbops.optim.core.manager import GlobalOptimManager
 
 CLASSES = [Embedding, StableEmbedding]
 classes = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)

@@ -16,7 +16,7 @@ import bnbops
 from bnbops.__main__ import main
 from bnbops.estimate import Bytes, Estimate, estimate, optimizers
 from bnbops.optim import AdamW, AdamW8bit
-from bnbops.optim.manager import GlobalOptimManager
+from bnbops.optim.core.manager import GlobalOptimManager
 from bnbops.sharded import local
 
 ROOT = Path(__file__).parents[1]

@@ -29,7 +29,7 @@ DEFAULTS = {
 
 # Where the default is meant: by file and call.
 ALLOWED = {
-    ("bnbops/functional_4bit.py", "torch.get_default_device()"): "get_4bit_type(device=None), as its docstring says",
+    ("bnbops/functional/four_bit.py", "torch.get_default_device()"): "get_4bit_type(device=None), as it says",
     ("bnbops/nn/four_bit/parameter.py", "torch.empty(0)"): "a parameter without data, as nn.Parameter() makes it",
     ("bnbops/nn/int8/parameter.py", "torch.empty(0)"): "a parameter without data, as nn.Parameter() makes it",
 }

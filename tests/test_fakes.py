@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 import bnbops.functional as F
-from bnbops.op_samples import SAMPLED, operator, samples
+from bnbops.testing.samples import SAMPLED, operator, samples
 
 pytestmark = pytest.mark.every_torch
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 import bnbops
 from bnbops import functional as F
-from bnbops import self_check
 from bnbops.estimate import estimate
 from bnbops.nn.convert.requantize import dequantized_weight, requantized_weight
 from bnbops.nn.parametrize import replace_parameter_4bit
-from bnbops.sample import integers, normal
+from bnbops.testing import self_check
+from bnbops.testing.sample import integers, normal
 from global_settings import SETTINGS, bits
 from optimizer_classes import CLASSES, build
 

@@ -22,7 +22,7 @@ from torch.testing import assert_close
 
 import bnbops as bnb
 from bnbops.functional import create_dynamic_map
-from bnbops.optim.unified import UnifiedMemory
+from bnbops.optim.paging.unified import UnifiedMemory
 from gpu_bundle import sanitizer
 from optimizer_cases import assert_same, assert_same_state, params, train
 from optimizer_classes import CLASSES, build

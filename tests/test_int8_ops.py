@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import backends
-from bnbops.functional_int8 import (
+from bnbops.functional.int8 import (
     int8_double_quant,
     int8_linear_matmul,
     int8_mm_dequant,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import bnbops
-from bnbops.optim.interchange import is_bitsandbytes, to_bitsandbytes
+from bnbops.optim.checkpoints.interchange import is_bitsandbytes, to_bitsandbytes
 from interchange_cases import (
     FAMILIES,
     FAMILIES_8BIT,

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 import bnbops
-from bnbops.optim.interchange import to_bitsandbytes
+from bnbops.optim.checkpoints.interchange import to_bitsandbytes
 from interchange_cases import FAMILIES, NESTED, SHAPES, STATES, family, fresh
 from optimizer_cases import assert_same, assert_same_state, params, train
 from reference import states as ref

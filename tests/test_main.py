@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import bnbops
-from bnbops import report, self_check
+from bnbops import report
 from bnbops.__main__ import main
 from bnbops._library import ISAS, isas
-from bnbops.op_samples import SAMPLED, Sample, operator, samples
+from bnbops.testing import self_check
+from bnbops.testing.samples import SAMPLED, Sample, operator, samples
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

@@ -12,7 +12,7 @@ from torch import nn
 import bnbops
 from bnbops import optim
 from bnbops.optim import AdamW8bit, AdamW32bit
-from bnbops.optim.manager import KNOWN_OPTIONS, STATE_OPTIONS, GlobalOptimManager
+from bnbops.optim.core.manager import KNOWN_OPTIONS, STATE_OPTIONS, GlobalOptimManager
 from compile_cases import assert_same as assert_same_tensors
 from compile_cases import batches, make, snapshot, usual_step
 from optimizer_cases import assert_same, params, set_grads, train

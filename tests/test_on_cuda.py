@@ -18,11 +18,11 @@ import backends
 import bnbops as bnb
 import bnbops.functional as F
 from backends import OnCuda
-from bnbops import self_check
 from bnbops._library import device_operators
 from bnbops.nn import Linear4bit, Linear8bitLt
 from bnbops.nn.parametrize import replace_parameter_4bit
-from bnbops.op_samples import operator, samples
+from bnbops.testing import self_check
+from bnbops.testing.samples import operator, samples
 from compile_cases import batches, make_model, usual_step
 from optimizer_cases import MIXED, assert_same, flat_state, params, train
 from optimizer_classes import WITH_8BIT, build

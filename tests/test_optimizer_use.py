@@ -180,7 +180,7 @@ def manager() -> Iterator[GlobalOptimManager]:
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of parameters in each operator call from now on."""
-    from bnbops.optim.call import Call
+    from bnbops.optim.core.call import Call
 
     found: list[int] = []
     run = Call.run

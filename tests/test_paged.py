@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, UntypedStorage
 
-from bnbops.optim.paged import PagedMemory
+from bnbops.optim.paging.paged import PagedMemory
 from paged_cases import in_a_fork, is_paged, mapped, run
 
 LARGE = (64, 1024)  # fp32: a file of its own
@@ -117,7 +117,7 @@ def test_where_space_cannot_be_reserved_zeros_are_written(fallocate, tmp_path, f
 def test_nothing_is_left_by_a_killed_process(tmp_path):
     code = """
         import os, signal, sys, torch
-        from bnbops.optim.paged import PagedMemory
+        from bnbops.optim.paging.paged import PagedMemory
         memory = PagedMemory(sys.argv[1])
         tensors = [memory.zeros(size, torch.uint8).fill_(1) for size in (100, 2**20)]
         assert os.listdir(sys.argv[1]) == []
@@ -213,7 +213,7 @@ def test_a_directory_in_memory_warns(disk):
 
 
 def test_no_descriptors_to_open_by_path(monkeypatch):
-    monkeypatch.setattr("bnbops.optim.paged._DESCRIPTORS", "/no/such/fd")
+    monkeypatch.setattr("bnbops.optim.paging.paged._DESCRIPTORS", "/no/such/fd")
     with pytest.raises(OSError, match=r"need /no/such/fd.*is_paged=False"):
         PagedMemory()
 
@@ -223,7 +223,7 @@ def test_no_room(fallocate, tmp_path):
     """A limit on the size of files is a full disk for one process."""
     code = """
         import errno, os, resource, sys, torch
-        from bnbops.optim.paged import PagedMemory
+        from bnbops.optim.paging.paged import PagedMemory
         if sys.argv[2] == "False":
             del os.posix_fallocate
         memory = PagedMemory(sys.argv[1])
@@ -274,7 +274,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
 def test_no_room_in_the_address_space(tmp_path):
     code = """
         import errno, re, resource, sys, torch
-        from bnbops.optim.paged import PagedMemory
+        from bnbops.optim.paging.paged import PagedMemory
         memory = PagedMemory(sys.argv[1])
         size = int(re.search(r"VmSize:\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024
         resource.setrlimit(resource.RLIMIT_AS, (size + 2**26, size + 2**26))

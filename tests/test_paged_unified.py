@@ -14,8 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import backends
 from bnbops import _library
-from bnbops.optim import AdamW8bit, PagedAdamW8bit, stateful, unified
-from bnbops.optim.unified import UnifiedMemory
+from bnbops.optim import AdamW8bit, PagedAdamW8bit
+from bnbops.optim.core import stateful
+from bnbops.optim.paging import unified
+from bnbops.optim.paging.unified import UnifiedMemory
 from cuda_on_cpu import library
 from paged_cases import RecordedMemory
 

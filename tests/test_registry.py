@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import backends
 import bnbops
-from bnbops import self_check
-from bnbops.op_samples import SAMPLED, Sample, operator, samples
+from bnbops.testing import self_check
+from bnbops.testing.samples import SAMPLED, Sample, operator, samples
 
 DOCUMENTATION = (Path(__file__).parents[1] / "docs" / "operators.md").read_text()
 

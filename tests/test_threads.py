@@ -15,7 +15,8 @@ import bnbops
 import bnbops.functional as F
 from bnbops.nn import Embedding4bit, Embedding8bit, Linear4bit, Linear8bitLt, LinearNF4, StableEmbedding
 from bnbops.nn.parametrize import replace_parameter_4bit
-from bnbops.optim import GlobalOptimManager, manager
+from bnbops.optim import GlobalOptimManager
+from bnbops.optim.core import manager
 
 THREADS, ROUNDS = 4, 30
 

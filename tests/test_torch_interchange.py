@@ -11,8 +11,8 @@ from torch import nn
 
 from bnbops import optim
 from bnbops.optim import AdamW8bit, GlobalOptimManager
-from bnbops.optim.interchange import is_bitsandbytes
-from bnbops.optim.torch_interchange import is_torch
+from bnbops.optim.checkpoints.interchange import is_bitsandbytes
+from bnbops.optim.checkpoints.torch_interchange import is_torch
 from interchange_cases import bitsandbytes_dict, bitsandbytes_state
 from optimizer_cases import MIXED, assert_same, assert_same_state, params, train
 from optimizer_classes import FAMILIES, build

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from bnbops.matmul_int8 import MatmulLtState, matmul
-from bnbops.multiply_4bit import matmul_4bit
-from bnbops.quant_state import QuantState
+from bnbops.functional.products_4bit import matmul_4bit
+from bnbops.functional.products_int8 import MatmulLtState, matmul
+from bnbops.functional.quant_state import QuantState
 
 __all__ = ["MatMul4Bit", "MatMul8bitFp", "MatMul8bitLt", "MatmulLtState", "matmul", "matmul_4bit"]
 __path__ = []  # a package, as bitsandbytes' is

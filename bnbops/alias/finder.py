@@ -27,6 +27,10 @@ RENAMED = {
     "nn.modules": "nn",
     "optim.optimizer": "alias.optimizer",
     "utils": "alias.utils",
+    **{
+        f"optim.{family}": f"optim.families.{family}"
+        for family in ("adagrad", "adam", "adamw", "ademamix", "lamb", "lars", "lion", "rmsprop", "sgd")
+    },
 }
 # Those that bnbops does not have, and why.
 MISSING = {
@@ -137,13 +141,14 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Removes the finder, the modules' second names, and what importing by these has set in their parents."""
+    """Removes the finder, the modules' second names, and what importing by these has set in their parents: those are
+    modules from elsewhere; a package of ours has its own ones."""
     if FINDER in sys.meta_path:
         sys.meta_path.remove(FINDER)
     names = [name for name in sys.modules if name.partition(".")[0] == NAME]
-    for parent, _, child in (name.rpartition(".") for name in names):
-        own = ours(parent)
-        if parent.partition(".")[0] == NAME and own != PACKAGE and f"{own}.{child}" not in sys.modules:
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        if parent and (own := ours(parent)) != PACKAGE and not ours(name).startswith(f"{own}."):
             vars(sys.modules[own]).pop(child, None)
     for name in names:
         del sys.modules[name]

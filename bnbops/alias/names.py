@@ -12,7 +12,9 @@ _own: dict[type, str] = {}
 def rename() -> None:
     """Names that pickles find: modules that are bitsandbytes', too, as far as it has the class."""
     layers = dict.fromkeys(_classes(nn), "bitsandbytes.nn.modules")
-    optimizers = {family: family.__module__.replace("bnbops", "bitsandbytes", 1) for family in _classes(optim)}
+    optimizers = {
+        family: family.__module__.replace("bnbops.optim.families", "bitsandbytes.optim") for family in _classes(optim)
+    }
     bases = dict.fromkeys(_classes(optimizer), "bitsandbytes.optim.optimizer")
     others = {
         functional.QuantState: "bitsandbytes.functional",

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from bnbops import functional
-from bnbops.functional_4bit import in_own_order
-from bnbops.functional_optimizer import StepNumbers, optimizer_update_8bit_blockwise, update_32bit
+from bnbops.functional.four_bit import in_own_order
+from bnbops.functional.optimizer import StepNumbers, optimizer_update_8bit_blockwise, update_32bit
 
 _NAMESPACE = "bitsandbytes"
 _WEIGHT_TYPES = ("nf4", "fp4")

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from bnbops.quant_state import _pack as pack_dict_to_tensor
-from bnbops.quant_state import _unpack as unpack_tensor_to_dict
+from bnbops.functional.quant_state import _pack as pack_dict_to_tensor
+from bnbops.functional.quant_state import _unpack as unpack_tensor_to_dict
 
 __all__ = [
     "INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING",

@@ -38,9 +38,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from bnbops.lasting import usual_settings
-from bnbops.optim.checkpoint import CheckpointedOptimizer
-from bnbops.optim.loading import keeps_blocks
-from bnbops.optim.state import UNPAGED
+from bnbops.optim.checkpoints.checkpoint import CheckpointedOptimizer
+from bnbops.optim.checkpoints.loading import keeps_blocks
+from bnbops.optim.core.state import UNPAGED
 from bnbops.sharded import is_sharded
 
 _CHECKSUMS = "checksums.json"

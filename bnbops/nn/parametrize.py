@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from bnbops.functional_4bit import quantize_4bit
+from bnbops.functional.four_bit import quantize_4bit
+from bnbops.functional.quant_state import QuantState
 from bnbops.lasting import lasting
 from bnbops.nn import forwards
 from bnbops.nn.four_bit.scales import (
@@ -29,7 +30,6 @@ from bnbops.nn.four_bit.scales import (
 )
 from bnbops.nn.weights.parameter import QuantizedParameter
 from bnbops.nn.weights.plain_state import of_whole_layer
-from bnbops.quant_state import QuantState
 from bnbops.sharded import is_sharded
 
 __all__ = ["Bnb4bitParametrization", "replace_parameter_4bit", "replace_parameter_4bit_prequantized"]

@@ -1,5 +1,5 @@
 // Unified memory for torch's pluggable allocators (torch.cuda.memory.CUDAPluggableAllocator): the driver moves its
-// pages to the host where the GPU's memory runs short, and back when a kernel reads them. bnbops/optim/unified.py asks
+// pages to the host where the GPU's memory runs short, and back when a kernel reads them. bnbops/optim/paging/unified.py asks
 // for it.
 #include "cuda/runtime.h"
 

@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bnbops
 from bnbops._library import cuda_library
-from bnbops.optim import stateful, unified
+from bnbops.optim.core import stateful
+from bnbops.optim.paging import unified
 from optimizer_classes import CLASSES, build
 from paged_cases import RecordedMemory
 

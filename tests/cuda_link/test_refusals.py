@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 import test_bad_input
 import test_int8_bad_input
 from bnbops._library import device_operators
-from bnbops.op_samples import operator, samples
+from bnbops.testing.samples import operator, samples
 from reference.group import op_options, random_group
 from rule_cases import usual
 from test_fakes import IN_DATA, SHARED, Outcome, bad_calls, fake_cuda, outcome, refused_for

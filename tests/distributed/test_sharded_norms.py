@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from bnbops.optim.norms import whole_squared_norms
+from bnbops.optim.core.norms import whole_squared_norms
 from ranks import run_on_ranks
 
 

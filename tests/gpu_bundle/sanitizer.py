@@ -73,9 +73,9 @@ def refuse(output: str, status: int) -> None:
 
 def check_operators(seconds: float) -> int:
     """The first samples of as many operators as there is time for, on the GPU; the status is 1 if one is wrong."""
-    from bnbops import self_check
     from bnbops._library import device_operators
-    from bnbops.op_samples import samples
+    from bnbops.testing import self_check
+    from bnbops.testing.samples import samples
 
     begin, names, wrong = time.monotonic(), device_operators(), []
     for i, name in enumerate(names):

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from bnbops.integrations.transformers import BnbOpsConfig
-from bnbops.sample import normal
+from bnbops.testing.sample import normal
 from global_settings import SETTINGS, bits
 from hf_cases import saved, tiny_mixtral, token_batch
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bnbops.matmul_int8 import quantize_weight
+from bnbops.functional.products_int8 import quantize_weight
 from bnbops.nn.convert.plan import FORMATS, Place
 from bnbops.nn.convert.sources import as_float16
 from bnbops.nn.four_bit.parameter import Params4bit

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bnbops.default_device import traceable_weight
+from bnbops.functional.quant_state import QuantState
 from bnbops.lasting import lasting
 from bnbops.nn.four_bit.parameter import Params4bit
 from bnbops.nn.four_bit.scales import (
@@ -36,7 +37,6 @@ from bnbops.nn.weights.codes import check_name, check_size, no_reset
 from bnbops.nn.weights.parameter import sparing_integers
 from bnbops.nn.weights.plain_state import of_quantized_layer, of_whole_layer
 from bnbops.nn.weights.tied import entries_before, hold, others, saved_as
-from bnbops.quant_state import QuantState
 from bnbops.sharded import is_sharded
 
 _PREFIX = "weight_"

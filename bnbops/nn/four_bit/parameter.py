@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnbops.functional_4bit import quantize_4bit, scale_arguments
+from bnbops.functional.four_bit import quantize_4bit, scale_arguments
+from bnbops.functional.quant_state import QuantState
 from bnbops.lasting import lasting
 from bnbops.nn.four_bit.scales import Format, check_state, packed_bytes, state_of, tensors_of
 from bnbops.nn.weights.codes import codes_as_they_are
 from bnbops.nn.weights.freed_memory import give_back
 from bnbops.nn.weights.parameter import QuantizedParameter
-from bnbops.quant_state import QuantState
 
 # What the constructor takes beside the data, and what `__dict__` holds.
 _ATTRIBUTES = (

@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bnbops.functional_4bit import get_4bit_type, scale_arguments
+from bnbops.functional.four_bit import get_4bit_type, scale_arguments
+from bnbops.functional.quant_state import NO_NUMBERS, QuantState
 from bnbops.nn.weights.finite import are_scales, is_finite
 from bnbops.nn.weights.scale_bits import from_bits, to_bits
-from bnbops.quant_state import NO_NUMBERS, QuantState
 
 PARAMETERS = ("absmax", "nested_absmax", "nested_offset")
 BUFFER = "nested_code"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bnbops.default_device import traceable_weight
+from bnbops.functional.quant_state import NO_NUMBERS
 from bnbops.lasting import lasting
 from bnbops.nn.int8.entries import check_scales, take_entries
 from bnbops.nn.int8.parameter import Int8Params, quantize_rows
@@ -17,7 +18,6 @@ from bnbops.nn.weights.parameter import sparing_integers
 from bnbops.nn.weights.plain_state import of_quantized_layer, of_whole_layer
 from bnbops.nn.weights.scale_bits import from_bits, to_bits
 from bnbops.nn.weights.tied import hold, others, saved_as
-from bnbops.quant_state import NO_NUMBERS
 from bnbops.sharded import is_sharded
 
 

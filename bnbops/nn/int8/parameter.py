@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnbops.functional.products_int8 import quantize_weight
 from bnbops.lasting import lasting
-from bnbops.matmul_int8 import quantize_weight
 from bnbops.nn.convert.sources import as_float16
 from bnbops.nn.weights.finite import is_finite
 from bnbops.nn.weights.freed_memory import give_back

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnbops.optim.manager import GlobalOptimManager
+from bnbops.optim.core.manager import GlobalOptimManager
 
 
 class Embedding(nn.Embedding):

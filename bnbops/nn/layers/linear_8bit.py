@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bnbops.matmul_int8 import MatmulLtState, linear
+from bnbops.functional.products_int8 import MatmulLtState, linear
 from bnbops.nn.int8.module import Int8Module
 from bnbops.nn.int8.parameter import Int8Params
 from bnbops.nn.layers.bias import bias_for

@@ -1,0 +1,218 @@
+"""4-bit quantization with bitsandbytes' names and signatures, over `torch.ops.bnbops`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnbops.codebooks import create_4bit_map
+from bnbops.facts import BLOCKS_4BIT, FORMATS_4BIT, in_words
+from bnbops.functional.blockwise import quantize_blockwise
+from bnbops.functional.quant_state import QuantState
+from bnbops.lasting import lasting
+
+_BLOCKSIZE = 64  # by default
+_FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+with lasting():  # at import: no tracer sees the making
+    _MAPS = {name: create_4bit_map(name) for name in ("nf4", "fp4", "int4", "af4")}
+
+
+def _check(function: str, dtype: torch.dtype, blocksize: int, quant_type: str) -> None:
+    if dtype not in _FLOAT_DTYPES:
+        raise ValueError(f"{function} takes float32, bfloat16 or float16 tensors, got {dtype}")
+    if blocksize not in BLOCKS_4BIT:
+        raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKS_4BIT))}; got {blocksize}")
+    if quant_type not in QuantState.valid_quant_types:
+        raise ValueError(f"quant_type must be {in_words(FORMATS_4BIT)}, got {quant_type!r}")
+
+
+def in_own_order(packed: Tensor) -> tuple[Tensor, bool]:
+    """The packed weight in its own order, and whether it came as the transpose of one."""
+    if packed.dim() == 2:
+        if not packed.is_contiguous() and packed.t().is_contiguous():
+            return packed.t(), True
+        if packed.shape[0] == 1 and packed.shape[1] > 1:
+            return packed, True
+    return packed.contiguous(), False
+
+
+def scale_arguments(state: QuantState) -> tuple[Tensor, dict[str, Any]]:
+    """absmax and the keyword arguments `nested_*` that the 4-bit operators take."""
+    if not state.nested:
+        return state.absmax.float(), {}
+    second = state.state2
+    return state.absmax, {
+        "nested_absmax": second.absmax.float(),
+        "nested_code": second.code,
+        "nested_offset": state.offset.float(),
+        "nested_blocksize": second.blocksize,
+    }
+
+
+def get_4bit_type(typename: str, device: torch.device | str | None = None, blocksize: int = 64) -> Tensor:
+    """The values of a 4-bit type's 16 codes, in [-1, 1].
+
+    Args:
+        typename: "nf4", "fp4", "int4" or "af4".
+        device: of the result; torch's default device by default.
+        blocksize: "af4" is defined for 64 alone; the others do not depend on it.
+
+    Returns:
+        fp32 tensor of 16 values, in the order of their codes.
+
+    Raises:
+        NotImplementedError: no such type, or "af4" with another blocksize.
+
+    Source: see `bnbops.codebooks.create_4bit_map`.
+    """
+    if typename not in _MAPS:
+        create_4bit_map(typename)  # refuses it
+    if typename == "af4" and blocksize != 64:
+        raise NotImplementedError(f"af4 is made for blocks of 64, got {blocksize}")
+    device = torch.get_default_device() if device is None else device
+    return _MAPS[typename].to(device, copy=True)
+
+
+def quantize_4bit(
+    A: Tensor,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    compress_statistics: bool = False,
+    quant_type: str = "fp4",
+    quant_storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:
+    """Quantizes a tensor to 4 bits in flat blocks, each scaled by its largest magnitude; two codes share a byte.
+
+    An element becomes the nearest of the type's 16 values to `x / absmax`. Infinities saturate; a NaN becomes 0 and
+    does not count towards absmax.
+
+    Args:
+        A: fp32, bf16 or fp16 tensor of any shape.
+        absmax: tensor to copy the scales into, `[ceil(A.numel() / blocksize)]`, fp32 (uint8 if compressed).
+        out: tensor of the result's shape and dtype to copy it into.
+        blocksize: elements that share a scale: a power of two from 32 to 4096; 64 by default.
+        compress_statistics: quantize the scales, too, less their mean, to 8 bits in blocks of 256.
+        quant_type: "nf4" or "fp4".
+        quant_storage: dtype of the result: uint8, int8, bf16, fp16 or fp32, whose bits are the packed codes.
+
+    Returns:
+        Packed codes `[ceil(A.numel() / 2) / quant_storage.itemsize, 1]`, and what `dequantize_4bit` needs.
+
+    Raises:
+        ValueError: a dtype, blocksize or type that is not supported.
+        RuntimeError: packed codes that are not a whole number of `quant_storage`; an absmax or out of wrong shape.
+
+    Source: Dettmers et al., "QLoRA" (arXiv:2305.14314), section 3.
+    """
+    blocksize = _BLOCKSIZE if blocksize is None else blocksize
+    _check("quantize_4bit", A.dtype, blocksize, quant_type)
+    packed, scales = torch.ops.bnbops.quantize_4bit(A, blocksize, quant_type, quant_storage)
+    offset = state2 = None
+    if compress_statistics:
+        offset = scales.mean()
+        scales, state2 = quantize_blockwise(scales - offset, blocksize=256)
+    if out is not None:
+        packed = out.copy_(packed)
+    if absmax is not None:
+        scales = absmax.copy_(scales)
+    code = get_4bit_type(quant_type, device=A.device)
+    return packed, QuantState(scales, A.shape, code, blocksize, quant_type, A.dtype, offset, state2)
+
+
+def quantize_nf4(
+    A: Tensor,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    compress_statistics: bool = False,
+    quant_storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:
+    """`quantize_4bit` to NF4."""
+    return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "nf4", quant_storage)
+
+
+def quantize_fp4(
+    A: Tensor,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    compress_statistics: bool = False,
+    quant_storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:
+    """`quantize_4bit` to FP4."""
+    return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "fp4", quant_storage)
+
+
+def dequantize_4bit(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    quant_type: str = "fp4",
+) -> Tensor:
+    """Undoes `quantize_4bit`: each code's value times its block's scale in fp32, rounded to the state's dtype.
+
+    Not differentiable, neither with respect to the codes nor to the scales: the result requires no grad.
+
+    Args:
+        A: packed codes of any shape; `[1, n]` and other transposes of packed codes give the transposed result.
+        quant_state: what `quantize_4bit` returned; or else
+        absmax: fp32 scales, one a block, with `out`,
+        blocksize: elements that share a scale, 64 by default, and
+        quant_type: "nf4" or "fp4".
+        out: tensor of the state's shape and dtype to write to; without a state it tells them.
+
+    Returns:
+        Tensor of the state's shape (`out`, if given).
+
+    Raises:
+        ValueError: neither a state nor both of absmax and out given; a blocksize, type or dtype that is not supported;
+            transposed codes of a tensor that is no matrix.
+        RuntimeError: codes, scales or out of wrong size or dtype.
+    """
+    if quant_state is None:
+        if absmax is None or out is None:
+            raise ValueError("dequantize_4bit needs a quant_state, or both absmax and out")
+        blocksize = _BLOCKSIZE if blocksize is None else blocksize
+        quant_state = QuantState(absmax, out.shape, None, blocksize, quant_type, out.dtype)
+    _check("dequantize_4bit", quant_state.dtype, quant_state.blocksize, quant_state.quant_type)
+    shape = list(quant_state.shape)
+    packed, transposed = in_own_order(A)
+    if transposed and len(shape) != 2:
+        raise ValueError(
+            f"packed codes of shape {list(A.shape)} stand for a transposed matrix, but the state's shape is {shape}; "
+            "pass them as [n, 1]"
+        )
+    scales, nested = scale_arguments(quant_state)
+    args = (packed, scales, quant_state.blocksize, quant_state.quant_type, shape, quant_state.dtype)
+    if out is None:
+        out = torch.ops.bnbops.dequantize_4bit(*args, **nested)
+    else:
+        torch.ops.bnbops.dequantize_4bit.out(*args, **nested, out=out)
+    return out.t() if transposed else out
+
+
+def dequantize_nf4(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+) -> Tensor:
+    """`dequantize_4bit` from NF4. A given state's own type counts."""
+    return dequantize_4bit(A, quant_state, absmax, out, blocksize, "nf4")
+
+
+def dequantize_fp4(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+) -> Tensor:
+    """`dequantize_4bit` from FP4. A given state's own type counts."""
+    return dequantize_4bit(A, quant_state, absmax, out, blocksize, "fp4")

@@ -1,0 +1,1 @@
+"""State dicts: loading, and exchange with bitsandbytes and torch.optim."""

@@ -1,0 +1,319 @@
+"""bitsandbytes' optimizer checkpoints: reading them, and writing ones that bitsandbytes goes on with.
+
+bitsandbytes keeps "state1" and "state2" of a parameter: fp32, or uint8 with codebooks "qmap1", "qmap2" and flat scales
+"absmax1", "absmax2", one for 256 elements. Its 0.49 and 0.50 nest them under "__bnb_optimizer_quant_state__", older
+versions keep them beside "step", an int. Our states in their order are state1 and state2; AdEMAMix has three, and
+bitsandbytes stacks the first two: state1 `[2, *shape]`, absmax1 `[2, blocks]`.
+
+Source: bitsandbytes/optim/*.py of versions 0.45.5, 0.49.2 and 0.50.2; tests/golden holds checkpoints of the last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bnbops.facts import STATE_BLOCK
+from bnbops.optim.core.codec import code_map, decoded, encoded
+from bnbops.optim.core.state import absmax_name, absmax_shape
+from bnbops.sharded import is_sharded
+
+if TYPE_CHECKING:
+    from bnbops.optim.core.optimizer import Optimizer
+
+_NESTED = "__bnb_optimizer_quant_state__"
+_SCHEDULE = {"alpha", "t_alpha", "t_beta3"}  # AdEMAMix's
+_GROUP_KEYS = {"params", "lr", "betas", "eps", "weight_decay", *_SCHEDULE}
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """How bitsandbytes stores the options of an update rule: all its classes share the keys "betas" and "eps"."""
+
+    betas: tuple[str | float, ...]  # our option behind each of its "betas", or the number that is always there
+    nonzero: int | None = None  # the one of its "betas" that cannot be 0
+    eps: bool = True  # else its "eps" is always 0
+    states: int = 2
+    unorm: bool = False  # keeps "unorm_vec", where it writes the update's norm
+    ignored: Mapping[str, Any] = field(default_factory=dict)  # options that its kernels do not know, and what they do
+
+
+_NO_NESTEROV = {"dampening": 0, "nesterov": False}
+_STORAGE = {
+    "adam": _Storage(("betas", "betas")),
+    "lamb": _Storage(("betas", "betas"), unorm=True, ignored={"bias_correction": True, "adam_w_mode": True}),
+    "ademamix": _Storage(("betas", "betas", "betas")),
+    "lion": _Storage(("betas", "betas"), nonzero=1, eps=False, states=1),
+    "momentum": _Storage(("momentum", "dampening"), nonzero=0, eps=False, states=1, ignored=_NO_NESTEROV),
+    "lars": _Storage(("momentum", "dampening"), nonzero=0, eps=False, states=1, unorm=True, ignored=_NO_NESTEROV),
+    "rmsprop": _Storage(("alpha", "momentum"), nonzero=0, states=1, ignored={"momentum": 0}),
+    "adagrad": _Storage((0, 0), states=1, ignored={"lr_decay": 0}),
+}
+_Slots = list[tuple[int, tuple[str, ...]]]  # our states behind bitsandbytes' state1 and state2
+
+
+def is_bitsandbytes(state_dict: dict[str, Any]) -> bool:
+    """Whether a state dict is one of bitsandbytes' optimizers (not whether it fits any of ours)."""
+    states, groups = state_dict.get("state"), state_dict.get("param_groups")
+    if not isinstance(states, dict) or not groups:
+        return False
+    if any(states.values()):
+        return any(isinstance(state, dict) and (_NESTED in state or "state1" in state) for state in states.values())
+    # Saved before the first step. Ours, and torch's with betas and eps, have "maximize".
+    return all({"lr", "betas", "eps", "weight_decay"} <= group.keys() and "maximize" not in group for group in groups)
+
+
+def from_bitsandbytes(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict of bitsandbytes' class of the same name, as `optimizer.load_state_dict` takes it.
+
+    Nothing is computed: codes and scales keep their bytes, so training goes on from bitsandbytes' very state. Scales
+    stay in flat blocks `[blocks]`; where rows are whole blocks that is the same as ours `[rows, blocks]`, and they get
+    that shape. Options that bitsandbytes does not store (maximize, nesterov, percentile_clipping, ...) stay those of
+    `optimizer`.
+
+    Args:
+        optimizer: the one that is to load it; it is not changed.
+        state_dict: with the states of a parameter nested, or flat as older versions wrote them.
+
+    Returns:
+        State dict whose tensors share memory with `state_dict`.
+
+    Raises:
+        ValueError: it does not fit the optimizer's parameters, is of another optimizer, or cannot be continued exactly:
+            other codebooks than the dynamic maps, options that bitsandbytes ignored.
+    """
+    storage, saved_groups = _storage(optimizer), state_dict["param_groups"]
+    check_groups(optimizer, saved_groups, "bitsandbytes")
+    left = {key: state for key, state in state_dict["state"].items() if state}
+    states, groups = {}, []
+    for i, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
+        groups.append(_read_group(optimizer, storage, i, group, saved))
+        slots = _slots(optimizer, groups[-1])
+        for key, param in zip(saved["params"], group["params"], strict=True):
+            if key not in left:
+                continue
+            state = left.pop(key)
+            state = {**{k: value for k, value in state.items() if k != _NESTED}, **state.get(_NESTED, {})}
+            if problem := _state_problem(storage, slots, param, groups[-1], state):
+                raise ValueError(f"bitsandbytes' state of parameter {key} (shape {list(param.shape)}): {problem}")
+            states[key] = _read_state(slots, param, state)
+    if left:
+        raise ValueError(f"the state dict has states for parameters that no group holds: {sorted(left)}")
+    return {**state_dict, "state": states, "param_groups": groups}
+
+
+def check_groups(optimizer: torch.optim.Optimizer, saved_groups: list[dict[str, Any]], whose: str) -> None:
+    """Raises ValueError if a state dict's param groups have other numbers of parameters than the optimizer's."""
+    found, expected = ([len(group["params"]) for group in groups] for groups in (saved_groups, optimizer.param_groups))
+    if found != expected:
+        raise ValueError(f"the {whose} state dict has param groups of {found} parameters, this optimizer of {expected}")
+
+
+def to_bitsandbytes(optimizer: Optimizer) -> dict[str, Any]:
+    """The optimizer's state dict as bitsandbytes 0.50 writes it, for `load_state_dict` of its class of the same name.
+
+    8-bit states keep their bytes where blocks are flat, or rows consist of whole blocks (256 divides the number of
+    elements in a row). Else they are decoded and encoded again in flat blocks, the one step here that rounds.
+
+    Returns:
+        State dict of plain numbers, and of tensors that may share the optimizer's memory.
+
+    Raises:
+        ValueError: an option that bitsandbytes ignores, a sharded parameter, or one whose state is incomplete.
+    """
+    storage, state_dict = _storage(optimizer), optimizer.state_dict()
+    states, groups = {}, []
+    for i, (group, saved) in enumerate(zip(optimizer.param_groups, state_dict["param_groups"], strict=True)):
+        groups.append(_write_group(optimizer, storage, i, group, saved["params"]))
+        slots = _slots(optimizer, group)
+        for key, param in zip(saved["params"], group["params"], strict=True):
+            if not (state := state_dict["state"].get(key)):
+                continue
+            if problem := _unwritable(slots, param, state):
+                raise ValueError(f"the state of parameter {key} (shape {list(param.shape)}) {problem}")
+            states[key] = _write_state(storage, slots, state)
+    return {"state": states, "param_groups": groups}
+
+
+def _storage(optimizer: Optimizer) -> _Storage:
+    if (name := optimizer._rules[0].name) not in _STORAGE:
+        raise ValueError(f"{_name(optimizer)} has no counterpart in bitsandbytes to exchange state dicts with")
+    return _STORAGE[name]
+
+
+def _name(optimizer: Optimizer) -> str:
+    return type(optimizer).__name__
+
+
+def _slots(optimizer: Optimizer, group: dict[str, Any]) -> _Slots:
+    """Of three states, the first two are stacked."""
+    names = optimizer._rule(group).state_names
+    return [(1, names[:-1] or names), (2, names[-1:])][: len(names)]
+
+
+def _read_group(
+    optimizer: Optimizer, storage: _Storage, i: int, group: dict[str, Any], saved: dict[str, Any]
+) -> dict[str, Any]:
+    """Our group with the saved options, and whatever else a user or a scheduler put into the saved group."""
+    here, schedule = f"param group {i} of the bitsandbytes state dict", storage.betas.count("betas") == 3
+    if missing := {"lr", "betas", "eps", "weight_decay"} - saved.keys():
+        raise ValueError(f"{here} lacks {sorted(missing)}")
+    betas, eps = tuple(saved["betas"]), saved["eps"]
+    if not _plausible(storage, betas, eps) or (schedule and not saved.keys() >= _SCHEDULE):
+        raise ValueError(f"{here} has betas={betas}, eps={eps}; is it of another optimizer than {_name(optimizer)}?")
+    for k, key in enumerate(storage.betas):
+        if key in storage.ignored and betas[k] != storage.ignored[key]:
+            raise ValueError(
+                f"{here} has betas={betas}, but bitsandbytes ignores {key}={betas[k]}: set betas[{k}] to "
+                f"{storage.ignored[key]} to go on as it did (or is it of another optimizer than {_name(optimizer)}?)"
+            )
+    options = {"lr": saved["lr"], "weight_decay": saved["weight_decay"]} | ({"eps": eps} if storage.eps else {})
+    if "betas" in storage.betas:
+        options["betas"] = betas
+    else:
+        options |= {key: beta for key, beta in zip(storage.betas, betas, strict=True) if isinstance(key, str)}
+    if schedule:
+        options |= {key: saved[key] for key in _SCHEDULE}
+    extra = saved.keys() - _GROUP_KEYS - optimizer.defaults.keys()
+    return {**group, **{key: saved[key] for key in extra}, **options, "params": saved["params"]}
+
+
+def _plausible(storage: _Storage, betas: tuple[float, ...], eps: float) -> bool:
+    """Whether a group can be of the rule's optimizer: bitsandbytes' state dicts do not say which one they are of."""
+    if len(betas) != len(storage.betas) or (storage.nonzero is not None and betas[storage.nonzero] == 0):
+        return False
+    if any(beta != key for key, beta in zip(storage.betas, betas, strict=True) if not isinstance(key, str)):
+        return False
+    return storage.states == 2 or (eps != 0) == storage.eps
+
+
+def _write_group(
+    optimizer: Optimizer, storage: _Storage, i: int, group: dict[str, Any], ids: list[int]
+) -> dict[str, Any]:
+    for key, value in {**storage.ignored, "maximize": False}.items():
+        if group[key] != value:
+            raise ValueError(
+                f"param group {i} has {key}={group[key]}; bitsandbytes' {_name(optimizer)} would go on with "
+                f"{key}={value}, whatever it is told"
+            )
+    if "betas" in storage.betas:
+        betas = tuple(group["betas"])
+    else:
+        betas = tuple(group[key] if isinstance(key, str) else key for key in storage.betas)
+    if storage.nonzero == 0 and not betas[0]:
+        raise ValueError(f"param group {i} has {storage.betas[0]}=0, which bitsandbytes' {_name(optimizer)} refuses")
+    written = {
+        "lr": float(group["lr"]),
+        "betas": betas,
+        "eps": group["eps"] if storage.eps else 0.0,
+        "weight_decay": group["weight_decay"],
+    }
+    if storage.states == 2:  # Adam and LAMB have AdEMAMix's keys, too
+        written |= {"alpha": group.get("alpha", 0.0), "t_alpha": group.get("t_alpha"), "t_beta3": group.get("t_beta3")}
+    extra = group.keys() - optimizer.defaults.keys() - _GROUP_KEYS
+    return {**written, "params": ids, **{key: group[key] for key in extra}}
+
+
+def _state_problem(
+    storage: _Storage, slots: _Slots, param: Tensor, group: dict[str, Any], state: dict[str, Any]
+) -> str | None:
+    """What is wrong with a state of bitsandbytes (not nested any more), or None."""
+    if "max1" in state:
+        return "one scale for the whole of it (block_wise=False; LAMB8bit and LARS8bit before 0.50) cannot be read"
+    quantized = any(f"absmax{number}" in state for number, _ in slots)
+    kinds = ("state", "qmap", "absmax") if quantized else ("state",)
+    needed = {"step", *(f"{kind}{number}" for number, _ in slots for kind in kinds)}
+    if storage.unorm and group["max_unorm"]:
+        needed.add("unorm_vec")
+    known = needed | {"gnorm_vec"} | ({"unorm_vec"} if storage.unorm else set())
+    missing, extra = sorted(needed - state.keys()), sorted(state.keys() - known)
+    if missing or extra:
+        return f"keys missing: {missing}, unexpected: {extra}; is it of another optimizer?"
+    step = state["step"]
+    if not isinstance(step, int) and not (isinstance(step, Tensor) and step.numel() == 1 and step == step.long()):
+        return f"its step is {step!r}, expected an int"
+    if step < 0:
+        return f"its step is negative, {int(step)}"
+    return next(filter(None, (_slot_problem(number, ours, param, state, quantized) for number, ours in slots)), None)
+
+
+def _slot_problem(
+    number: int, ours: tuple[str, ...], param: Tensor, state: dict[str, Any], quantized: bool
+) -> str | None:
+    stack = (len(ours),) if len(ours) > 1 else ()
+    wanted = {f"state{number}": (torch.uint8 if quantized else torch.float32, (*stack, *param.shape))}
+    if quantized:
+        wanted[f"absmax{number}"] = (torch.float32, (*stack, -(param.numel() // -STATE_BLOCK)))
+        wanted[f"qmap{number}"] = (torch.float32, (256,))
+    for key, (dtype, shape) in wanted.items():
+        tensor = state[key]
+        if not isinstance(tensor, Tensor):
+            return f"'{key}' is not a tensor"
+        if tensor.dtype != dtype or tensor.shape != shape:
+            return f"'{key}' is {tensor.dtype} of shape {list(tensor.shape)}, expected {dtype} of shape {list(shape)}"
+        if not tensor.is_contiguous():
+            return (
+                f"'{key}' has strides {tensor.stride()}; bitsandbytes numbers its elements by their place in memory on "
+                "a GPU, by their index on a CPU: make it contiguous in the order of the device that wrote it"
+            )
+    # The last bits of torch.linspace, which bitsandbytes makes its maps with, are not the same on all machines.
+    qmap = code_map(ours[0], torch.device("cpu"))
+    if quantized and not torch.allclose(state[f"qmap{number}"].cpu(), qmap, rtol=1e-6, atol=0):
+        return f"'qmap{number}' is not the dynamic map, the only codebook of the optimizers here"
+    return None
+
+
+def _read_state(slots: _Slots, param: Tensor, state: dict[str, Any]) -> dict[str, Tensor]:
+    def parts(key: str, ours: tuple[str, ...]) -> list[Tensor]:
+        return list(state[key]) if len(ours) > 1 else [state[key]]
+
+    read = {"step": torch.tensor(float(state["step"]), dtype=torch.float32, device="cpu")}
+    read |= {key: state[key] for key in state.keys() & {"gnorm_vec"}}
+    whole_rows = param.dim() >= 2 and math.prod(param.shape[1:]) % STATE_BLOCK == 0
+    for number, ours in slots:
+        read |= zip(ours, parts(f"state{number}", ours), strict=True)
+        if f"absmax{number}" in state:
+            scales = parts(f"absmax{number}", ours)
+            scales = [x.view(absmax_shape(param.shape)) for x in scales] if whole_rows else scales
+            read |= zip(map(absmax_name, ours), scales, strict=True)
+    return read
+
+
+def _unwritable(slots: _Slots, param: Tensor, state: dict[str, Tensor]) -> str | None:
+    """Why bitsandbytes could not go on with a state of ours, or None."""
+    if is_sharded(param):
+        return (
+            "is sharded (a DTensor): load the full state dict into an optimizer of whole parameters, and convert that"
+        )
+    if missing := [name for _, ours in slots for name in ours if name not in state]:
+        return f"has no {', '.join(missing)} yet: take a step or call init_state() before"
+    return None
+
+
+def _write_state(storage: _Storage, slots: _Slots, state: dict[str, Tensor]) -> dict[str, Any]:
+    def joined(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0]
+
+    device = state["step"].device
+    written = {key: state[key] for key in state.keys() & {"gnorm_vec"}}
+    for number, ours in slots:
+        states: Sequence[Tensor] = [state[name] for name in ours]
+        if absmax_name(ours[0]) in state:
+            states, scales = zip(*(_flat(name, state[name], state[absmax_name(name)]) for name in ours), strict=True)
+            written |= {f"qmap{number}": code_map(ours[0], device), f"absmax{number}": joined(scales)}
+        written[f"state{number}"] = joined(states)
+    if storage.unorm:
+        written["unorm_vec"] = torch.zeros(1, dtype=torch.float32, device=device)
+    return {"step": int(state["step"].item()), _NESTED: written}
+
+
+def _flat(name: str, codes: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
+    """An 8-bit state in flat blocks."""
+    if absmax.dim() == 1 or math.prod(codes.shape[1:]) % STATE_BLOCK == 0:
+        return codes, absmax.reshape(-1)
+    return encoded(name, decoded(name, codes, absmax), flat=True)

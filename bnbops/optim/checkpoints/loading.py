@@ -1,0 +1,187 @@
+"""What becomes of the states of a state dict: they are checked, placed where their parameters are, and copied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnbops.facts import NORM_HISTORY
+from bnbops.lasting import lasting
+from bnbops.optim.core.codec import decoded, encoded
+from bnbops.optim.core.state import (
+    UNPAGED,
+    Allocate,
+    absmax_name,
+    absmax_shape,
+    flat_absmax_shape,
+    in_memory,
+    like,
+    log_32bit,
+    shards_whole_blocks,
+    wants_8bit,
+)
+from bnbops.sharded import is_sharded, local
+
+_SAMPLE, _FEW = 4096, 8  # elements that are looked at, and different values that states may have by chance
+
+
+def check_state(
+    param: Tensor,
+    state: Mapping[str, object],
+    names: tuple[str, ...],
+    optional: tuple[str, ...] = (),
+    *,
+    any_float: bool = False,
+) -> str | None:
+    """What is wrong with a state loaded for a parameter, or None.
+
+    Args:
+        param: the parameter.
+        state: what is loaded.
+        names: of the optimizer's states.
+        optional: states that may be missing.
+        any_float: whether a 32-bit state may have another floating-point dtype, as `in_precision` will cast it.
+    """
+    present = [name for name in dict.fromkeys((*names, *optional)) if name not in optional or name in state]
+    quantized = any(absmax_name(name) in state for name in present)
+    expected = {"step", *present, *(absmax_name(name) for name in present if quantized)}
+    if state.keys() - {"gnorm_vec"} != expected:
+        missing, extra = sorted(expected - state.keys()), sorted(state.keys() - expected)
+        return f"its keys do not fit: missing {missing}, unexpected {extra}"
+    if bad := [key for key, value in state.items() if not isinstance(value, Tensor)]:
+        return f"{bad} are not tensors"
+    if quantized and param.dim() == 0:
+        return "a parameter without dimensions has no 8-bit state"
+    scales = [absmax_shape(param.shape), flat_absmax_shape(param.shape)] if quantized else []
+    for key, tensor in state.items():
+        if key == "step":
+            shapes, dtype = [(), (1,)], torch.float32
+        elif key == "gnorm_vec":
+            shapes, dtype = [(NORM_HISTORY,)], torch.float32
+        elif key in present:
+            shapes, dtype = [tuple(param.shape)], torch.uint8 if quantized else torch.float32
+        else:
+            shapes, dtype = scales, torch.float32
+        castable = any_float and dtype == torch.float32 and tensor.is_floating_point()
+        if tuple(tensor.shape) not in shapes or not (castable or tensor.dtype == dtype):
+            found, wanted = f"{tensor.dtype} of shape {list(tensor.shape)}", f"{dtype} of shape {list(shapes[0])}"
+            return f"'{key}' is {found}, expected {wanted}"
+    return None
+
+
+def placed_state(param: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A loaded state where its parameter is: sharded alike, or whole.
+
+    8-bit states that its sharding would cut within blocks become 32-bit states of the values that they stand for.
+
+    Raises:
+        ValueError: a partial sum, on another mesh, or a part of something whole.
+    """
+    if not keeps_blocks(param, state):
+        state = _decoded(param, state)
+    return {key: placed(param, key, tensor) for key, tensor in state.items()}
+
+
+def keeps_blocks(param: Tensor, state: Mapping[str, object]) -> bool:
+    """Whether each rank's part of a parameter has whole blocks of a state, if they are blocks."""
+    scales = [state[absmax_name(key)] for key in state if absmax_name(key) in state]
+    if not scales or not is_sharded(param):
+        return True
+    return shards_whole_blocks(param) and all(tuple(x.shape) == absmax_shape(param.shape) for x in scales)
+
+
+def check_cast(param: Tensor, state: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with a sharded parameter's 32-bit state whose values are 8-bit codes, by the looks of it, or None.
+
+    torch.distributed.checkpoint reads into the live states and casts without a word; a sharding that cuts blocks is all
+    it takes for these to have another precision than those that were saved.
+    """
+    if not is_sharded(param) or shards_whole_blocks(param):
+        return None
+    for key, tensor in state.items():
+        some = local(tensor).flatten()[:_SAMPLE]
+        if key in UNPAGED or tensor.dtype != torch.float32 or some.unique().numel() <= _FEW:
+            continue
+        if bool(((some >= 0) & (some <= 255) & (some == some.round())).all()):
+            return (
+                f"the values of '{key}' are 8-bit codes, cast by torch.distributed.checkpoint, as the sharding here "
+                f"({param.placements}) cuts their blocks. load_checkpoint of bnbops.distributed decodes them"
+            )
+    return None
+
+
+def _decoded(param: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state in 32 bits, whole on every rank."""
+    for key, tensor in state.items():
+        _refuse_partial(key, tensor)
+    if not shards_whole_blocks(param):
+        log_32bit(param)
+    whole = {key: tensor.full_tensor() if is_sharded(tensor) else tensor for key, tensor in state.items()}
+    scales = {key: whole.pop(absmax_name(key)) for key in state if absmax_name(key) in state}
+    return {key: decoded(key, x, scales[key]) if key in scales else x for key, x in whole.items()}
+
+
+def placed(param: Tensor, key: str, tensor: Tensor) -> Tensor:
+    """A loaded state tensor where its parameter is: sharded alike, or whole.
+
+    Of a whole tensor, which every rank has, each takes its part; of one that is sharded otherwise, the ranks exchange
+    parts.
+
+    Raises:
+        ValueError: a partial sum, on another mesh, or a part of something whole.
+    """
+    _refuse_partial(key, tensor)
+    if not is_sharded(param) or key in UNPAGED:
+        if is_sharded(tensor) and not all(placement.is_replicate() for placement in tensor.placements):
+            raise ValueError(
+                f"'{key}' is sharded ({tensor.placements}), but not its parameter of shape {list(param.shape)}: load "
+                "its full_tensor() (StateDictOptions(full_state_dict=True) makes a state dict of whole tensors)"
+            )
+        return local(tensor)
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = param.device_mesh
+    if not is_sharded(tensor):
+        part = tensor.to(local(param).device)
+        tensor = DTensor.from_local(part, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    if tensor.device_mesh != mesh:
+        raise ValueError(
+            f"'{key}' is sharded over {tensor.device_mesh}, its parameter of shape {list(param.shape)} over {mesh}: "
+            "save and load it with torch.distributed.checkpoint, or load its full_tensor()"
+        )
+    return tensor.redistribute(placements=param.placements)
+
+
+def _refuse_partial(key: str, tensor: Tensor) -> None:
+    if is_sharded(tensor) and any(placement.is_partial() for placement in tensor.placements):
+        raise ValueError(f"'{key}' is a partial sum on each rank, which no state is; full_tensor() adds them up")
+
+
+def in_precision(param: Tensor, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A state of floating-point values in the precision that the options give a parameter."""
+    result = {name: x.float() for name, x in state.items()}
+    for name in state.keys() - set(UNPAGED) if wants_8bit(param, config) else ():
+        codes, absmax = encoded(name, local(result[name]).to(local(param).device), flat=param.dim() == 1)
+        if is_sharded(param):
+            codes, absmax = like(param, codes, param.shape), like(param, absmax, torch.Size(absmax_shape(param.shape)))
+        result |= {name: codes, absmax_name(name): absmax}
+    return result
+
+
+@lasting()
+def copied(
+    param: Tensor, state: Mapping[str, Tensor], allocate: Allocate | None, move: bool = True
+) -> dict[str, Tensor]:
+    """A state's copy where `missing_tensors` would have put it. Without `move` only what is paged leaves its device."""
+    device = local(param).device
+
+    def copy(tensor: Tensor) -> Tensor:
+        return tensor.detach().clone().to(device if move else tensor.device)
+
+    return {
+        key: in_memory(tensor, allocate) if allocate and key not in UNPAGED else copy(tensor)
+        for key, tensor in state.items()
+    }

@@ -1,0 +1,1 @@
+"""What all optimizers share: the step from gradients to operator calls, states, and options of single parameters."""

@@ -1,0 +1,133 @@
+"""The tensors of one operator call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bnbops.facts import NORM_HISTORY
+from bnbops.optim.core.norms import whole_squared_norms
+from bnbops.optim.core.parallel import local_grad
+from bnbops.optim.core.state import absmax_name
+from bnbops.sharded import is_sharded, local
+from bnbops.tracing import is_traced
+
+
+class Plan(NamedTuple):
+    """How parameters with the same options are stepped."""
+
+    config: dict[str, Any]  # the options
+    op: Callable[..., None]  # the operator, or a function with such a schema
+    names: tuple[str, ...]  # of its states
+    needed: tuple[str, ...]  # keys that a parameter's state must have
+    absmax: str | None  # a key that tells 8-bit states
+
+    @classmethod
+    def of(cls, config: dict[str, Any], op: Callable[..., None], names: tuple[str, ...]) -> Plan:
+        clips = config["percentile_clipping"] != 100
+        needed = ("step", *names, "gnorm_vec") if clips else ("step", *names)
+        return cls(config, op, names, needed, absmax_name(names[0]) if names else None)
+
+
+class Call:
+    """Parameters with the same plan and precision, as lists in the operator's order.
+
+    Args:
+        plan: how they are stepped.
+        quantized: whether they have 8-bit states.
+        scalars: the operator's keyword arguments but those made from norms.
+        trust: makes further ones from this call, the others and the options.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        quantized: bool,
+        scalars: dict[str, Any],
+        trust: Callable[[Call, dict[str, Any], dict[str, Any]], dict[str, Tensor]],
+    ) -> None:
+        self.op, self.config, names = plan.op, plan.config, plan.names
+        self.scalars, self.trust = scalars, trust
+        self.percentile: int = self.config["percentile_clipping"]
+        self.params: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        self.states: list[list[Tensor]] = [[] for _ in names]
+        self.absmax: list[list[Tensor]] = [[] for _ in names]
+        self.steps: list[Tensor] = []
+        self.gnorm_vecs: list[Tensor] = []
+        self.whole: list[Tensor] = []  # the parameters as the user has them, sharded or not
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        self.keys = [("step", self.steps), *zip(names, self.states, strict=True)]
+        if quantized:
+            self.keys.extend(zip(map(absmax_name, names), self.absmax, strict=True))
+        if self.percentile != 100:
+            self.keys.append(("gnorm_vec", self.gnorm_vecs))
+
+    def add(self, param: Tensor, state: dict[str, Tensor]) -> None:
+        """Appends a parameter, its gradient and its state."""
+        grad = param.grad
+        self.whole.append(param)
+        if is_sharded(param):
+            param, grad = param.to_local(), local_grad(param)
+            state = {key: local(tensor) for key, tensor in state.items()}
+        if not param.is_contiguous():  # states are in logical order whatever the strides: work on a copy in that order
+            original, param = param, param.contiguous()
+            self.copies.append((original, param))
+        self.params.append(param)
+        self.grads.append(grad)
+        for key, tensors in self.keys:
+            tensors.append(state[key])
+
+    @property
+    def lists(self) -> list[list[Tensor]]:
+        """The operator's positional arguments."""
+        return [self.params, self.grads, *self.states, *self.absmax, self.steps]
+
+    def check(self) -> None:
+        """Has the operator check its arguments, and change nothing: as if a gradient scaler had found an overflow."""
+        overflow = torch.ones((), dtype=torch.float32, device="cpu")  # no device has work to do
+        self.op(*self.lists, **{**self.scalars, "found_inf": overflow})
+        for i, vec in enumerate(self.gnorm_vecs):
+            if vec.shape != (NORM_HISTORY,) or vec.dtype != torch.float32:
+                raise RuntimeError(
+                    f"gnorm_vec[{i}] must be float32 [{NORM_HISTORY}], got {vec.dtype} {list(vec.shape)}"
+                )
+
+    def run(self) -> None:
+        """Takes the step."""
+        scalars = dict(self.scalars)
+        if self.percentile != 100:
+            scalars["clip"] = self._clip()
+        scalars |= self.trust(self, scalars, self.config)
+        self.op(*self.lists, **scalars)
+        if not is_traced():
+            # Operators from C++ write behind autograd's back: a backward through the old values must fail.
+            torch.autograd.graph.increment_version(self.params)
+        for original, copy in self.copies:
+            original.copy_(copy)
+
+    def _clip(self) -> Tensor:
+        """fp32 [n]: what each gradient is multiplied by, so that its norm is no outlier among the last 100."""
+        norms = whole_squared_norms(torch.ops.bnbops.squared_norms(self.grads), self.whole)
+        return torch.ops.bnbops.percentile_clip_(
+            self.gnorm_vecs,
+            norms,
+            self.steps,
+            percentile=self.percentile,
+            grad_scale=self.scalars["grad_scale"],
+            found_inf=self.scalars["found_inf"],
+        )
+
+
+def check(calls: list[Call]) -> None:
+    """Lets operators refuse before any has written. One checks its own arguments first, so the first call may wait.
+
+    Raises:
+        RuntimeError: an operator refuses.
+    """
+    clips = any(call.gnorm_vecs for call in calls)
+    for call in calls if clips else calls[1:]:
+        call.check()

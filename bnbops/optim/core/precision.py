@@ -1,0 +1,71 @@
+"""The classes whose name says a precision or "Paged", made from the family's own class."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, TypeVar
+
+from bnbops.optim.core.optimizer import Optimizer
+
+T = TypeVar("T", bound=Optimizer)
+
+
+def variant(
+    family: type[T], *, bits: int | None = None, paged: bool = False, without: tuple[str, ...] = (), **defaults: Any
+) -> type[T]:
+    """`family` with `optim_bits` or `is_paged` fixed, as the subclass `[Paged]Family[8bit|32bit]`.
+
+    Args:
+        family: a class of its own module, which is to hold the result under its name.
+        bits: 8 or 32.
+        paged: whether states are in paged memory.
+        without: arguments that bitsandbytes' class does not have. An argument that it has although it is fixed may
+            only repeat what is fixed, or its default.
+        defaults: arguments with another default than the family's.
+    """
+    name = f"{'Paged' if paged else ''}{family.__name__}{f'{bits}bit' if bits else ''}"
+    inherited = inspect.signature(family.__init__)
+    signature = inherited.replace(
+        parameters=[
+            parameter.replace(default=defaults.get(parameter.name, parameter.default))
+            for parameter in inherited.parameters.values()
+            if parameter.name not in without
+        ]
+    )
+
+    def __init__(self: T, *args: Any, **kwargs: Any) -> None:
+        try:
+            given = signature.bind(self, *args, **kwargs).arguments
+        except TypeError as error:
+            raise TypeError(f"{name}: {error}") from None
+        if bits:
+            asked, default = given.get("optim_bits", bits), defaults.get("optim_bits", 32)
+            if asked not in (bits, default):
+                raise ValueError(f"{name} always has {bits}-bit states, got optim_bits={asked}")
+            given["optim_bits"] = bits
+        if paged:
+            given["is_paged"] = True
+        del given["self"]
+        family.__init__(self, **given)
+
+    __init__.__signature__ = signature
+    __init__.__qualname__ = f"{name}.__init__"
+    __init__.__module__ = family.__module__
+    return type(
+        name,
+        (family,),
+        {
+            "__init__": __init__,
+            "__doc__": _doc(family, signature, bits, paged),
+            "__module__": family.__module__,
+            "__qualname__": name,
+        },
+    )
+
+
+def _doc(family: type[Optimizer], signature: inspect.Signature, bits: int | None, paged: bool) -> str:
+    what = [f"{bits}-bit states"] * bool(bits) + ["states that can be paged out"] * paged
+    fixed = ["optim_bits"] * bool(bits) + ["is_paged"] * paged
+    kept = [f"`{name}`" for name in fixed if name in signature.parameters]
+    for_show = f"; {' and '.join(kept)} {'are' if len(kept) > 1 else 'is'} there for bitsandbytes' signature only"
+    return f"`{family.__name__}` with {', '.join(what)}. The arguments are the same{for_show if kept else ''}."

@@ -1,0 +1,1 @@
+"""One file an update rule: the optimizers of that name."""

@@ -1,0 +1,42 @@
+"""AdamW (Loshchilov & Hutter 2019, algorithm 2): Adam's operator with another default."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bnbops.optim.core.options import MIN_8BIT_SIZE, CommonKeywords, takes_common_keywords
+from bnbops.optim.core.precision import variant
+from bnbops.optim.families.adam import Adam
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class AdamW(Adam):
+    """`Adam` with weight_decay = 0.01 by default; the arguments are the same."""
+
+    @takes_common_keywords
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        betas: tuple[float, float] | str = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = MIN_8BIT_SIZE,
+        is_paged: bool = False,
+        **keywords: Unpack[CommonKeywords],
+    ) -> None:
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, optim_bits, args, min_8bit_size, is_paged, **keywords
+        )
+
+
+AdamW8bit = variant(AdamW, bits=8)
+AdamW32bit = variant(AdamW, bits=32)
+PagedAdamW = variant(AdamW, paged=True, without=("is_paged",))
+PagedAdamW8bit = variant(AdamW, bits=8, paged=True, without=("is_paged",))
+PagedAdamW32bit = variant(AdamW, bits=32, paged=True, without=("is_paged",))

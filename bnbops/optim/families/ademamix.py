@@ -1,0 +1,75 @@
+"""AdEMAMix (Pagliardini, Ablin & Grangier 2024, algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from bnbops.facts import RULES
+from bnbops.optim.core.optimizer import Optimizer
+from bnbops.optim.core.options import (
+    MIN_8BIT_SIZE,
+    CommonKeywords,
+    schedule_length,
+    takes_common_keywords,
+)
+from bnbops.optim.core.precision import variant
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class AdEMAMix(Optimizer):
+    """AdEMAMix: Adam with a second, much slower average of gradients, added `alpha` times. Decoupled weight decay.
+
+    Args:
+        params: parameters or param groups; float32, bfloat16 or float16. Gradients may also be float32.
+        lr: learning rate, a float or a 0-dim tensor.
+        betas: decay rates of the fast average, of the squared gradient, and of the slow average; also as a string.
+        alpha: weight of the slow average.
+        t_alpha: steps over which `alpha` grows from 0; None for none.
+        t_beta3: steps over which the slow average's rate grows from the fast one's; None for none.
+        eps: added to the denominator.
+        weight_decay: parameters shrink by `lr * weight_decay` a step.
+        optim_bits, min_8bit_size, is_paged: see `Optimizer`.
+        keywords: percentile_clipping, block_wise, maximize and paged_directory; see `Optimizer`.
+
+    Raises:
+        ValueError: a value out of range, or one that is not supported.
+    """
+
+    _rules = (RULES["ademamix"],)
+    _checks: ClassVar = {"t_alpha": schedule_length, "t_beta3": schedule_length}
+
+    @takes_common_keywords
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        betas: tuple[float, float, float] | str = (0.9, 0.999, 0.9999),
+        alpha: float = 5.0,
+        t_alpha: int | None = None,
+        t_beta3: int | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        optim_bits: int = 32,
+        min_8bit_size: int = MIN_8BIT_SIZE,
+        is_paged: bool = False,
+        **keywords: Unpack[CommonKeywords],
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "alpha": alpha, "t_alpha": t_alpha, "t_beta3": t_beta3}
+        defaults |= {"eps": eps, "weight_decay": weight_decay}
+        super().__init__(
+            params, defaults, optim_bits=optim_bits, min_8bit_size=min_8bit_size, is_paged=is_paged, **keywords
+        )
+
+    def _options(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        unscheduled = {name: group[name] or 0 for name in ("t_alpha", "t_beta3")}
+        return super()._options({**group, **unscheduled})
+
+
+AdEMAMix8bit = variant(AdEMAMix, bits=8, without=("optim_bits",))
+AdEMAMix32bit = variant(AdEMAMix, bits=32, without=("optim_bits",))
+PagedAdEMAMix = variant(AdEMAMix, paged=True, without=("is_paged",))
+PagedAdEMAMix8bit = variant(AdEMAMix, bits=8, paged=True, without=("optim_bits", "is_paged"))
+PagedAdEMAMix32bit = variant(AdEMAMix, bits=32, paged=True, without=("optim_bits", "is_paged"))

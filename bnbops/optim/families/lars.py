@@ -1,0 +1,200 @@
+"""LARS (You, Gitman & Ginsburg 2017, equation 6 and algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bnbops.facts import RULES, Rule
+from bnbops.optim.core.call import Call
+from bnbops.optim.core.norms import trust_ratio, whole_squared_norms
+from bnbops.optim.core.optimizer import Optimizer
+from bnbops.optim.core.options import MIN_8BIT_SIZE, CommonAndPaged, non_negative, require, takes_common_keywords
+from bnbops.optim.core.precision import variant
+from bnbops.optim.families.sgd import check_nesterov, undampened
+from bnbops.sharded import is_sharded
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_WEIGHT_DECAY = [option.name for option in RULES["lars"].options].index("weight_decay")
+
+
+class LARS(Optimizer):
+    """LARS: `SGD` with every parameter's decayed gradient scaled to `max_unorm` times the parameter's norm.
+
+    The ratio is `max_unorm * |p| / (|g| + weight_decay * |p|)`, whatever the precision; the learning rate stays outside
+    the momentum, as in torch.optim.SGD. bitsandbytes 0.50 differs: its 8-bit LARS applies no ratio at all, its 32-bit
+    LARS scales momentum's whole step, and only by ratios below 1.
+
+    Args:
+        params: parameters or param groups; float32, bfloat16 or float16. Gradients may also be float32.
+        lr: learning rate, a float or a 0-dim tensor.
+        momentum: what remains of the buffer in a step.
+        dampening: `1 - dampening` of the gradient goes into the buffer, all of it in the first step.
+        weight_decay: times the parameter is added to the gradient.
+        nesterov: step along the gradient plus `momentum` times the new buffer.
+        optim_bits, args, min_8bit_size: see `Optimizer`.
+        max_unorm: see above; 0 switches the ratio off.
+        trust_clip: let the ratio be 1 at most.
+        keywords: is_paged, percentile_clipping, block_wise, maximize and paged_directory; see `Optimizer`.
+
+    Raises:
+        ValueError: a value out of range, or one that is not supported.
+    """
+
+    _rules = (RULES["lars"],)
+    _checks: ClassVar = {"max_unorm": non_negative}
+
+    @takes_common_keywords
+    def __init__(
+        self,
+        params,
+        lr,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = MIN_8BIT_SIZE,
+        max_unorm: float = 0.02,
+        *,
+        trust_clip: bool = False,
+        **keywords: Unpack[CommonAndPaged],
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+        defaults |= {"nesterov": nesterov, "max_unorm": max_unorm, "trust_clip": trust_clip}
+        super().__init__(params, defaults, optim_bits=optim_bits, args=args, min_8bit_size=min_8bit_size, **keywords)
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        super()._check_options(options)
+        check_nesterov(options)
+
+    def _options(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        return super()._options(undampened(group))
+
+    def _trust(self, call: Call, scalars: dict[str, Any], group: dict[str, Any]) -> dict[str, Tensor]:
+        if group["max_unorm"] == 0:
+            return {}
+        local_norms = torch.ops.bnbops.squared_norms(call.params + call.grads)
+        weight, grad = whole_squared_norms(local_norms.view(2, -1), call.whole).sqrt()
+        if "clip" in scalars:
+            grad = grad * scalars["clip"]
+        if scalars["grad_scale"] is not None:
+            grad = grad / scalars["grad_scale"]
+        # a compiled step holds the options in a tensor
+        decay = scalars["options"][_WEIGHT_DECAY] if "options" in scalars else scalars["weight_decay"]
+        decayed = grad + decay * weight
+        return {"trust": trust_ratio(weight, decayed, group["max_unorm"], group["trust_clip"])}
+
+
+LARS8bit = variant(LARS, bits=8, without=("optim_bits",))
+LARS32bit = variant(LARS, bits=32, without=("optim_bits",))
+
+
+class PytorchLARS(Optimizer):
+    """bitsandbytes' LARS in plain torch: `SGD` whose step is no longer than `lr * max_unorm * |p|`.
+
+    Unlike `LARS` it measures and shortens the whole step, momentum included, and never lengthens it. Slow, fp32 buffers
+    only, and not for sharded parameters; it is there for comparisons.
+
+    Args:
+        params: parameters or param groups; float32, bfloat16 or float16. Gradients may also be float32.
+        lr: learning rate, a float or a 0-dim tensor.
+        momentum: what remains of the buffer in a step. (bitsandbytes fails without.)
+        dampening: `1 - dampening` of the gradient goes into the buffer, all of it in the first step.
+        weight_decay: times the parameter is added to the gradient.
+        nesterov: step along the gradient plus `momentum` times the new buffer.
+        max_unorm: see above; 0 switches it off.
+        keywords: is_paged, percentile_clipping, block_wise, maximize and paged_directory; see `Optimizer`.
+
+    Raises:
+        ValueError: a value out of range, or sharded parameters (DTensors).
+    """
+
+    _rules = (replace(RULES["lars"], name="pytorch_lars"),)
+    _checks: ClassVar = {"max_unorm": non_negative}
+
+    @takes_common_keywords
+    def __init__(
+        self,
+        params,
+        lr=0.01,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        max_unorm: float = 0.02,
+        **keywords: Unpack[CommonAndPaged],
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "nesterov": nesterov, "max_unorm": max_unorm}, **keywords)
+
+    def _check_params(self, group: dict[str, Any]) -> None:
+        super()._check_params(group)
+        if any(map(is_sharded, group["params"])):
+            raise ValueError("PytorchLARS does not support sharded parameters (DTensors); use LARS")
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        super()._check_options(options)
+        check_nesterov(options)
+        require(options["optim_bits"] == 32, f"PytorchLARS has 32-bit states, got optim_bits={options['optim_bits']}")
+
+    def _options(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super()._options(undampened(group)), "max_unorm": group["max_unorm"]}
+
+    def _operator(self, rule: Rule) -> Callable[..., None]:
+        return pytorch_lars_step_
+
+
+def pytorch_lars_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffer: list[Tensor],
+    momentum_buffer_absmax: list[Tensor],
+    steps: list[Tensor],
+    *,
+    lr: Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    max_unorm: float,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    clip: Tensor | None = None,
+) -> None:
+    """The step of `PytorchLARS`, with the conventions of the operators in docs/operators.md. No 8-bit states."""
+    for param, grad, buffer in zip(params, grads, momentum_buffer, strict=True):
+        if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise RuntimeError(f"PytorchLARS: params must be float32, bfloat16 or float16, got {param.dtype}")
+        if buffer.dtype != torch.float32 or not param.shape == grad.shape == buffer.shape:
+            raise RuntimeError(
+                f"PytorchLARS: a parameter of shape {list(param.shape)} needs a gradient and a float32 momentum_buffer "
+                f"of that shape, got {list(grad.shape)} and {buffer.dtype} {list(buffer.shape)}"
+            )
+    if found_inf is not None and not torch.compiler.is_compiling() and found_inf.item():
+        return
+    taken = torch.tensor(True, dtype=torch.bool, device="cpu") if found_inf is None else found_inf == 0
+    for i, (param, buffer, step) in enumerate(zip(params, momentum_buffer, steps, strict=True)):
+        p, g = param.float(), grads[i].float()
+        if grad_scale is not None:
+            g = g / grad_scale
+        if clip is not None:
+            g = g * clip[i]
+        keeps = taken.to(p.device) & g.isfinite()
+        g = torch.where(keeps, -g if maximize else g, 0.0) + weight_decay * p
+        new = torch.where(step == 0, g, momentum * buffer + (1 - dampening) * g)
+        update = g + momentum * new if nesterov else new
+        if max_unorm > 0:
+            longest, norm = max_unorm * torch.linalg.vector_norm(p), torch.linalg.vector_norm(update)
+            update = update * torch.where(norm > longest, longest / norm, 1.0)
+        buffer.copy_(torch.where(keeps, new, buffer))
+        param.copy_(torch.where(keeps, p - lr.to(p.device, p.dtype).view(()) * update, p))
+        step.add_(taken.to(step.device, step.dtype).view(step.shape))

@@ -1,0 +1,1 @@
+"""Every operator against plain torch, on any machine: sample calls and a check of what they do."""

@@ -1,0 +1,268 @@
+"""Sample inputs of every operator: what `python -m bnbops` runs and what the tests feed to `torch.library.opcheck`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnbops.codebooks import create_dynamic_map, create_linear_map
+from bnbops.facts import RULES, STATE_BLOCK, Rule, State
+from bnbops.testing.sample import DTYPES, Sample, copied, full, normal, random_codes, strided, tensor
+from bnbops.testing.samples_4bit import BUILDERS_4BIT
+from bnbops.testing.samples_int8 import BUILDERS as BUILDERS_INT8
+
+__all__ = ["SAMPLED", "Sample", "operator", "samples"]
+
+
+def samples(name: str, device: torch.device | str = "cpu") -> list[Sample]:
+    """Samples of the operator called "op" or "op.overload", in memory of their own, but for `options` on the device."""
+    found = []
+    for sample in _BUILDERS[name]():
+        on_device = sample.map(lambda x: copied(x, torch.device(device)))
+        held = {key: x.clone() for key, x in sample.kwargs.items() if key == "options"}
+        found.append(replace(on_device, kwargs=on_device.kwargs | held))
+    return found
+
+
+def operator(name: str) -> torch._ops.OpOverload:
+    """The overload of `torch.ops.bnbops` called "op" or "op.overload"."""
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.bnbops, packet), overload or "default")
+
+
+# ---- isa, isas, facts ----------------------------------------------------------------------------------------------
+
+
+def _without_arguments() -> list[Sample]:
+    return [Sample("no arguments")]
+
+
+# ---- quantize_blockwise, dequantize_blockwise ------------------------------------------------------------------
+
+
+def _quantize() -> list[Sample]:
+    x = normal(5, 301)
+    signed, unsigned, linear = create_dynamic_map(), create_dynamic_map(signed=False), create_linear_map()
+    special = tensor([math.nan, 1.0, -0.0, 0.0] + [0.0] * 4 + [math.inf, -1.0, math.nan, 0.0])
+    return [
+        *(Sample(f"{dtype}".removeprefix("torch."), (x.to(dtype), signed, 64)) for dtype in DTYPES),
+        Sample("unsigned dynamic map", (x.abs(), unsigned, 256)),
+        Sample("linear map", (x, linear, 128)),
+        Sample("linear map, bfloat16", (x.bfloat16(), linear, 100)),
+        Sample("two blocks", (x, signed, 1024)),
+        Sample("one block", (x, signed, 4096)),
+        Sample("blocks of one", (x, signed, 1)),
+        Sample("transposed", (x.t(), signed, 64)),
+        Sample("strided", (strided(x), linear, 64)),
+        Sample("expanded", (tensor([[0.5], [-2.0]]).expand(2, 33), signed, 16)),
+        Sample("channels last", (normal(2, 3, 5, 7).to(memory_format=torch.channels_last), signed, 64)),
+        Sample("scalar", (tensor(-3.0), signed, 64)),
+        Sample("empty", (full((0,), 0.0), signed, 64)),
+        Sample("empty rows", (full((3, 0), 0.0), signed, 64)),
+        Sample("zeros", (full((2, 70), 0.0), signed, 64)),
+        Sample("nan, infinity and zeros", (special, signed, 4)),
+        Sample("requires grad", (x.clone().requires_grad_(), signed, 64)),
+    ]
+
+
+def _dequantize() -> list[Sample]:
+    codes, code = random_codes(5, 301), create_dynamic_map()
+    absmax = normal(24).abs()  # ceil(5 * 301 / 64)
+    return [
+        *(Sample(f"to {dtype}".replace("torch.", ""), (codes, absmax, code, 64, dtype)) for dtype in DTYPES),
+        Sample("linear map", (codes, absmax[:6], create_linear_map(), 256, torch.float32)),
+        Sample("blocks of 100", (codes, absmax[:16], code, 100, torch.float16)),
+        Sample("two blocks", (codes, absmax[:2], code, 1024, torch.bfloat16)),
+        Sample("one block", (codes, absmax[:1], code, 4096, torch.bfloat16)),
+        Sample("absmax as a matrix", (codes, absmax.view(4, 6), code, 64, torch.float32)),
+        Sample("strided absmax", (codes, strided(absmax), code, 64, torch.float32)),
+        Sample("transposed", (codes.t(), absmax, code, 64, torch.float32)),
+        Sample("strided", (strided(codes), absmax, code, 64, torch.bfloat16)),
+        Sample("scalar", (tensor(200, torch.uint8), absmax[:1], code, 64, torch.float32)),
+        Sample("empty", (codes[:0], absmax[:0], code, 64, torch.float32)),
+        Sample("absmax and code require grad", _differentiable(codes, absmax, code, torch.float32)),
+        Sample("absmax requires grad, bfloat16", _differentiable(codes, absmax, code, torch.bfloat16)),
+    ]
+
+
+def _differentiable(codes: Tensor, absmax: Tensor, code: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+    return codes, absmax.clone().requires_grad_(), code.clone().requires_grad_(dtype == torch.float32), 64, dtype
+
+
+def _dequantize_out() -> list[Sample]:
+    """The samples of dequantize_blockwise with an `out`, contiguous and not."""
+    calls = []
+    for sample in _dequantize():
+        if "grad" in sample.name:  # out= is not differentiable
+            continue
+        codes, *_, dtype = sample.args
+        calls.append(Sample(sample.name, sample.args, {"out": full(codes.shape, -1.0, dtype=dtype)}))
+    strided = {"strided out": full((5, 602), -1.0)[:, ::2], "transposed out": full((301, 5), -1.0).t()}
+    return calls + [Sample(name, calls[0].args, {"out": out}) for name, out in strided.items()]
+
+
+# ---- optimizer steps -------------------------------------------------------------------------------------------
+
+_OPTIONS = {
+    **{"beta1": 0.9, "beta2": 0.99, "beta3": 0.999, "alpha": 0.9, "momentum": 0.9, "dampening": 0.1, "nesterov": False},
+    **{"eps": 1e-8, "weight_decay": 0.1, "lr_decay": 0.1, "bias_correction": True, "adam_w_mode": True},
+    **{"t_alpha": 5, "t_beta3": 5},
+}
+_VARIATIONS = {
+    "nesterov": {"nesterov": True, "dampening": 0.0},
+    "no bias correction, coupled weight decay": {"bias_correction": False, "adam_w_mode": False},
+    "no schedules": {"t_alpha": 0, "t_beta3": 0},
+}
+_SHAPES = ((3, 300), (70,))
+
+
+def _step(rule: Rule) -> list[Sample]:
+    """Made from the facts alone, so that a new optimizer gets its samples with its rule."""
+    return _essential_steps(rule) + (_further_steps(rule) if rule.name == "adam" else [])
+
+
+def _essential_steps(rule: Rule) -> list[Sample]:
+    """What may differ from one rule to the next."""
+    sample, names = partial(_step_sample, rule), [option.name for option in rule.options]
+    trust = {"trust": tensor([0.3, 2.0])} if rule.trust else {}
+    scaling = {"grad_scale": full((1,), 4.0), "found_inf": full((1,), 0.0), "clip": tensor([0.5, 1.0])}
+    halved = [_OPTIONS[o] / 2 if isinstance(_OPTIONS[o], float) else _OPTIONS[o] for o in names]
+    held = {"options": tensor(halved, torch.float64)}
+    found = [
+        sample("float32 states, float32", 32),
+        sample("8-bit states in rows, bfloat16", 8, dtype=torch.bfloat16),
+        sample("flat 8-bit states, float16", 8, "flat", dtype=torch.float16),
+        sample("maximize, scaled and clipped gradients", 8, maximize=True, **scaling, **trust),
+        sample("options in a tensor", 32, **held),
+        sample("non-finite gradient elements", 32, grad=_with_non_finite),
+        *(sample(what, 8, **options) for what, options in _VARIATIONS.items() if options.keys() <= {*names}),
+    ]
+    return [s for s in found if rule.states or "8-bit" not in s.name]
+
+
+def _further_steps(rule: Rule) -> list[Sample]:
+    """What all rules share, once: each sample costs the tests seconds."""
+    sample = partial(_step_sample, rule)
+    low, one, overflow = torch.bfloat16, full((1,), 1.0), tensor(1.0)
+    return [
+        *(sample(f"float32 states, {dtype}".replace("torch.", ""), 32, dtype=dtype) for dtype in DTYPES[1:]),
+        *(sample(f"8-bit states in rows, {dtype}".replace("torch.", ""), 8, dtype=dtype) for dtype in DTYPES[::2]),
+        *(sample(f"flat 8-bit states, {dtype}".replace("torch.", ""), 8, "flat", dtype=dtype) for dtype in DTYPES[:2]),
+        sample("float32 states, float32 gradients", 32, dtype=low, grad_dtype=torch.float32),
+        sample("8-bit states, float32 gradients", 8, dtype=low, grad_dtype=torch.float32),
+        sample("three dimensions", 8, shapes=((2, 3, 90),)),
+        sample("strided gradients", 8, grad=strided),
+        sample("expanded gradients", 32, grad=lambda g: g.flatten()[0].expand(g.shape)),
+        sample("transposed gradients", 8, shapes=((30, 40),), grad=lambda g: g.t().contiguous().t()),
+        sample("8-bit states, non-finite gradient elements", 8, grad=_with_non_finite),
+        sample("maximize", 8, maximize=True),
+        sample("float32 lr, scaled gradients", 32, lr=tensor([0.1]), grad_scale=4 * one, found_inf=0 * one),
+        sample("overflow found", 8, grad_scale=4 * one, found_inf=overflow),
+        sample("no parameters", 8, shapes=()),
+        sample("empty parameters", 8, shapes=((0,), (0, 5), (3, 0))),
+        sample("empty parameters, float32 states", 32, shapes=((0,), (2, 2), (3, 0))),
+        sample("scalar parameter", 32, shapes=((),)),
+        sample("flat scalar parameter", 8, "flat", shapes=((), (1,))),
+    ]
+
+
+def _step_sample(
+    rule: Rule,
+    what: str,
+    bits: int,
+    layout: str = "rows",
+    *,
+    dtype: torch.dtype = torch.float32,
+    grad_dtype: torch.dtype | None = None,
+    shapes: tuple[tuple[int, ...], ...] = _SHAPES,
+    grad: Callable[[Tensor], Tensor] = lambda g: g,
+    **changed: Any,
+) -> Sample:
+    params = [normal(*shape, seed=1).to(dtype) for shape in shapes]
+    grads = [grad(normal(*shape, seed=2).to(grad_dtype or dtype)) for shape in shapes]
+    states, absmax = [], []
+    for k, state in enumerate(rule.states):
+        states.append([_state(state, shape, bits, seed=3 + k) for shape in shapes])
+        absmax.append([_scales(shape, layout, seed=3 + k) for shape in shapes] if bits == 8 else [])
+    steps = [tensor(float(3 * i)) for i in range(len(shapes))]
+    options = {option.name: _OPTIONS[option.name] for option in rule.options}
+    kwargs = {"lr": tensor(0.1, torch.float64), **options, **changed}
+    return Sample(what, (params, grads, *states, *absmax, steps), kwargs)
+
+
+def _state(state: State, shape: tuple[int, ...], bits: int, seed: int) -> Tensor:
+    if bits == 32:
+        return 0.1 * normal(*shape, seed=seed).square()
+    codes = random_codes(*shape, seed=seed)
+    return codes | 128 if state.signed and state.divisor else codes  # a square has no negative codes
+
+
+def _scales(shape: tuple[int, ...], layout: str, seed: int) -> Tensor:
+    if layout == "flat":
+        return 0.1 * normal(-(math.prod(shape) // -STATE_BLOCK), seed=seed).abs()
+    return 0.1 * normal(shape[0], -(math.prod(shape[1:]) // -STATE_BLOCK), seed=seed).abs()
+
+
+def _with_non_finite(grad: Tensor) -> Tensor:
+    for start, value in enumerate((math.nan, math.inf, -math.inf)):
+        grad.view(-1)[start::7] = value
+    return grad
+
+
+# ---- norms -----------------------------------------------------------------------------------------------------
+
+
+def _squared_norms() -> list[Sample]:
+    x = normal(5, 301)
+    return [
+        Sample("every dtype", ([x.to(dtype) for dtype in DTYPES],)),
+        Sample("one tensor", ([normal(9000)],)),
+        Sample("strided, transposed, expanded", ([strided(x), x.t(), x[0].expand(7, 301)],)),
+        Sample("non-finite elements", ([_with_non_finite(x.clone()), full((3,), math.nan)],)),
+        Sample("scalar and empty", ([tensor(-3.0), full((0,), 0.0), full((3, 0), 0.0)],)),
+    ]
+
+
+def _lamb_squared_norms() -> list[Sample]:
+    """The samples of lamb_step_, but for what has no meaning here."""
+    calls = _essential_steps(RULES["lamb"])
+    kwargs = [{k: v for k, v in s.kwargs.items() if k not in ("found_inf", "trust")} for s in calls]
+    return [Sample(s.name, s.args, kw) for s, kw in zip(calls, kwargs, strict=True)]
+
+
+def _percentile_clip() -> list[Sample]:
+    def sample(what: str, steps: tuple[float, ...], percentile: int, **scaling: Tensor) -> Sample:
+        history = [normal(100, seed=i).square() for i in range(len(steps))]
+        norms = 10 * normal(len(steps), seed=1).square().double()
+        return Sample(what, (history, norms, [tensor(t) for t in steps]), {"percentile": percentile, **scaling})
+
+    return [
+        sample("first step and later ones", (0.0, 5.0, 99.0, 250.0), 5),
+        sample("scaled gradients", (0.0, 5.0), 50, grad_scale=full((1,), 4.0), found_inf=full((1,), 0.0)),
+        sample("overflow found", (0.0, 5.0), 99, grad_scale=tensor(4.0), found_inf=tensor(1.0)),
+        sample("no parameters", (), 0),
+    ]
+
+
+_BUILDERS: dict[str, Callable[[], list[Sample]]] = {
+    "isa": _without_arguments,
+    "isas": _without_arguments,
+    "facts": _without_arguments,
+    "quantize_blockwise": _quantize,
+    "dequantize_blockwise": _dequantize,
+    "dequantize_blockwise.out": _dequantize_out,
+    **{rule.step: partial(_step, rule) for rule in RULES.values()},
+    "squared_norms": _squared_norms,
+    "lamb_squared_norms": _lamb_squared_norms,
+    "percentile_clip_": _percentile_clip,
+    **BUILDERS_4BIT,
+    **BUILDERS_INT8,
+}
+SAMPLED = tuple(sorted(_BUILDERS))
+"""The operators that have samples: all of them, as a test makes sure."""
