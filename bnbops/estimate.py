@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bnbops import optim
 from bnbops.facts import STATE_BLOCK
 from bnbops.optim.core.manager import GlobalOptimManager
-from bnbops.optim.core.state import UNPAGED, absmax_name, cuts_between_blocks
+from bnbops.optim.core.state import PER_PARAMETER, absmax_name, cuts_between_blocks
 
 LARGEST = 10**18  # number of parameters: torch counts bytes in 64 bits
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the parameters that the operators step
@@ -174,7 +174,7 @@ def _states(
 
 
 def _kind(key: str, state: dict[str, Tensor]) -> str:
-    if key in UNPAGED:
+    if key in PER_PARAMETER:
         return "steps"
     return "scales" if key in map(absmax_name, state) else "states"
 

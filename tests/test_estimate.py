@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import bnbops
 from bnbops.__main__ import main
+from bnbops.dtensors import local
 from bnbops.estimate import Bytes, Estimate, estimate, optimizers
 from bnbops.optim import AdamW, AdamW8bit
 from bnbops.optim.core.manager import GlobalOptimManager
-from bnbops.sharded import local
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))  # where Python looks when it runs the scripts

@@ -37,11 +37,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 
+from bnbops.dtensors import is_dtensor
 from bnbops.lasting import usual_settings
 from bnbops.optim.checkpoints.checkpoint import CheckpointedOptimizer
 from bnbops.optim.checkpoints.loading import keeps_blocks
-from bnbops.optim.core.state import UNPAGED
-from bnbops.sharded import is_sharded
+from bnbops.optim.core.state import PER_PARAMETER
 
 _CHECKSUMS = "checksums.json"
 _CHUNK = 2**24
@@ -226,7 +226,7 @@ def _new(name: str, saved: Tensor | None, live: Tensor) -> Tensor:
 
 def _new_state(param: Tensor, key: str, saved: Tensor | None, whole: bool) -> Tensor | None:
     """A tensor for a parameter's state, whole or sharded as it is."""
-    if saved is None or whole or not is_sharded(param) or key in UNPAGED:
+    if saved is None or whole or not is_dtensor(param) or key in PER_PARAMETER:
         return None if saved is None else torch.empty_like(saved, device="cpu")
     mesh, placements = param.device_mesh, param.placements
     return dtensor.empty(*saved.shape, dtype=saved.dtype, device_mesh=mesh, placements=placements)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from bnbops.dtensors import is_dtensor
 from bnbops.functional.four_bit import quantize_4bit
 from bnbops.functional.quant_state import QuantState
 from bnbops.lasting import lasting
@@ -30,7 +31,6 @@ from bnbops.nn.four_bit.scales import (
 )
 from bnbops.nn.weights.parameter import QuantizedParameter
 from bnbops.nn.weights.plain_state import of_whole_layer
-from bnbops.sharded import is_sharded
 
 __all__ = ["Bnb4bitParametrization", "replace_parameter_4bit", "replace_parameter_4bit_prequantized"]
 
@@ -232,7 +232,7 @@ def _load_hook(
     statistics, data = take_statistics(state_dict, key), state_dict.pop(key, None)
     if data is None:
         missing_keys.append(key)
-    elif is_sharded(original.original):
+    elif is_dtensor(original.original):
         error_msgs.append(of_whole_layer(key, data, original.original))
         return
     else:

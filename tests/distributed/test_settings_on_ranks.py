@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 import bnbops
 from bnbops.distributed import data_parallel, load_checkpoint, save_checkpoint
-from bnbops.sharded import local
+from bnbops.dtensors import local
 from bnbops.testing.sample import integers, normal
 from global_settings import SETTINGS, bits
 from ranks import run_on_ranks

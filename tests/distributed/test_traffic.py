@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnbops
 from bnbops.distributed import Traffic, traffic
+from bnbops.dtensors import local
 from bnbops.estimate import estimate
-from bnbops.sharded import local
 from ranks import run_on_ranks
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))

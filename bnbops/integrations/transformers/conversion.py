@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
+from bnbops.dtensors import is_dtensor
 from bnbops.nn.convert.plan import Place
 from bnbops.nn.convert.replace import find, hold_quantized, quantize_weight
 from bnbops.nn.four_bit.module import Weight4bit
 from bnbops.nn.four_bit.scales import STATISTICS
 from bnbops.nn.int8.module import Int8Module
 from bnbops.nn.weights.freed_memory import give_back
-from bnbops.sharded import is_sharded
 
 if TYPE_CHECKING:
     from bnbops.integrations.transformers.quantizer import BnbOpsHfQuantizer
@@ -42,7 +42,7 @@ class _Operation(ConversionOps):
         exception here would reach users as a line in Transformers' report."""
         names = self.quantizer.sharers(name)
         try:
-            if is_sharded(find(model, name).tensor):
+            if is_dtensor(find(model, name).tensor):
                 raise ValueError("its weight is sharded, which is not supported while a model loads")
             make(model, names, *arguments, self.quantizer.format)()
         except torch.OutOfMemoryError:

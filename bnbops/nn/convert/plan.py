@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from bnbops.dtensors import is_dtensor
 from bnbops.facts import FORMATS_4BIT
 from bnbops.nn.four_bit.module import Weight4bit
 from bnbops.nn.int8.module import Int8Module
-from bnbops.sharded import is_sharded
 
 FORMATS = (*FORMATS_4BIT, "int8")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights that can be quantized
@@ -232,7 +232,7 @@ def _obstacle(place: Place, quant: str) -> str | None:
     module, tensor = place.module, place.tensor
     if _is_quantized(module):
         return "it is quantized already"
-    if tensor is not None and is_sharded(tensor):
+    if tensor is not None and is_dtensor(tensor):
         return SHARDED
     if place.kind == "expert":
         if quant == "int8":

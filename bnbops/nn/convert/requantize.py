@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bnbops.dtensors import is_dtensor
 from bnbops.nn.four_bit.module import Weight4bit
 from bnbops.nn.four_bit.parameter import Params4bit
 from bnbops.nn.int8.module import Int8Module
 from bnbops.nn.int8.parameter import Int8Params
 from bnbops.nn.weights.finite import is_finite
-from bnbops.sharded import is_sharded
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -30,7 +30,7 @@ def dequantized_weight(module: Weight4bit | Int8Module, dtype: torch.dtype | Non
     Raises:
         RuntimeError: the weight is sharded, and not gathered at the moment.
     """
-    if is_sharded(module.weight):
+    if is_dtensor(module.weight):
         raise RuntimeError(
             f"the weight of this {type(module).__name__} is sharded: call unshard() on the module that fully_shard was "
             "given, and reshard() afterwards; to merge adapters, load the model into one process"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bnbops.default_device import traceable_weight
+from bnbops.dtensors import is_dtensor
 from bnbops.functional.quant_state import QuantState
 from bnbops.lasting import lasting
 from bnbops.nn.four_bit.parameter import Params4bit
@@ -37,7 +38,6 @@ from bnbops.nn.weights.codes import check_name, check_size, no_reset
 from bnbops.nn.weights.parameter import sparing_integers
 from bnbops.nn.weights.plain_state import of_quantized_layer, of_whole_layer
 from bnbops.nn.weights.tied import entries_before, hold, others, saved_as
-from bnbops.sharded import is_sharded
 
 _PREFIX = "weight_"
 
@@ -78,7 +78,7 @@ class Weight4bit(nn.Module):
         """
         if self._format is None:
             return None
-        if is_sharded(self.weight_absmax):
+        if is_dtensor(self.weight_absmax):
             raise RuntimeError(
                 f"the weight of this {type(self).__name__} is sharded: call unshard() on the module that fully_shard "
                 "was given, which gathers weight and scales, and reshard() afterwards"

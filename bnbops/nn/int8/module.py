@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bnbops.default_device import traceable_weight
+from bnbops.dtensors import is_dtensor
 from bnbops.functional.quant_state import NO_NUMBERS
 from bnbops.lasting import lasting
 from bnbops.nn.int8.entries import check_scales, take_entries
@@ -18,7 +19,6 @@ from bnbops.nn.weights.parameter import sparing_integers
 from bnbops.nn.weights.plain_state import of_quantized_layer, of_whole_layer
 from bnbops.nn.weights.scale_bits import from_bits, to_bits
 from bnbops.nn.weights.tied import hold, others, saved_as
-from bnbops.sharded import is_sharded
 
 
 class Int8Module(nn.Module):
@@ -159,7 +159,7 @@ class Int8Module(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.weight_scale is not None and is_sharded(self.weight_scale):
+        if self.weight_scale is not None and is_dtensor(self.weight_scale):
             return  # torch's functions for sharded state dicts know parameters by their own names only
         destination.pop(prefix + "weight_scale", None)
         if self.SCB is not None:
@@ -227,7 +227,7 @@ class Int8Module(nn.Module):
             if scales is not None and not self._is_tied():
                 raise ValueError(f"{prefix}SCB came without {key}, whose scales they are")
             return state_dict
-        if not isinstance(self.weight, Int8Params) and is_sharded(self.weight) and not self.has_fp16_weights:
+        if not isinstance(self.weight, Int8Params) and is_dtensor(self.weight) and not self.has_fp16_weights:
             if self.weight_scale is None and weight.dtype == torch.int8:
                 raise ValueError(of_quantized_layer(key))
             if self.weight_scale is not None and (bits is None or scales is not None or weight.dtype != torch.int8):

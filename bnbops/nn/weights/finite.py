@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from bnbops.sharded import is_sharded
+from bnbops.dtensors import is_dtensor
 
 
 def is_within(weight: Tensor, limit: float) -> bool:
@@ -25,7 +25,7 @@ def is_finite(weight: Tensor) -> bool:
 
 def are_scales(magnitudes: Tensor) -> bool:
     """Whether none is negative, infinite or NaN. Those of which not all are at hand (meta, sharded) pass."""
-    if magnitudes.is_meta or magnitudes.numel() == 0 or is_sharded(magnitudes):
+    if magnitudes.is_meta or magnitudes.numel() == 0 or is_dtensor(magnitudes):
         return True
     low, high = torch.stack(torch.aminmax(magnitudes)).tolist()
     return low >= 0 and math.isfinite(high)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from bnbops.dtensors import local
 from bnbops.facts import Rule
 from bnbops.lasting import lasting
 from bnbops.optim.checkpoints import interchange, torch_interchange
@@ -23,7 +24,6 @@ from bnbops.optim.core.state import Allocate, absmax_name, wants_8bit
 from bnbops.optim.core.watch import Watch
 from bnbops.optim.paging.paged import PagedMemory
 from bnbops.optim.paging.unified import UnifiedMemory
-from bnbops.sharded import local
 
 FORMAT_VERSION = 1
 # Group options that are of this process, not of the training run: the live ones stay.

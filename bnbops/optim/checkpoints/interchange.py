@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from bnbops.dtensors import is_dtensor
 from bnbops.facts import STATE_BLOCK
 from bnbops.optim.core.codec import code_map, decoded, encoded
 from bnbops.optim.core.state import absmax_name, absmax_shape
-from bnbops.sharded import is_sharded
 
 if TYPE_CHECKING:
     from bnbops.optim.core.optimizer import Optimizer
@@ -286,7 +286,7 @@ def _read_state(slots: _Slots, param: Tensor, state: dict[str, Any]) -> dict[str
 
 def _unwritable(slots: _Slots, param: Tensor, state: dict[str, Tensor]) -> str | None:
     """Why bitsandbytes could not go on with a state of ours, or None."""
-    if is_sharded(param):
+    if is_dtensor(param):
         return (
             "is sharded (a DTensor): load the full state dict into an optimizer of whole parameters, and convert that"
         )

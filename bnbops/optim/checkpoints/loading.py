@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbops.facts import NORM_HISTORY
+from bnbops.dtensors import is_dtensor, local
 from bnbops.lasting import lasting
 from bnbops.optim.core.codec import decoded, encoded
 from bnbops.optim.core.state import (
-    UNPAGED,
+    PER_PARAMETER,
     Allocate,
     absmax_name,
     absmax_shape,
@@ -23,7 +23,6 @@ from bnbops.optim.core.state import (
     shards_whole_blocks,
     wants_8bit,
 )
-from bnbops.sharded import is_sharded, local
 
 _SAMPLE, _FEW = 4096, 8  # elements that are looked at, and different values that states may have by chance
 
@@ -57,10 +56,8 @@ def check_state(
         return "a parameter without dimensions has no 8-bit state"
     scales = [absmax_shape(param.shape), flat_absmax_shape(param.shape)] if quantized else []
     for key, tensor in state.items():
-        if key == "step":
-            shapes, dtype = [(), (1,)], torch.float32
-        elif key == "gnorm_vec":
-            shapes, dtype = [(NORM_HISTORY,)], torch.float32
+        if key in PER_PARAMETER:
+            shapes, dtype = [PER_PARAMETER[key], (1,)] if key == "step" else [PER_PARAMETER[key]], torch.float32
         elif key in present:
             shapes, dtype = [tuple(param.shape)], torch.uint8 if quantized else torch.float32
         else:
@@ -88,7 +85,7 @@ def placed_state(param: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor
 def keeps_blocks(param: Tensor, state: Mapping[str, object]) -> bool:
     """Whether each rank's part of a parameter has whole blocks of a state, if they are blocks."""
     scales = [state[absmax_name(key)] for key in state if absmax_name(key) in state]
-    if not scales or not is_sharded(param):
+    if not scales or not is_dtensor(param):
         return True
     return shards_whole_blocks(param) and all(tuple(x.shape) == absmax_shape(param.shape) for x in scales)
 
@@ -99,11 +96,11 @@ def check_cast(param: Tensor, state: Mapping[str, Tensor]) -> str | None:
     torch.distributed.checkpoint reads into the live states and casts without a word; a sharding that cuts blocks is all
     it takes for these to have another precision than those that were saved.
     """
-    if not is_sharded(param) or shards_whole_blocks(param):
+    if not is_dtensor(param) or shards_whole_blocks(param):
         return None
     for key, tensor in state.items():
         some = local(tensor).flatten()[:_SAMPLE]
-        if key in UNPAGED or tensor.dtype != torch.float32 or some.unique().numel() <= _FEW:
+        if key in PER_PARAMETER or tensor.dtype != torch.float32 or some.unique().numel() <= _FEW:
             continue
         if bool(((some >= 0) & (some <= 255) & (some == some.round())).all()):
             return (
@@ -119,7 +116,7 @@ def _decoded(param: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         _refuse_partial(key, tensor)
     if not shards_whole_blocks(param):
         log_32bit(param)
-    whole = {key: tensor.full_tensor() if is_sharded(tensor) else tensor for key, tensor in state.items()}
+    whole = {key: tensor.full_tensor() if is_dtensor(tensor) else tensor for key, tensor in state.items()}
     scales = {key: whole.pop(absmax_name(key)) for key in state if absmax_name(key) in state}
     return {key: decoded(key, x, scales[key]) if key in scales else x for key, x in whole.items()}
 
@@ -134,8 +131,8 @@ def placed(param: Tensor, key: str, tensor: Tensor) -> Tensor:
         ValueError: a partial sum, on another mesh, or a part of something whole.
     """
     _refuse_partial(key, tensor)
-    if not is_sharded(param) or key in UNPAGED:
-        if is_sharded(tensor) and not all(placement.is_replicate() for placement in tensor.placements):
+    if not is_dtensor(param) or key in PER_PARAMETER:
+        if is_dtensor(tensor) and not all(placement.is_replicate() for placement in tensor.placements):
             raise ValueError(
                 f"'{key}' is sharded ({tensor.placements}), but not its parameter of shape {list(param.shape)}: load "
                 "its full_tensor() (StateDictOptions(full_state_dict=True) makes a state dict of whole tensors)"
@@ -144,7 +141,7 @@ def placed(param: Tensor, key: str, tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = param.device_mesh
-    if not is_sharded(tensor):
+    if not is_dtensor(tensor):
         part = tensor.to(local(param).device)
         tensor = DTensor.from_local(part, mesh, [Replicate()] * mesh.ndim, run_check=False)
     if tensor.device_mesh != mesh:
@@ -156,16 +153,16 @@ def placed(param: Tensor, key: str, tensor: Tensor) -> Tensor:
 
 
 def _refuse_partial(key: str, tensor: Tensor) -> None:
-    if is_sharded(tensor) and any(placement.is_partial() for placement in tensor.placements):
+    if is_dtensor(tensor) and any(placement.is_partial() for placement in tensor.placements):
         raise ValueError(f"'{key}' is a partial sum on each rank, which no state is; full_tensor() adds them up")
 
 
 def in_precision(param: Tensor, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """A state of floating-point values in the precision that the options give a parameter."""
     result = {name: x.float() for name, x in state.items()}
-    for name in state.keys() - set(UNPAGED) if wants_8bit(param, config) else ():
+    for name in state.keys() - PER_PARAMETER.keys() if wants_8bit(param, config) else ():
         codes, absmax = encoded(name, local(result[name]).to(local(param).device), flat=param.dim() == 1)
-        if is_sharded(param):
+        if is_dtensor(param):
             codes, absmax = like(param, codes, param.shape), like(param, absmax, torch.Size(absmax_shape(param.shape)))
         result |= {name: codes, absmax_name(name): absmax}
     return result
@@ -182,6 +179,6 @@ def copied(
         return tensor.detach().clone().to(device if move else tensor.device)
 
     return {
-        key: in_memory(tensor, allocate) if allocate and key not in UNPAGED else copy(tensor)
+        key: in_memory(tensor, allocate) if allocate and key not in PER_PARAMETER else copy(tensor)
         for key, tensor in state.items()
     }

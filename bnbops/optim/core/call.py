@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bnbops.dtensors import is_dtensor, local
 from bnbops.facts import NORM_HISTORY
 from bnbops.optim.core.norms import whole_squared_norms
 from bnbops.optim.core.parallel import local_grad
 from bnbops.optim.core.state import absmax_name
-from bnbops.sharded import is_sharded, local
 from bnbops.tracing import is_traced
 
 
@@ -70,7 +70,7 @@ class Call:
         """Appends a parameter, its gradient and its state."""
         grad = param.grad
         self.whole.append(param)
-        if is_sharded(param):
+        if is_dtensor(param):
             param, grad = param.to_local(), local_grad(param)
             state = {key: local(tensor) for key, tensor in state.items()}
         if not param.is_contiguous():  # states are in logical order whatever the strides: work on a copy in that order

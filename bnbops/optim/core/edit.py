@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bnbops.facts import NORM_HISTORY
+from bnbops.dtensors import is_dtensor, local
 from bnbops.optim.checkpoints.loading import placed
 from bnbops.optim.core.codec import DIVISORS, ONE, decoded, encoded, zero_code
-from bnbops.optim.core.state import absmax_name, begin, like
-from bnbops.sharded import is_sharded, local
+from bnbops.optim.core.state import PER_PARAMETER, absmax_name, begin, like
 
 if TYPE_CHECKING:
     from bnbops.optim.core.stateful import StatefulOptimizer
@@ -35,7 +34,7 @@ def in_32_bits(param: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name not in scales:
             return state[name].detach().clone()
         values = decoded(name, local(state[name]), local(scales[name]))
-        return like(param, values, param.shape) if is_sharded(param) else values
+        return like(param, values, param.shape) if is_dtensor(param) else values
 
     return {name: copy(name) for name in state if not any(state[name] is x for x in scales.values())}
 
@@ -75,7 +74,7 @@ def _checked(param: Tensor, name: str, value: Any) -> Tensor:
     Raises:
         ValueError: it does not fit.
     """
-    shape = {"step": (), "gnorm_vec": (NORM_HISTORY,)}.get(name, tuple(param.shape))
+    shape = PER_PARAMETER.get(name, tuple(param.shape))
     what = f"'{name}' of a parameter of shape {list(param.shape)}"
     if isinstance(value, Real) and not isinstance(value, bool) and shape == ():
         value = torch.tensor(float(value), dtype=torch.float32, device=local(param).device)
@@ -85,7 +84,7 @@ def _checked(param: Tensor, name: str, value: Any) -> Tensor:
     if tuple(value.shape) != shape and not (name == "step" and value.numel() == 1):
         raise ValueError(f"{what} must have shape {list(shape)}, got {list(value.shape)}")
     value = local(placed(param, name, value.detach())).to(local(param).device, torch.float32)
-    smallest = 0.0 if name in DIVISORS or name in ("step", "gnorm_vec") else -math.inf
+    smallest = 0.0 if name in DIVISORS or name in PER_PARAMETER else -math.inf
     largest = math.inf if name == "gnorm_vec" else torch.finfo(torch.float32).max
     if not bool(((value >= smallest) & (value.abs() <= largest)).all()):
         wanted = "finite" if smallest < 0 else "not negative" if largest == math.inf else "finite and not negative"
@@ -120,7 +119,7 @@ def reset(
             continue
         initial = optimizer._initial(optimizer._overrides.applied(group, optimizer._overrides.number(param)))
         for name in state:
-            if name == "step" or name == "gnorm_vec":
+            if name in PER_PARAMETER:
                 if part is None:
                     state[name].fill_(0 if name == "step" else math.inf)
             elif name.endswith(absmax_name("")):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbops.sharded import is_sharded
+from bnbops.dtensors import is_dtensor
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -28,7 +28,7 @@ def whole_squared_norms(squared_norms: Tensor, params: Sequence[Tensor]) -> Tens
     """
     sharded: dict[tuple[Any, int], list[bool]] = defaultdict(lambda: [False] * len(params))
     for i, param in enumerate(params):
-        if not is_sharded(param):
+        if not is_dtensor(param):
             continue
         for dim, placement in enumerate(param.placements):
             if not placement.is_replicate():

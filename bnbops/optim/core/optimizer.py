@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from bnbops.dtensors import local
 from bnbops.facts import Rule
 from bnbops.optim.checkpoints.checkpoint import FORMAT_VERSION
 from bnbops.optim.core.batch import Batch
@@ -32,7 +33,6 @@ from bnbops.optim.core.traced import TraceableOptimizer
 from bnbops.optim.core.watch import Watch
 from bnbops.optim.paging.paged import PagedMemory
 from bnbops.optim.paging.unified import UnifiedMemory
-from bnbops.sharded import local
 from bnbops.tracing import is_traced
 
 

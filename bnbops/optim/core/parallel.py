@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bnbops.sharded import is_sharded
+from bnbops.dtensors import is_dtensor
 
 
 def check_param(param: Tensor) -> None:
@@ -13,7 +13,7 @@ def check_param(param: Tensor) -> None:
     Raises:
         ValueError: a DTensor of partial sums, or what FullyShardedDataParallel (FSDP1) has left of a parameter.
     """
-    if is_sharded(param) and any(placement.is_partial() for placement in param.placements):
+    if is_dtensor(param) and any(placement.is_partial() for placement in param.placements):
         raise ValueError(
             f"a parameter of shape {list(param.shape)} is a partial sum on each rank, with placements "
             f"{param.placements}; redistribute() it as Shard or Replicate before it becomes a parameter"
@@ -37,8 +37,8 @@ def local_grad(param: Tensor) -> Tensor:
         RuntimeError: the gradient is no DTensor, or on another mesh.
     """
     grad = param.grad
-    if not is_sharded(grad) or grad.device_mesh != param.device_mesh:
-        found = f"one on {grad.device_mesh}" if is_sharded(grad) else "a plain tensor"
+    if not is_dtensor(grad) or grad.device_mesh != param.device_mesh:
+        found = f"one on {grad.device_mesh}" if is_dtensor(grad) else "a plain tensor"
         raise RuntimeError(
             f"the gradient of a DTensor of shape {list(param.shape)} must be a DTensor on its {param.device_mesh}, got "
             f"{found}; distribute_tensor() makes it one"

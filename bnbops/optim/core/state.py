@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnbops.dtensors import is_dtensor, local
 from bnbops.facts import NORM_HISTORY, STATE_BLOCK
 from bnbops.lasting import lasting
-from bnbops.sharded import is_sharded, local
 
-UNPAGED = ("step", "gnorm_vec")  # too small to be worth it
+# What a state has once, not for each element, and its shape: whole on every rank, never paged.
+PER_PARAMETER: Mapping[str, tuple[int, ...]] = {"step": (), "gnorm_vec": (NORM_HISTORY,)}
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def shards_whole_blocks(param: Tensor) -> bool:
     a vector's only one, have to cut the parameter where they cut the scales: evenly, if they are over several
     dimensions of a mesh.
     """
-    if not is_sharded(param):
+    if not is_dtensor(param):
         return True
     along = _along(param.shape)
     cuts = [
@@ -109,7 +110,7 @@ def _zeros(
     part = local(param)
     shape = shape_of(part.shape)
     zeros = allocate(shape, dtype) if allocate else torch.zeros(shape, dtype=dtype, device=part.device)
-    return like(param, zeros, torch.Size(shape_of(param.shape))) if is_sharded(param) else zeros
+    return like(param, zeros, torch.Size(shape_of(param.shape))) if is_dtensor(param) else zeros
 
 
 def like(tensor: Tensor, part: Tensor, shape: torch.Size) -> Tensor:
@@ -126,7 +127,7 @@ def like(tensor: Tensor, part: Tensor, shape: torch.Size) -> Tensor:
 
 def in_memory(tensor: Tensor, allocate: Allocate) -> Tensor:
     """A copy of a tensor in memory that `allocate` gives; of a DTensor, with this rank's part there."""
-    if not is_sharded(tensor):
+    if not is_dtensor(tensor):
         return allocate(tensor.shape, tensor.dtype).copy_(tensor)
     return like(tensor, in_memory(tensor.to_local(), allocate), tensor.shape)
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from bnbops.dtensors import local
 from bnbops.optim.checkpoints.checkpoint import CheckpointedOptimizer
 from bnbops.optim.core import edit
 from bnbops.optim.core.call import Plan
 from bnbops.optim.core.state import Allocate, missing_tensors
 from bnbops.optim.paging.paged import PagedMemory
 from bnbops.optim.paging.unified import UnifiedMemory
-from bnbops.sharded import local
 from bnbops.tracing import is_traced
 
 

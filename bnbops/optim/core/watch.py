@@ -8,8 +8,8 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor
 
+from bnbops.dtensors import is_dtensor
 from bnbops.optim.core.state import absmax_name
-from bnbops.sharded import is_sharded
 
 States = Mapping[Tensor, Mapping[str, Tensor]]  # by parameter and name
 
@@ -79,7 +79,7 @@ class Watch:
 
 def _counted(tensor: Tensor) -> tuple[Tensor, ...]:
     """The tensors that count what is written to a tensor."""
-    return (tensor, tensor._local_tensor) if is_sharded(tensor) else (tensor,)
+    return (tensor, tensor._local_tensor) if is_dtensor(tensor) else (tensor,)
 
 
 def _are_codes(tensor: Tensor | None) -> bool:

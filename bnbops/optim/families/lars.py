@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from bnbops.dtensors import is_dtensor
 from bnbops.facts import RULES, Rule
 from bnbops.optim.core.call import Call
 from bnbops.optim.core.norms import trust_ratio, whole_squared_norms
@@ -16,7 +17,6 @@ from bnbops.optim.core.optimizer import Optimizer
 from bnbops.optim.core.options import MIN_8BIT_SIZE, CommonAndPaged, non_negative, require, takes_common_keywords
 from bnbops.optim.core.precision import variant
 from bnbops.optim.families.sgd import check_nesterov, undampened
-from bnbops.sharded import is_sharded
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -137,7 +137,7 @@ class PytorchLARS(Optimizer):
 
     def _check_params(self, group: dict[str, Any]) -> None:
         super()._check_params(group)
-        if any(map(is_sharded, group["params"])):
+        if any(map(is_dtensor, group["params"])):
             raise ValueError("PytorchLARS does not support sharded parameters (DTensors); use LARS")
 
     def _check_options(self, options: Mapping[str, Any]) -> None:

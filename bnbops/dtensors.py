@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor. The import costs a second, so plain tensors do not get that far."""
     if type(tensor) is Tensor or type(tensor) is Parameter or not torch.distributed.is_available():
         return False
@@ -18,4 +18,4 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor; a plain tensor as it is."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
