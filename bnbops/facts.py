@@ -1,4 +1,4 @@
-"""What the tables of the C++ library say (csrc/facts.cpp), so that nothing of it is written again here.
+"""What the tables of the C++ library say (csrc/ops/facts.cpp), so that nothing of it is written again here.
 
 It is read from the operators, so they must be loaded before.
 """

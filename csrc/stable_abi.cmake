@@ -15,7 +15,7 @@ math(EXPR TORCH_TARGET_VERSION "(${CMAKE_MATCH_1} << 56) | (${CMAKE_MATCH_2} << 
 add_library(bnbops_torch INTERFACE)
 target_compile_definitions(bnbops_torch INTERFACE TORCH_TARGET_VERSION=${TORCH_TARGET_VERSION})
 target_compile_options(bnbops_torch INTERFACE
-  $<$<COMPILE_LANGUAGE:CXX>:SHELL:-include ${CMAKE_CURRENT_LIST_DIR}/torch_errors.h>)
+  $<$<COMPILE_LANGUAGE:CXX>:SHELL:-include ${CMAKE_CURRENT_LIST_DIR}/core/torch_errors.h>)
 target_include_directories(bnbops_torch SYSTEM INTERFACE ${TORCH_DIR}/include)
 target_link_directories(bnbops_torch INTERFACE ${TORCH_DIR}/lib)
 target_link_libraries(bnbops_torch INTERFACE -Wl,--no-as-needed torch torch_cpu)

@@ -1,4 +1,4 @@
-"""The shape and dtype checks of csrc/check.cpp, for tensors without data."""
+"""The shape and dtype checks of csrc/core/check.cpp, for tensors without data."""
 
 from __future__ import annotations
 

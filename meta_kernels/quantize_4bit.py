@@ -47,7 +47,7 @@ def _check_result_dtype(op: str, dtype: torch.dtype) -> None:
 
 @dataclass
 class Weight4bit:
-    """The arguments that describe a weight, and the checks of csrc/weight_4bit.cpp."""
+    """The arguments that describe a weight, and the checks of csrc/ops/weight_4bit/weight_4bit.cpp."""
 
     op: str
     codes: Tensor

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "portable.h"
+#include "core/portable.h"
 
 BNBOPS_NAMESPACE_BEGIN
 

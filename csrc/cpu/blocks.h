@@ -1,7 +1,8 @@
 // Loops over one block, for any lanes. A tail is copied into a padded chunk and goes through the body's function.
 #pragma once
 
-#include "codecs.h"
+#include "codecs/codec.h"
+#include "codecs/dynamic8.h"
 #include "cpu/kernels.h"
 
 BNBOPS_NAMESPACE_BEGIN

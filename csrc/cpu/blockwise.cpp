@@ -1,7 +1,7 @@
 // The (de)quantization operators on the CPU.
-#include "blockwise_binding.h"
 #include "cpu/kernels.h"
 #include "cpu/memory.h"
+#include "ops/blockwise/blockwise_binding.h"
 
 namespace bnbops::cpu {
 namespace {

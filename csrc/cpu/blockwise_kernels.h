@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "codecs/dynamic8.h"
+#include "codecs/nearest.h"
 #include "cpu/blocks.h"
 
 BNBOPS_NAMESPACE_BEGIN

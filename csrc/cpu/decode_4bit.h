@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/binding.h"
-#include "weight_4bit_view.h"
+#include "ops/weight_4bit/weight_4bit_view.h"
 
 namespace bnbops::cpu {
 

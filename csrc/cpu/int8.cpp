@@ -1,11 +1,11 @@
 // The int8 operators on the CPU.
 #include <memory>
 
+#include "core/layout.h"
 #include "cpu/int8_kernels_table.h"
 #include "cpu/memory.h"
 #include "cpu/scratch.h"
-#include "int8_binding.h"
-#include "layout.h"
+#include "ops/int8/int8_binding.h"
 
 namespace bnbops::cpu {
 

@@ -1,7 +1,7 @@
 // Sums of products of int8, and what the other int8_dots_*.h mean.
 #pragma once
 
-#include "portable.h"
+#include "core/portable.h"
 
 BNBOPS_NAMESPACE_BEGIN
 

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "cpu/kernels.h"
-#include "int8_jobs.h"
+#include "ops/int8/int8_jobs.h"
 
 namespace bnbops::cpu {
 

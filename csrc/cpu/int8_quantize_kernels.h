@@ -4,10 +4,10 @@
 
 #include <algorithm>
 
-#include "codecs_int8.h"
 #include "cpu/blocks.h"
 #include "cpu/int8_kernels_table.h"
 #include "cpu/scratch.h"
+#include "formats/int8.h"
 
 BNBOPS_NAMESPACE_BEGIN
 

@@ -7,6 +7,7 @@
 #include "cpu/linear_4bit_kernels.h"
 #include "cpu/norm_kernels.h"
 #include "cpu/step_kernels.h"
+#include "rules/all.h"
 
 namespace bnbops {
 inline namespace BNBOPS_ISA {

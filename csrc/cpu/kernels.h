@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "jobs.h"
-#include "step_job.h"
+#include "ops/jobs.h"
+#include "ops/optimizer/step_job.h"
 
 namespace bnbops::cpu {
 

@@ -1,6 +1,6 @@
 // CPU binding of products with 4-bit weights. Few rows go through a kernel that decodes the weight as it multiplies;
 // many are worth decoding it once, for torch's own matrix product.
-#include "linear_4bit_binding.h"
+#include "ops/weight_4bit/linear_4bit_binding.h"
 
 #include <algorithm>
 

@@ -4,8 +4,8 @@
 
 #include <utility>
 
+#include "core/lanes_scalar.h"
 #include "cpu/weight_4bit_kernels.h"
-#include "lanes_scalar.h"
 
 BNBOPS_NAMESPACE_BEGIN
 

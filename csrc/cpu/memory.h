@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "check.h"
+#include "core/check.h"
 
 #ifdef __linux__
 #include <sys/mman.h>

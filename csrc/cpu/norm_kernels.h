@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/step_kernels.h"
-#include "norm_math.h"
+#include "ops/norms/norm_math.h"
 
 BNBOPS_NAMESPACE_BEGIN
 

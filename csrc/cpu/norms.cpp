@@ -1,14 +1,14 @@
 // CPU binding of the norm operators.
-#include "norms.h"
+#include "ops/norms/norms.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <string>
 
+#include "core/layout.h"
 #include "cpu/binding.h"
 #include "cpu/schedule.h"
-#include "layout.h"
 
 namespace bnbops::cpu {
 namespace {

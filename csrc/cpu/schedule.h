@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "norm_math.h"
+#include "ops/norms/norm_math.h"
 
 namespace bnbops::cpu {
 

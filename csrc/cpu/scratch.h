@@ -5,7 +5,7 @@
 #include <memory>
 #include <new>
 
-#include "portable.h"
+#include "core/portable.h"
 
 BNBOPS_NAMESPACE_BEGIN
 

@@ -1,8 +1,9 @@
 // Optimizer steps over blocks: they decode, update by a rule, and encode, and know nothing of Adam or of bytes.
 #pragma once
 
+#include "codecs/dynamic8.h"
 #include "cpu/blocks.h"
-#include "rules.h"
+#include "rules/rule.h"
 
 BNBOPS_NAMESPACE_BEGIN
 

@@ -4,7 +4,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "portable.h"
+#include "core/portable.h"
 
 #define BNBOPS_INLINE_LAMBDA __attribute__((always_inline))
 

@@ -1,5 +1,5 @@
 // The operators that quantize, dequantize and look up 4-bit weights, on the CPU.
-#include "weight_4bit_binding.h"
+#include "ops/weight_4bit/weight_4bit_binding.h"
 
 #include <algorithm>
 

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "codecs_4bit.h"
 #include "cpu/blockwise_kernels.h"
+#include "formats/codecs_4bit.h"
 
 BNBOPS_NAMESPACE_BEGIN
 

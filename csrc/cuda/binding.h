@@ -1,9 +1,9 @@
 // What every CUDA operator does around its launches.
 #pragma once
 
+#include "core/host_values.h"
 #include "cuda/runtime.h"
 #include "cuda/scalar.h"
-#include "host_values.h"
 
 #ifndef CUSIM
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -3,11 +3,11 @@
 
 #include <type_traits>
 
-#include "codecs.h"
+#include "codecs/codec.h"
+#include "core/layout.h"
 #include "cuda/elements.h"
 #include "cuda/threads.h"
-#include "jobs.h"
-#include "layout.h"
+#include "ops/jobs.h"
 
 namespace bnbops::cuda {
 

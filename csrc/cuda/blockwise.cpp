@@ -1,7 +1,7 @@
 // The (de)quantization operators on CUDA devices.
-#include "blockwise_binding.h"
 #include "cuda/binding.h"
 #include "cuda/kernels.h"
+#include "ops/blockwise/blockwise_binding.h"
 
 namespace bnbops::cuda {
 namespace {

@@ -1,8 +1,9 @@
 // Quantization and dequantization of blocks. A group of threads has a block of elements at a time.
+#include "codecs/nearest.h"
+#include "core/lanes_scalar.h"
 #include "cuda/blocks.h"
 #include "cuda/kernels.h"
 #include "cuda/maps.h"
-#include "lanes_scalar.h"
 
 namespace bnbops::cuda {
 namespace {

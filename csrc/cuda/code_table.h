@@ -1,4 +1,5 @@
-// Encoding to a dynamic map by one look-up, made by the arithmetic of codecs.h: the same codes by fewer instructions.
+// Encoding to a dynamic map by one look-up, made by the arithmetic of codecs/dynamic8.h: the same codes by fewer
+// instructions.
 //
 // The code is a staircase over a = |x| * inverse + 2^-31. A bucket holds the a that agree in exponent and some bits of
 // fraction, enough that no bucket has two steps. Its entry is such that
@@ -6,7 +7,8 @@
 // has the code in the upper 8 bits: within a bucket, the bits of a fill the lower 24, and carry from its step on.
 #pragma once
 
-#include "codecs.h"
+#include "codecs/codec.h"
+#include "codecs/dynamic8.h"
 #include "cuda/device.h"
 
 namespace bnbops::cuda {

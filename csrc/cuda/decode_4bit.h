@@ -4,9 +4,9 @@
 // share a scale, which scale_of_block (codecs_4bit.h) reads or computes.
 #pragma once
 
-#include "codecs_4bit.h"
 #include "cuda/elements.h"
 #include "cuda/threads.h"
+#include "formats/codecs_4bit.h"
 
 namespace bnbops::cuda {
 

@@ -4,8 +4,8 @@
 
 #include <type_traits>
 
+#include "core/dtype.h"
 #include "cuda/runtime.h"
-#include "dtype.h"
 
 #ifdef CUSIM
 #include "cusim/cusim.h"

@@ -5,7 +5,7 @@
 // The dtype is the same for all threads: a branch that costs nothing beside the memory.
 #pragma once
 
-#include "codecs.h"
+#include "codecs/codec.h"
 #include "cuda/device.h"
 
 namespace bnbops::cuda {

@@ -1,9 +1,9 @@
 // Products of rows with the weights of experts: which thread block multiplies what.
 #pragma once
 
+#include "core/layout.h"
 #include "cuda/elements.h"
 #include "cuda/linear_4bit_kernels.h"
-#include "layout.h"
 
 namespace bnbops::cuda {
 

@@ -1,7 +1,7 @@
 // The int8 operators on CUDA devices. Nothing waits for the device: how many outlier columns there are, it alone knows.
 #include "cuda/binding.h"
 #include "cuda/int8_kernels.h"
-#include "int8_binding.h"
+#include "ops/int8/int8_binding.h"
 
 namespace bnbops::cuda {
 namespace {

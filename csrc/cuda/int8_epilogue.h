@@ -1,10 +1,10 @@
 // What a thread block makes of the sums of a tile of a product.
 #pragma once
 
-#include "codecs_int8.h"
 #include "cuda/elements.h"
 #include "cuda/int8_kernels.h"
 #include "cuda/threads.h"
+#include "formats/int8.h"
 
 namespace bnbops::cuda {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/runtime.h"
-#include "int8_jobs.h"
+#include "ops/int8/int8_jobs.h"
 
 namespace bnbops::cuda {
 

@@ -4,9 +4,9 @@
 // tile. Its warps take turns along the depth, 64 codes at a time, and lane 4 * g + t of a warp has 16 neighbors of each
 // of its rows. Tensor cores want two runs of four from every lane; which ones does not matter, as long as both operands
 // agree, since a sum of products has no order. Sums are exact, so that the warps may add theirs in any order too.
+#include "core/layout.h"
 #include "cuda/int8_epilogue.h"
 #include "cuda/mma.h"
-#include "layout.h"
 
 namespace bnbops::cuda {
 namespace {

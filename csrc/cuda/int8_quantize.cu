@@ -1,7 +1,7 @@
 // Int8 codes of rows and columns, and back.
-#include "codecs_int8.h"
 #include "cuda/blocks.h"
 #include "cuda/int8_kernels.h"
+#include "formats/int8.h"
 
 namespace bnbops::cuda {
 namespace {

@@ -1,7 +1,7 @@
 // The products with 4-bit weights, on CUDA devices. Few rows go through kernels that decode the weight as they
 // multiply; many are worth decoding it once, for torch's own matrix product. Products of experts always go through
 // kernels: only the device knows which rows are whose.
-#include "linear_4bit_binding.h"
+#include "ops/weight_4bit/linear_4bit_binding.h"
 
 #include "cuda/binding.h"
 #include "cuda/linear_4bit_kernels.h"

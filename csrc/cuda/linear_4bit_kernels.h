@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/runtime.h"
-#include "jobs.h"
+#include "ops/jobs.h"
 
 namespace bnbops::cuda {
 

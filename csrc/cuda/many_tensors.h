@@ -2,8 +2,8 @@
 // units of work that are its own among those of all; a warp finds the tensor that its unit belongs to.
 #pragma once
 
+#include "core/layout.h"
 #include "cuda/threads.h"
-#include "layout.h"
 
 namespace bnbops::cuda {
 

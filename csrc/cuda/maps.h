@@ -1,6 +1,7 @@
 // The dynamic maps in a device's memory, and the codes of eight elements under them.
 #pragma once
 
+#include "codecs/dynamic8.h"
 #include "cuda/code_table.h"
 #include "cuda/elements.h"
 #include "cuda/threads.h"

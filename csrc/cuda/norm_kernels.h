@@ -1,8 +1,8 @@
 // What the norm operators ask of a CUDA device.
 #pragma once
 
+#include "core/dtype.h"
 #include "cuda/scalar.h"
-#include "dtype.h"
 
 namespace bnbops::cuda {
 

@@ -1,11 +1,11 @@
 // The norm operators on CUDA devices.
-#include "norms.h"
+#include "ops/norms/norms.h"
 
 #include <torch/csrc/stable/library.h>
 
+#include "core/layout.h"
 #include "cuda/binding.h"
 #include "cuda/norm_kernels.h"
-#include "layout.h"
 
 namespace bnbops::cuda {
 namespace {

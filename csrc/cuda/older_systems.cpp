@@ -1,6 +1,6 @@
 // What the CUDA runtime within the library calls: glibc 2.34 gave these functions a new version, when it moved them
 // from libpthread, libdl and librt into libc.
-#include "older_glibc.h"
+#include "core/older_glibc.h"
 
 FROM_FIRST_GLIBC(dlclose);
 FROM_FIRST_GLIBC(dlerror);

@@ -1,8 +1,8 @@
 // The optimizer operators on CUDA devices.
 #include "cuda/binding.h"
 #include "cuda/optimizer_kernels.h"
-#include "norm_math.h"
-#include "optimizer_binding.h"
+#include "ops/norms/norm_math.h"
+#include "ops/optimizer/optimizer_binding.h"
 
 namespace bnbops::cuda {
 namespace {

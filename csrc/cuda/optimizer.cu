@@ -2,6 +2,7 @@
 #include "cuda/optimizer_kernels.h"
 #include "cuda/optimizer_step.h"
 #include "cuda/sums.h"
+#include "rules/all.h"
 
 namespace bnbops::cuda {
 namespace {

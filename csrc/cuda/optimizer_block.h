@@ -4,11 +4,12 @@
 #include <type_traits>
 #include <utility>
 
+#include "codecs/dynamic8.h"
 #include "cuda/elements.h"
 #include "cuda/many_tensors.h"
 #include "cuda/maps.h"
-#include "rules.h"
-#include "step_job.h"
+#include "ops/optimizer/step_job.h"
+#include "rules/rule.h"
 
 namespace bnbops::cuda {
 

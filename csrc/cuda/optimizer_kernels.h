@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/scalar.h"
-#include "step_job.h"
+#include "ops/optimizer/step_job.h"
 
 namespace bnbops::cuda {
 

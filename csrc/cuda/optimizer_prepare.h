@@ -4,7 +4,7 @@
 
 #include "cuda/many_tensors.h"
 #include "cuda/optimizer_kernels.h"
-#include "rules.h"
+#include "rules/rule.h"
 
 namespace bnbops::cuda {
 

@@ -1,8 +1,8 @@
 // Numbers that operators get in tensors of one element.
 #pragma once
 
+#include "core/portable.h"
 #include "cuda/runtime.h"
-#include "portable.h"
 
 namespace bnbops::cuda {
 

@@ -3,7 +3,7 @@
 
 #include "cuda/elements.h"
 #include "cuda/many_tensors.h"
-#include "norm_math.h"
+#include "ops/norms/norm_math.h"
 
 namespace bnbops::cuda {
 

@@ -1,7 +1,7 @@
 // The operators that quantize, dequantize and look up 4-bit weights, on CUDA devices.
 #include "cuda/binding.h"
 #include "cuda/weight_4bit_kernels.h"
-#include "weight_4bit_binding.h"
+#include "ops/weight_4bit/weight_4bit_binding.h"
 
 namespace bnbops::cuda {
 namespace {

@@ -1,8 +1,8 @@
 // Quantization, dequantization and look-up of 4-bit weights.
+#include "core/lanes_scalar.h"
 #include "cuda/blocks.h"
 #include "cuda/decode_4bit.h"
 #include "cuda/weight_4bit_kernels.h"
-#include "lanes_scalar.h"
 
 namespace bnbops::cuda {
 namespace {

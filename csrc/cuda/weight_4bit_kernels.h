@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/runtime.h"
-#include "jobs.h"
+#include "ops/jobs.h"
 
 namespace bnbops::cuda {
 

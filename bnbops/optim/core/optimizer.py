@@ -39,7 +39,7 @@ from bnbops.tracing import is_traced
 class Optimizer(TraceableOptimizer):
     """Base of the optimizers: parameters and their states go to one operator call a group and precision.
 
-    A family names the update rules that it follows, whose states, options and ranges csrc/rules.h has. Everything that
+    A family names the update rules that it follows, whose states, options and ranges csrc/rules/ has. Everything that
     configures a step lives in the param groups, but what `GlobalOptimManager` overrides for single parameters; that is
     looked up by `init_state()` and every `step()` outside a compiled graph.
 

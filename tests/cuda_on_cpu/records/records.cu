@@ -6,7 +6,7 @@
 
 #include "cuda/norm_kernels.h"
 #include "cuda/optimizer_kernels.h"
-#include "rules.h"
+#include "rules/all.h"
 
 using namespace bnbops;
 using namespace bnbops::cuda;

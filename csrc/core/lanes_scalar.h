@@ -1,0 +1,149 @@
+// One lane: plain C++ for any machine, and the meaning of every operation that the SIMD lanes have.
+#pragma once
+
+#include "core/portable.h"
+
+BNBOPS_NAMESPACE_BEGIN
+
+struct ScalarLanes {
+  static constexpr int kWidth = 1;
+  using Float = float;
+  using Int = int32_t;
+  using Number = float;  // what rules compute with
+
+  struct Table32 {
+    const uint32_t* bits;
+    BNBOPS_HD explicit Table32(const uint32_t* table) : bits(table) {}
+    BNBOPS_HD Float operator[](Int i) const { return float_from_bits(bits[i & 31]); }
+  };
+  struct Table16 {
+    const float* values;
+    BNBOPS_HD explicit Table16(const float* table) : values(table) {}
+    BNBOPS_HD Float operator[](Int i) const { return values[i & 15]; }
+  };
+
+  BNBOPS_HD static Float splat(float x) { return x; }
+  BNBOPS_HD static Int splat_int(int x) { return x; }
+  BNBOPS_HD static Float mul(Float a, Float b) { return a * b; }
+  BNBOPS_HD static Float fma(Float a, Float b, Float c) { return fused_multiply_add(a, b, c); }
+  BNBOPS_HD static Float with_one_nan(Float x) { return bnbops::with_one_nan(x); }
+  BNBOPS_HD static Float abs(Float x) { return float_from_bits(bits_of(x) & 0x7FFFFFFFU); }
+  BNBOPS_HD static Float min(Float a, Float b) { return a < b ? a : b; }
+  BNBOPS_HD static Float select_if_less(Float a, Float b, Float x, Float y) { return a < b ? x : y; }
+  BNBOPS_HD static Int add(Int i, int x) { return i + x; }
+  BNBOPS_HD static Int max(Int a, Int b) { return a > b ? a : b; }
+  BNBOPS_HD static Int as_int(Float x) { return static_cast<Int>(bits_of(x)); }
+  template <int kBits>
+  BNBOPS_HD static Int shift_right(Int i) {
+    return static_cast<Int>(static_cast<uint32_t>(i) >> kBits);
+  }
+  BNBOPS_HD static Int increment_if_not_less(Int i, Float a, Float b) { return a >= b ? i + 1 : i; }
+  BNBOPS_HD static Int add_if_less(Int i, int step, Float a, Float b) { return a < b ? i + step : i; }
+  BNBOPS_HD static Float gather(const float* table, Int i) { return table[i]; }
+  BNBOPS_HD static Int gather(const uint8_t* table, Int i) { return table[i]; }  // may read 3 bytes more
+  // To nearest, ties to even, by the float adder: 0 <= x < 2^22.
+  BNBOPS_HD static Int round(Float x) { return as_int(x + 12582912.0F) - 0x4B400000; }
+  BNBOPS_HD static Int round_with_sign(Float x, Float sign) { return (bits_of(sign) >> 31) ? -round(x) : round(x); }
+
+  // A magnitude's number to its code; numbers beyond the map saturate.
+  template <bool kSigned>
+  BNBOPS_HD static Int code_of_magnitude(Int k) {
+    if (kSigned) return (k < -127 ? -128 : k > 128 ? 127 : k - 1) + 128;
+    return k > 256 ? 255 : k - 1;
+  }
+  // Four vectors of them.
+  BNBOPS_HD static void store_signed(const Int (&k)[4], uint8_t* codes) {
+    for (int i = 0; i < 4; ++i) codes[i] = static_cast<uint8_t>(code_of_magnitude<true>(k[i]));
+  }
+  BNBOPS_HD static void store_unsigned(const Int (&k)[4], uint8_t* codes) {
+    for (int i = 0; i < 4; ++i) codes[i] = static_cast<uint8_t>(code_of_magnitude<false>(k[i]));
+  }
+  BNBOPS_HD static void store_codes(const Int (&k)[4], uint8_t* codes) {
+    for (int i = 0; i < 4; ++i) codes[i] = static_cast<uint8_t>(k[i]);
+  }
+  // Four vectors of 4-bit codes, two to a byte, the first one in the upper half.
+  BNBOPS_HD static void store_nibbles(const Int (&k)[4], uint8_t* bytes) {
+    for (int i = 0; i < 2; ++i) bytes[i] = static_cast<uint8_t>(k[2 * i] << 4 | k[2 * i + 1]);
+  }
+
+#if !defined(__CUDACC__)
+  // Copies a tail, of at most a group's elements.
+  BNBOPS_HD static void copy(void* to, const void* from, int64_t bytes) { memcpy(to, from, bytes); }
+
+  // A codebook prepared for decoding 4 * kWidth codes at a time.
+  struct Codebook {
+    static constexpr int kPerByte = 1;
+    const float* values;
+    explicit Codebook(const float* table) : values(table) {}
+    BNBOPS_HD void decode(const uint8_t* codes, float scale, Float (&out)[4]) const {
+      for (int i = 0; i < 4; ++i) out[i] = values[codes[i]] * scale;
+    }
+  };
+
+  // Likewise for 16 entries and two codes a byte.
+  struct Codebook4bit {
+    static constexpr int kPerByte = 2;
+    const float* values;
+    explicit Codebook4bit(const float* table) : values(table) {}
+    // The values of the codes in the lowest 4 bits.
+    BNBOPS_HD Float lookup(Int codes) const { return values[codes & 15]; }
+    BNBOPS_HD void decode(const uint8_t* codes, float scale, Float (&out)[4]) const {
+      for (int i = 0; i < 4; ++i) out[i] = lookup(codes[i / 2] >> (i % 2 ? 0 : 4)) * scale;
+    }
+  };
+
+  // The same for values of 16 bits. Codes of kWidth bytes become a vector of values.
+  struct HalfCodebook4bit {
+    const uint16_t* values;
+    explicit HalfCodebook4bit(const uint16_t* table) : values(table) {}
+    BNBOPS_HD Int decode(const uint8_t* source) const {
+      return static_cast<Int>(values[*source >> 4] | static_cast<uint32_t>(values[*source & 15]) << 16);
+    }
+  };
+
+  // Repeats each scale for as many lanes as its block has dwords of codes.
+  struct Spread {
+    BNBOPS_HD explicit Spread(int /*dwords*/) {}
+    BNBOPS_HD Float operator()(const float* scales) const { return *scales; }
+  };
+
+  BNBOPS_HD static Float load(const float* x) { return *x; }
+  BNBOPS_HD static Int load_int(const uint8_t* bytes) {
+    Int x;
+    memcpy(&x, bytes, sizeof(x));
+    return x;
+  }
+  BNBOPS_HD static void store(float* out, Float x) { *out = x; }
+  BNBOPS_HD static void store_int(uint8_t* out, Int x) { memcpy(out, &x, sizeof(x)); }
+  BNBOPS_HD static int32_t reduce_max(Int x) { return x; }
+  BNBOPS_HD static float reduce_add(Float x) { return x; }
+
+  BNBOPS_HD static Float load_bfloat16(const uint16_t* x) { return float_from_bits(static_cast<uint32_t>(*x) << 16); }
+  BNBOPS_HD static void store_bfloat16(uint16_t* out, Float x) {
+    const uint32_t bits = bits_of(x);
+    const uint32_t rounded = (bits + 0x7FFFU + ((bits >> 16) & 1U)) >> 16;  // to nearest, ties to even
+    *out = static_cast<uint16_t>(x != x ? kNanHalfBits : rounded);
+  }
+  BNBOPS_HD static Float load_float16(const uint16_t* x) {
+    _Float16 half;
+    memcpy(&half, x, sizeof(half));
+    return static_cast<float>(half);
+  }
+  BNBOPS_HD static void store_float16(uint16_t* out, Float x) {
+    const auto half = static_cast<_Float16>(with_one_nan(x));
+    memcpy(out, &half, sizeof(half));
+  }
+
+  // These lanes with stores past the caches, where there are such: `store` and `store_int` to whole aligned cache
+  // lines, one after the other. `fence` orders them before whatever follows.
+  struct PastCaches;
+#endif
+};
+
+#if !defined(__CUDACC__)
+struct ScalarLanes::PastCaches : ScalarLanes {
+  static void fence() {}
+};
+#endif
+
+BNBOPS_NAMESPACE_END

@@ -1,0 +1,87 @@
+#include "ops/facts.h"
+
+#include <cmath>
+#include <iomanip>
+#include <limits>
+#include <sstream>
+
+#include "codecs/codec.h"
+#include "ops/int8/int8.h"
+#include "ops/norms/norm_math.h"
+#include "ops/weight_4bit/weight_4bit.h"
+#include "rules/all.h"
+
+namespace bnbops {
+namespace {
+
+// The members of a JSON object, one by one.
+class Object {
+ public:
+  Object& text(const char* key, const std::string& value) { return json(key, '"' + value + '"'); }
+  Object& flag(const char* key, bool value) { return json(key, value ? "true" : "false"); }
+  Object& number(const char* key, double value) {  // null where there is no bound
+    if (!(std::fabs(value) < std::numeric_limits<double>::max())) return json(key, "null");
+    std::ostringstream digits;
+    digits << std::setprecision(17) << value;
+    return json(key, digits.str());
+  }
+  Object& json(const char* key, const std::string& value) {
+    members_ += (members_.empty() ? "\"" : ", \"") + std::string(key) + "\": " + value;
+    return *this;
+  }
+  std::string end() const { return '{' + members_ + '}'; }
+
+ private:
+  std::string members_;
+};
+
+template <class Items, class Text>
+std::string list(const Items& items, const Text& text) {
+  std::string json;
+  for (const auto& item : items) json += (json.empty() ? "" : ", ") + text(item);
+  return '[' + json + ']';
+}
+
+std::string state_facts(const StateSpec& state) {
+  return Object().text("name", state.name).flag("signed", state.is_signed).flag("divisor", state.is_divisor).end();
+}
+
+std::string option_facts(const OptionSpec& option) {
+  return Object()
+      .text("name", option.name)
+      .text("type", option.type)
+      .number("from", option.range.from)
+      .number("below", option.range.below)
+      .text("range", option.range.text)
+      .end();
+}
+
+template <class Rule>
+std::string rule_facts() {
+  const std::vector<StateSpec> states(Rule::kStateSpecs, Rule::kStateSpecs + Rule::kStates);
+  return Object()
+      .json("states", list(states, state_facts))
+      .json("options", list(Rule::kOptions, option_facts))
+      .flag("trust", Rule::kTrust)
+      .flag("direction_norm", Rule::kDirectionNorm)
+      .end();
+}
+
+}  // namespace
+
+std::string facts() {
+  Object rules;
+  for_each_rule(AllRules{}, [&](auto rule, int) { rules.json(rule.kName, rule_facts<decltype(rule)>()); });
+  const auto quoted = [](const char* name) { return '"' + std::string(name) + '"'; };
+  return Object()
+      .json("rules", rules.end())
+      .number("state_block", kStateBlock)
+      .number("norm_history", kNormHistory)
+      .json("formats_4bit", list(kFormats4bit, quoted))
+      .number("smallest_block_4bit", kSmallestBlock4bit)
+      .number("largest_block_4bit", kLargestBlock4bit)
+      .number("most_int8_products", kMaxInt8Products)
+      .end();
+}
+
+}  // namespace bnbops
