@@ -43,7 +43,7 @@ test-torch:
 	  -n 2 --dist worksteal
 
 # The CUDA kernels in the simulator, watched for accesses out of bounds and for data races. EVERY=8 is a reduced sweep.
-KERNEL_TESTS := $(patsubst %,tests/test_cuda_%.py,blockwise int8 linear_4bit optimizer weight_4bit)
+KERNEL_TESTS := $(patsubst %,tests/cuda/test_cuda_%.py,blockwise int8 linear_4bit optimizer weight_4bit)
 EVERY ?= 1
 
 test-cuda-sanitize: test-cuda-sanitize-address test-cuda-sanitize-thread

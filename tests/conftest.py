@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import backends
 from bnbops.versions import torch_is
+from cases import backends
 
 GOLDEN = Path(__file__).parent / "golden"
 _MARGIN = 67  # elements around a guarded tensor; odd, so that no vector boundary is met by chance

@@ -14,10 +14,10 @@ import bnbops
 from bnbops._library import cuda_library
 from bnbops.optim.core import stateful
 from bnbops.optim.paging import unified
-from optimizer_classes import CLASSES, build
-from paged_cases import RecordedMemory
+from cases.optimizer_classes import CLASSES, build
+from cases.paged import RecordedMemory
 
-NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: tests/test_gpu.py")
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: tests/cuda/test_gpu.py")
 
 
 def test_torch_takes_the_functions():

@@ -14,13 +14,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-import test_bad_input
-import test_int8_bad_input
 from bnbops._library import device_operators
 from bnbops.testing.samples import operator, samples
+from cases.rules import usual
+from ops import test_bad_input, test_int8_bad_input
+from ops.test_fakes import IN_DATA, SHARED, Outcome, bad_calls, fake_cuda, outcome, refused_for
 from reference.group import op_options, random_group
-from rule_cases import usual
-from test_fakes import IN_DATA, SHARED, Outcome, bad_calls, fake_cuda, outcome, refused_for
 
 NOT_BY_FAKES = (SHARED, "must be in [")  # they have no memory, and do not read rules' options
 NO_DEVICE = "NVIDIA driver|CUDA driver|no CUDA-capable device"
@@ -93,7 +92,7 @@ def int8_cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 @pytest.mark.parametrize("cases", [step_cases, blockwise_cases, int8_cases], ids=lambda cases: cases.__name__)
 def test_tables_of_bad_calls(cases):
-    """Those of tests/test_bad_input.py and tests/test_int8_bad_input.py."""
+    """Those of tests/ops/test_bad_input.py and tests/ops/test_int8_bad_input.py."""
     calls = list(cases())
     refused = [check(operator(name), arguments, (name, case)) for name, case, arguments in calls]
     assert len(refused) - refused.count(None) > 0.8 * len(calls)

@@ -20,9 +20,9 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import bnbops as bnb
-from compile_cases import batches, make_model, usual_step
-from optimizer_classes import CLASSES, build
-from test_fakes import fake_cuda
+from cases.compiled import batches, make_model, usual_step
+from cases.optimizer_classes import CLASSES, build
+from ops.test_fakes import fake_cuda
 
 ON_CPU = ("lr", "options")  # arguments of steps that may, or must, be in the host's memory
 Graphs = list[tuple[GraphModule, list[Any]]]

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 
-from backends import SANITIZER
+from cases.backends import SANITIZER
 from cuda_on_cpu import library
 
 COMPILER = os.environ.get("CXX", "c++")

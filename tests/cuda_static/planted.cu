@@ -1,4 +1,4 @@
-// Kernels that each break one rule, so that tests/test_cuda_static.py can see it noticed.
+// Kernels that each break one rule, so that tests/cuda/test_cuda_static.py can see it noticed.
 #include "cuda/threads.h"
 
 namespace bnbops::cuda {

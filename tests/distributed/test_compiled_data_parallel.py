@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 
 import bnbops
-import fsdp_quantized_cases as cases
 from bnbops.compile import GraphBreakError, NothingTrainedError
 from bnbops.distributed import data_parallel
 from bnbops.optim import LAMB8bit
-from data_parallel_cases import (
+from cases import fsdp_quantized as cases
+from cases.data_parallel import (
     WIDTH,
     Net,
     batch,
@@ -31,8 +31,8 @@ from data_parallel_cases import (
     tensors_of,
     train,
 )
-from distributed_cases import whole
-from ranks import run_on_ranks
+from cases.ranks import run_on_ranks
+from cases.sharded import whole
 
 LAMB = {"cls": LAMB8bit, "weight_decay": 0.1, "percentile_clipping": 50}
 

@@ -14,8 +14,8 @@ from torch._dynamo import lookup_backend
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from data_parallel_cases import Net, differing, fsdp2, mesh_of, optimizer_of, train
-from ranks import run_on_ranks
+from cases.data_parallel import Net, differing, fsdp2, mesh_of, optimizer_of, train
+from cases.ranks import run_on_ranks
 
 
 class Graphs:

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from bnbops.distributed import data_parallel
-from data_parallel_cases import (
+from cases.data_parallel import (
     LABELS,
     WIDTH,
     Net,
@@ -25,8 +25,8 @@ from data_parallel_cases import (
     step_of,
     train,
 )
-from distributed_cases import whole
-from ranks import run_on_ranks
+from cases.ranks import run_on_ranks
+from cases.sharded import whole
 
 MODES = ["fully_shard", "replicate", "hybrid_shard"]
 PLACEMENTS = {"fully_shard": (Shard(0),), "replicate": (Replicate(),), "hybrid_shard": (Replicate(), Shard(0))}

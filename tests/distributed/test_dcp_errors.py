@@ -19,9 +19,9 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 
 from bnbops.distributed import SafeLoadPlanner, load_checkpoint, save_checkpoint
 from bnbops.optim import AdamW8bit
-from dcp_cases import Run, assert_equal, in_32_bits, unchanged
-from distributed_cases import model, set_grads
-from ranks import run_on_ranks
+from cases.dcp import Run, assert_equal, in_32_bits, unchanged
+from cases.ranks import run_on_ranks
+from cases.sharded import model, set_grads
 
 SHARD = "__1_0.distcp"
 

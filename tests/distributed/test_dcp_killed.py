@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem
 
 from bnbops.distributed import load_checkpoint, save_checkpoint
-from dcp_cases import Run, assert_equal
-from ranks import RankError, run_on_ranks
+from cases.dcp import Run, assert_equal
+from cases.ranks import RankError, run_on_ranks
 
 # Where the process is killed: rank, what it is about to do, and how often it has done that before.
 PLACES = {

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcp_cases import CASES, Run, assert_equal, load, save
-from ranks import run_on_ranks
+from cases.dcp import CASES, Run, assert_equal, load, save
+from cases.ranks import run_on_ranks
 
 STAGES = [(2, range(0, 2)), (4, range(2, 4)), (1, range(4, 6)), (2, range(6, 8))]
 WAYS = ["save_checkpoint", "nested", "flat", "full", "async_save"]

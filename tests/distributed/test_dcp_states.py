@@ -17,11 +17,11 @@ from bnbops.codebooks import create_dynamic_map
 from bnbops.distributed import load_checkpoint, save_checkpoint
 from bnbops.nn import Linear4bit
 from bnbops.optim import AdamW8bit
-from dcp_cases import Run, assert_equal, unchanged
-from distributed_cases import MIN_8BIT, assert_same_optimizers, placed_as, set_grads, whole
-from interchange_cases import SHAPES, fresh
-from optimizer_cases import params
-from ranks import run_on_ranks
+from cases.dcp import Run, assert_equal, unchanged
+from cases.interchange import SHAPES, fresh
+from cases.optimizers import params
+from cases.ranks import run_on_ranks
+from cases.sharded import MIN_8BIT, assert_same_optimizers, placed_as, set_grads, whole
 
 pytestmark = pytest.mark.every_torch
 

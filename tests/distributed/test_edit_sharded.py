@@ -14,10 +14,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from bnbops.optim import Adagrad8bit, AdamW8bit, Optimizer
-from dcp_cases import FROM_RANK_0, FULL, Run
-from distributed_cases import MIN_8BIT, assert_same_optimizers, placed_as, set_grads, whole
-from optimizer_cases import params
-from ranks import run_on_ranks
+from cases.dcp import FROM_RANK_0, FULL, Run
+from cases.optimizers import params
+from cases.ranks import run_on_ranks
+from cases.sharded import MIN_8BIT, assert_same_optimizers, placed_as, set_grads, whole
 
 SHAPES = [(65, 80), (130,), (3, 512), (2048,), (1000,), (8, 1024)]  # 8 bits, 32, 8 and an empty shard, 8, 32 if cut, 8
 

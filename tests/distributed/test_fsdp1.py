@@ -5,8 +5,8 @@ import torch
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from bnbops.optim import AdamW8bit, AdamW32bit
-from distributed_cases import MIN_8BIT, model
-from ranks import run_on_ranks
+from cases.ranks import run_on_ranks
+from cases.sharded import MIN_8BIT, model
 
 REFUSAL = r"\(FSDP1\) has flattened a parameter.*fully_shard"
 

@@ -15,7 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from bnbops.optim import GlobalOptimManager
-from distributed_cases import (
+from cases.optimizer_classes import CLASSES, build, fixed_bits
+from cases.paged import is_paged
+from cases.ranks import run_on_ranks
+from cases.sharded import (
     MIN_8BIT,
     assert_same_optimizers,
     copies,
@@ -25,9 +28,6 @@ from distributed_cases import (
     tensors_of,
     whole,
 )
-from optimizer_classes import CLASSES, build, fixed_bits
-from paged_cases import is_paged
-from ranks import run_on_ranks
 
 pytestmark = pytest.mark.every_torch
 

@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from bnbops.nn import plain_state_dict, quantize_
-from distributed_cases import whole
-from fsdp_quantized_cases import FORMATS, Net, loss_of, quantized, shard, whole_tensors, with_adapters
-from layer_cases_4bit import differing
-from ranks import run_on_ranks
+from cases.fsdp_quantized import FORMATS, Net, loss_of, quantized, shard, whole_tensors, with_adapters
+from cases.layers_4bit import differing
+from cases.ranks import run_on_ranks
+from cases.sharded import whole
 
 FULL = StateDictOptions(full_state_dict=True)
 OFFLOADED = StateDictOptions(full_state_dict=True, cpu_offload=True)

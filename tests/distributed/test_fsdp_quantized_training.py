@@ -19,8 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bnbops.functional import dequantize_4bit
 from bnbops.nn import Linear4bit, Linear8bitLt, plain_state_dict, quantize_
 from bnbops.nn.parametrize import replace_parameter_4bit
-from distributed_cases import whole
-from fsdp_quantized_cases import (
+from cases.fsdp_quantized import (
     FORMATS,
     Net,
     Tied,
@@ -34,8 +33,9 @@ from fsdp_quantized_cases import (
     whole_tensors,
     with_adapters,
 )
-from layer_cases_4bit import differing
-from ranks import run_on_ranks
+from cases.layers_4bit import differing
+from cases.ranks import run_on_ranks
+from cases.sharded import whole
 
 INTEGERS = (torch.uint8, torch.int8, torch.int32)  # what codes and scales are held in
 

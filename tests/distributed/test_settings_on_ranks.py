@@ -15,8 +15,8 @@ import bnbops
 from bnbops.distributed import data_parallel, load_checkpoint, save_checkpoint
 from bnbops.dtensors import local
 from bnbops.testing.sample import integers, normal
-from global_settings import SETTINGS, bits
-from ranks import run_on_ranks
+from cases.global_settings import SETTINGS, bits
+from cases.ranks import run_on_ranks
 
 
 def model(mesh: DeviceMesh | None) -> nn.Module:

@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from bnbops.optim.core.norms import whole_squared_norms
-from ranks import run_on_ranks
+from cases.ranks import run_on_ranks
 
 
 def parts(tensors: list[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from bnbops.codebooks import create_dynamic_map
-from ranks import run_on_ranks
+from cases.ranks import run_on_ranks
 
 pytestmark = pytest.mark.every_torch
 

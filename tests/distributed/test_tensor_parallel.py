@@ -17,9 +17,9 @@ from torch.distributed.tensor.parallel import (
 )
 
 from bnbops.optim import AdamW8bit, GlobalOptimManager
-from distributed_cases import assert_same_optimizers, copies, set_grads, sharded, tensors_of, whole
-from optimizer_classes import build
-from ranks import run_on_ranks
+from cases.optimizer_classes import build
+from cases.ranks import run_on_ranks
+from cases.sharded import assert_same_optimizers, copies, set_grads, sharded, tensors_of, whole
 
 pytestmark = pytest.mark.every_torch
 

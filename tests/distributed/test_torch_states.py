@@ -8,8 +8,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from bnbops import optim
-from distributed_cases import MIN_8BIT, assert_same_optimizers, copies, model, set_grads, sharded, whole
-from ranks import run_on_ranks
+from cases.ranks import run_on_ranks
+from cases.sharded import MIN_8BIT, assert_same_optimizers, copies, model, set_grads, sharded, whole
 
 CASES = {"AdamW": {"weight_decay": 0.1}, "SGD": {"momentum": 0.9}}
 

@@ -15,7 +15,7 @@ import bnbops
 from bnbops.distributed import Traffic, traffic
 from bnbops.dtensors import local
 from bnbops.estimate import estimate
-from ranks import run_on_ranks
+from cases.ranks import run_on_ranks
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 GPT = importlib.import_module("gpt").GPT

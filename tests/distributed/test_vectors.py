@@ -18,10 +18,10 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from bnbops.distributed import SafeLoadPlanner, load_checkpoint, save_checkpoint
 from bnbops.estimate import estimate
 from bnbops.optim import AdamW8bit, GlobalOptimManager
-from dcp_cases import Run, assert_equal, in_32_bits
-from distributed_cases import MIN_8BIT, assert_same_optimizers, copies, model, placed_as, set_grads, whole
-from optimizer_classes import build
-from ranks import run_on_ranks
+from cases.dcp import Run, assert_equal, in_32_bits
+from cases.optimizer_classes import build
+from cases.ranks import run_on_ranks
+from cases.sharded import MIN_8BIT, assert_same_optimizers, copies, model, placed_as, set_grads, whole
 
 # Sizes, and the numbers of ranks of 2, 3 and 4 that have whole blocks of 256. The last blocks of the first are short.
 SIZES = {1535: (2, 3), 1024: (2, 4), 600: ()}

@@ -15,7 +15,7 @@ KERNEL_TESTS = (
     *("rules", "rules_edges", "norms", "percentile_clip", "nan_bits"),
 )
 PRODUCT_TESTS = ("linear_4bit_ops", "grouped_linear_4bit_ops", "linear_int8")
-GPU, SIMULATOR = "cuda", "cuda_on_cpu"  # backends of tests/backends.py
+GPU, SIMULATOR = "cuda", "cuda_on_cpu"  # backends of tests/cases/backends.py
 REDUCED = "8"  # in a dry run, whose kernels are a thousand times slower: every eighth test
 
 
@@ -45,22 +45,22 @@ class Stage:
 
 
 def files(names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(f"tests/test_{name}.py" for name in names)
+    return tuple(f"tests/ops/test_{name}.py" for name in names)
 
 
-ON_CUDA = ("tests/test_on_cuda.py",)
+ON_CUDA, ON_GPU = ("tests/cuda/test_on_cuda.py",), ("tests/cuda/test_gpu.py",)
 STAGES = (
     Stage("environment", "the machine, and whether the library runs on it", 60, module="environment"),
     Stage("self-check", "every operator, against plain torch", 40, ON_CUDA, "test_self_check"),
     Stage("bits", "every operator, against the CPU's bits", 40, ON_CUDA, "test_same_bits"),
     Stage("layers", "Linear4bit, Linear8bitLt and experts, against dense layers", 20, ON_CUDA, "dense"),
     Stage("optimizers", "steps of every optimizer, against the CPU's bits", 25, ON_CUDA, "optimizers"),
-    Stage("graphs", "CUDA graphs, streams, paged states", 35, ("tests/test_gpu.py",), "not sanitizer and not compiled"),
+    Stage("graphs", "CUDA graphs, streams, paged states", 35, ON_GPU, "not sanitizer and not compiled"),
     Stage(
         "compile",
         "compiled_train_step and torch.compile of layers",
         60,
-        (*ON_CUDA, "tests/test_gpu.py"),
+        (*ON_CUDA, *ON_GPU),
         "compile",
         patience=90,
     ),

@@ -21,7 +21,7 @@ QUICK = ["--quick", "--rounds", "1", "--rows", "1", "8", "--peers"]
 
 
 def measure(events: Events, section: str, dry_run: bool) -> str:
-    import backends
+    from cases import backends
 
     sys.path.insert(0, str(Path("benchmarks").resolve()))
     gpu = importlib.import_module("gpu")

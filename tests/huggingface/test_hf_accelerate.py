@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import bnbops
 from bnbops.nn import Linear4bit, Linear8bitLt, plain_state_dict
-from hf_cases import saved, tiny_llama, token_batch
-from hf_reference import config, quantized
+from cases.hf import saved, tiny_llama, token_batch
+from cases.hf_reference import config, quantized
 
 pytestmark = pytest.mark.usefixtures("as_bitsandbytes")
 each_kind = pytest.mark.parametrize("case", ("nf4", "int8"))

@@ -17,8 +17,8 @@ import transformers.utils.import_utils
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import bnbops
-import hf_cases
 from bnbops.alias import repair
+from cases import hf
 
 ANSWERS = {
     "accelerate": accelerate.utils.imports.is_bnb_available,
@@ -184,9 +184,9 @@ def test_a_real_one_takes_over_afterwards(tmp_path, monkeypatch):
 
 
 CASES = {
-    "llama nf4": (hf_cases.tiny_llama, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
-    "gpt2 fp4, nested": (hf_cases.tiny_gpt2, {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}),
-    "mixtral int8": (hf_cases.tiny_mixtral, {"load_in_8bit": True}),
+    "llama nf4": (hf.tiny_llama, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+    "gpt2 fp4, nested": (hf.tiny_gpt2, {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}),
+    "mixtral int8": (hf.tiny_mixtral, {"load_in_8bit": True}),
 }
 
 
@@ -194,10 +194,10 @@ CASES = {
 def test_reloaded_models_save_the_same_bytes(case, as_bitsandbytes, tmp_path):
     model, options = CASES[case]
     first, second = tmp_path / "first", tmp_path / "second"
-    folder = hf_cases.saved(model(), tmp_path / "float")
+    folder = hf.saved(model(), tmp_path / "float")
     config = BitsAndBytesConfig(**options)
-    hf_cases.saved(AutoModelForCausalLM.from_pretrained(folder, quantization_config=config), first)
-    hf_cases.saved(AutoModelForCausalLM.from_pretrained(first), second)
+    hf.saved(AutoModelForCausalLM.from_pretrained(folder, quantization_config=config), first)
+    hf.saved(AutoModelForCausalLM.from_pretrained(first), second)
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
     assert (first / "config.json").read_text() == (second / "config.json").read_text()
 

@@ -17,7 +17,7 @@ import bnbops
 from bnbops.functional import int8_vectorwise_quant, quantize_4bit
 from bnbops.integrations.transformers import load_bitsandbytes_checkpoints
 from bnbops.nn import Linear4bit, Linear8bitLt
-from hf_cases import saved, tiny_gpt2, tiny_llama, tiny_mixtral, token_batch
+from cases.hf import saved, tiny_gpt2, tiny_llama, tiny_mixtral, token_batch
 
 TOKENS = token_batch()
 QUANTS = ["nf4", "fp4", "int8"]

@@ -9,8 +9,8 @@ from trl import SFTConfig, SFTTrainer
 
 import bnbops
 from bnbops.integrations.transformers import CompiledStep, keep_embeddings_in_32_bits
-from hf_cases import tiny_llama, tiny_tokenizer, token_batch
-from hf_trainer_cases import logged
+from cases.hf import tiny_llama, tiny_tokenizer, token_batch
+from cases.hf_trainer import logged
 
 
 class CompiledSFTTrainer(CompiledStep, SFTTrainer):

@@ -14,8 +14,8 @@ from transformers.training_args import ParallelMode
 import bnbops
 from bnbops.compile import GraphBreakError
 from bnbops.integrations.transformers import CompiledStep, CompiledTrainer, keep_embeddings_in_32_bits
-from hf_cases import tiny_llama
-from hf_trainer_cases import (
+from cases.hf import tiny_llama
+from cases.hf_trainer import (
     Recorder,
     TinyLM,
     arguments,

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hf_cases import saved, tiny_gpt2, tiny_llama, token_batch
-from hf_reference import CASES, FAMILIES, config, dequantize_, dequantized, quantizable, quantized, rows
+from cases.hf import saved, tiny_gpt2, tiny_llama, token_batch
+from cases.hf_reference import CASES, FAMILIES, config, dequantize_, dequantized, quantizable, quantized, rows
 
 pytestmark = pytest.mark.usefixtures("as_bitsandbytes")
 load = AutoModelForCausalLM.from_pretrained

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from bnbops.nn import Linear8bitLt, LinearNF4
-from hf_cases import randomize
+from cases.hf import randomize
 
 pytestmark = pytest.mark.usefixtures("registered_with_peft")
 

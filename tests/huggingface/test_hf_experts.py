@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from bnbops.functional import dequantize_4bit, quantize_4bit
 from bnbops.integrations.transformers import BnbOpsConfig
-from hf_cases import saved, tiny_mixtral, token_batch
+from cases.hf import saved, tiny_mixtral, token_batch
 
 TOKENS = token_batch()
 PLACES = [(layer, name) for layer in (0, 1) for name in ("gate_up_proj", "down_proj")]

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from bnbops.integrations.transformers import BnbOpsConfig
 from bnbops.testing.sample import normal
-from global_settings import SETTINGS, bits
-from hf_cases import saved, tiny_mixtral, token_batch
+from cases.global_settings import SETTINGS, bits
+from cases.hf import saved, tiny_mixtral, token_batch
 
 CONFIGS: dict[str, Callable[[], Any]] = {
     "nf4": lambda: BnbOpsConfig("nf4"),

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bnbops.nn import Linear4bit, Linear8bitLt
-from hf_cases import saved, tiny_llama, token_batch
-from hf_reference import (
+from cases.hf import saved, tiny_llama, token_batch
+from cases.hf_reference import (
     CASES,
     FAMILIES,
     assert_multiplies,

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import bnbops
 import bnbops.integrations.peft as integration
-from hf_cases import randomize, saved, tiny_llama, token_batch
+from cases.hf import randomize, saved, tiny_llama, token_batch
 
 pytestmark = [pytest.mark.every_torch, pytest.mark.usefixtures("as_bitsandbytes")]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import bnbops
 import bnbops.integrations.peft as integration
 from bnbops.nn import Embedding4bit, Embedding8bit, Linear4bit, Linear8bitLt
-from hf_cases import randomize
+from cases.hf import randomize
 
 IN, OUT = 64, 96
 FORMATS = {

@@ -21,7 +21,7 @@ import bnbops
 import bnbops.integrations.peft as integration
 from bnbops.integrations.transformers import BnbOpsConfig
 from bnbops.nn.convert.requantize import dequantized_weight
-from hf_cases import randomize, saved, tiny_gpt2, tiny_llama, tiny_mixtral, token_batch
+from cases.hf import randomize, saved, tiny_gpt2, tiny_llama, tiny_mixtral, token_batch
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 EXPERTS = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}

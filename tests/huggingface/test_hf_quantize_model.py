@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 import bnbops
 from bnbops.integrations.transformers import BnbOpsConfig
 from bnbops.nn import Linear4bit, quantization_plan
-from hf_cases import tiny_gpt2, token_batch
-from quantize_model_cases import FORMATS, by_hand, quantize_
+from cases.hf import tiny_gpt2, token_batch
+from cases.quantize_model import FORMATS, by_hand, quantize_
 
 
 class Projections(nn.Module):

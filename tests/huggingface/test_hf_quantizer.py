@@ -24,8 +24,8 @@ import bnbops
 from bnbops.functional import dequantize_4bit, quantize_4bit
 from bnbops.integrations.transformers import BnbOpsConfig
 from bnbops.nn import Embedding4bit, Linear4bit, Linear8bitLt
-from hf_cases import saved, tiny_gpt2, tiny_llama, tiny_mixtral, token_batch
-from quantize_model_cases import FORMATS
+from cases.hf import saved, tiny_gpt2, tiny_llama, tiny_mixtral, token_batch
+from cases.quantize_model import FORMATS
 
 MODELS = [tiny_llama, tiny_gpt2, tiny_mixtral]
 TOKENS = token_batch()

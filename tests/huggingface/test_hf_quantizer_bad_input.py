@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from bnbops.integrations.transformers import BnbOpsConfig
-from hf_cases import saved, tiny_gpt2, tiny_llama
+from cases.hf import saved, tiny_gpt2, tiny_llama
 
 KEY = "model.layers.0.mlp.up_proj.weight"
 

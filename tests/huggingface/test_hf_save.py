@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from hf_cases import saved, tiny_llama, token_batch
-from hf_reference import CASES, FAMILIES, config, quantized
+from cases.hf import saved, tiny_llama, token_batch
+from cases.hf_reference import CASES, FAMILIES, config, quantized
 
 pytestmark = pytest.mark.usefixtures("as_bitsandbytes")
 load = AutoModelForCausalLM.from_pretrained

@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 import bnbops
 import bnbops.integrations.peft as integration
 from bnbops.integrations.transformers import BnbOpsConfig
-from hf_cases import saved, tiny_llama, tiny_tokenizer, token_batch
+from cases.hf import saved, tiny_llama, tiny_tokenizer, token_batch
 
 TEXTS = ["The quick brown fox.", "A lazy dog sleeps.", "It rains today.", "Snow in May."]
 

@@ -10,9 +10,9 @@ from transformers import Trainer, get_cosine_schedule_with_warmup
 
 import bnbops
 from bnbops.integrations.transformers import keep_embeddings_in_32_bits
-from hf_cases import tiny_gpt2, tiny_llama, token_batch
-from hf_trainer_cases import TinyLM, assert_same_run, examples, logged, optimizer_of, state_dtypes, trainer_of
-from optimizer_classes import FAMILIES, WITH_8BIT, build
+from cases.hf import tiny_gpt2, tiny_llama, token_batch
+from cases.hf_trainer import TinyLM, assert_same_run, examples, logged, optimizer_of, state_dtypes, trainer_of
+from cases.optimizer_classes import FAMILIES, WITH_8BIT, build
 
 STEPS, ROWS = 4, 2  # of a micro-batch; two make a step
 ALL_OPTIONS = {

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_optimizer import _BITSANDBYTES_OPTIMIZERS
 
 import bnbops
-from hf_cases import saved, tiny_gpt2, tiny_llama, token_batch
-from hf_reference import config
-from paged_cases import is_paged
+from cases.hf import saved, tiny_gpt2, tiny_llama, token_batch
+from cases.hf_reference import config
+from cases.paged import is_paged
 
 pytestmark = pytest.mark.usefixtures("as_bitsandbytes")
 
