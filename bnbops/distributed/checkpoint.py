@@ -39,7 +39,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 from bnbops.dtensors import is_dtensor
 from bnbops.lasting import usual_settings
-from bnbops.optim.checkpoints.checkpoint import CheckpointedOptimizer
+from bnbops.optim import Optimizer
+from bnbops.optim.checkpoints.checkpoint import problem_with
 from bnbops.optim.checkpoints.loading import keeps_blocks
 from bnbops.optim.core.state import PER_PARAMETER
 
@@ -198,7 +199,7 @@ def _targets(
             set_element(targets, path, _new(path[-1], meta, target) if isinstance(target, Tensor) else None)
     _check_names("the optimizer", states.keys(), params.keys(), all_needed=False)
     for name, state in states.items():
-        if isinstance(optimizer, CheckpointedOptimizer) and (problem := optimizer.problem_with(params[name], state)):
+        if isinstance(optimizer, Optimizer) and (problem := problem_with(optimizer, params[name], state)):
             raise ValueError(f"the saved state of '{name}' (shape {list(params[name].shape)}) does not fit: {problem}")
         whole = not keeps_blocks(params[name], state)  # to be decoded
         for key, meta in state.items():

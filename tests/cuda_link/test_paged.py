@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bnbops
 from bnbops._library import cuda_library
-from bnbops.optim.core import stateful
+from bnbops.optim.paging import memory as paging
 from bnbops.optim.paging import unified
 from cases.optimizer_classes import CLASSES, build
 from cases.paged import RecordedMemory
@@ -44,10 +44,10 @@ def test_no_unified_memory_without_a_gpu():
 
 @pytest.mark.parametrize("name", [name for name in CLASSES if name.startswith("Paged")])
 def test_states_stay_in_paged_memory(name, monkeypatch):
-    monkeypatch.setattr(stateful, "UnifiedMemory", RecordedMemory)
+    monkeypatch.setattr(paging, "UnifiedMemory", RecordedMemory)
 
     def assert_paged(optimizer: torch.optim.Optimizer) -> RecordedMemory:
-        [memory] = optimizer._unified_memory.values()
+        [memory] = optimizer._memory._unified.values()
         for state in optimizer.state.values():
             assert {key for key, tensor in state.items() if memory.gave(tensor)} == state.keys() - {"step"}
         return memory
@@ -65,7 +65,7 @@ def test_states_stay_in_paged_memory(name, monkeypatch):
         assert assert_paged(optimizer) is not first  # whose memory is free as soon as it is gone
         other = build(name.removeprefix("Paged"), params)
         other.load_state_dict(optimizer.state_dict())
-        assert other._unified_memory == {}
+        assert other._memory._unified == {}
         optimizer.load_state_dict(other.state_dict())
         assert_paged(optimizer)
         optimizer.step()

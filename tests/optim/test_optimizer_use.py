@@ -184,7 +184,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     found: list[int] = []
     run = Call.run
-    monkeypatch.setattr(Call, "run", lambda self: (found.append(len(self.params)), run(self))[1])
+    monkeypatch.setattr(Call, "run", lambda self, norms: (found.append(len(self.params)), run(self, norms))[1])
     return found
 
 

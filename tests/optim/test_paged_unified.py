@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bnbops import _library
 from bnbops.optim import AdamW8bit, PagedAdamW8bit
-from bnbops.optim.core import stateful
+from bnbops.optim.paging import memory as paging
 from bnbops.optim.paging import unified
 from bnbops.optim.paging.unified import UnifiedMemory
 from cases import backends
@@ -164,13 +164,13 @@ def test_kernels_are_needed(monkeypatch):
 
 def test_states_lie_on_the_device_of_their_parameter(monkeypatch, tmp_path):
     """Of paged groups alone, and no file is looked for."""
-    monkeypatch.setattr(stateful, "UnifiedMemory", RecordedMemory)
+    monkeypatch.setattr(paging, "UnifiedMemory", RecordedMemory)
     with FakeTensorMode():
         p = [nn.Parameter(torch.empty(64, 256, device=f"cuda:{i}")) for i in (0, 1, 0, 0)]
         groups = [{"params": [x], "is_paged": i < 3} for i, x in enumerate(p)]
         optimizer = AdamW8bit(groups, percentile_clipping=5, paged_directory=tmp_path / "missing")
         optimizer.init_state()
-        memory = optimizer._unified_memory
+        memory = optimizer._memory._unified
         assert {str(device) for device in memory} == {"cuda:0", "cuda:1"}
         for i, x in enumerate(p):
             state = optimizer.state[x]

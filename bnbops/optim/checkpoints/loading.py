@@ -13,7 +13,6 @@ from bnbops.lasting import lasting
 from bnbops.optim.core.codec import decoded, encoded
 from bnbops.optim.core.state import (
     PER_PARAMETER,
-    Allocate,
     absmax_name,
     absmax_shape,
     flat_absmax_shape,
@@ -23,6 +22,7 @@ from bnbops.optim.core.state import (
     shards_whole_blocks,
     wants_8bit,
 )
+from bnbops.optim.paging.memory import Allocate
 
 _SAMPLE, _FEW = 4096, 8  # elements that are looked at, and different values that states may have by chance
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bnbops.facts import RULES
-from bnbops.optim.core.call import Plan
+from bnbops.optim.core.state import Plan
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Batch:
         be given: as zeros, which never change."""
         maximize = plan.config["maximize"]
         config = {name: value for name, value in plan.config.items() if name not in ("params", *_IN_TENSORS)}
-        arguments = {"lr": options["lr"], "maximize": maximize, **_unused(plan.op), **options}
+        arguments = {"lr": options["lr"], "maximize": maximize, **_unused(plan), **options}
         return cls(plan._replace(config=config), params, arguments)
 
 
@@ -53,19 +53,21 @@ def as_tensors(plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
         lr = torch.empty(1, dtype=lr.dtype, device=lr.device).copy_(lr.detach())
     else:
         lr = torch.tensor([lr], dtype=torch.float64, device="cpu")
-    if not (names := list(_unused(plan.op))):
+    if not (names := list(_unused(plan))):
         return {**options, "lr": lr}
     values = torch.tensor([float(options[name]) for name in names], dtype=torch.float64, device="cpu")
     return {"lr": lr, "options": values}
 
 
 _ZEROS = {"float": 0.0, "bool": False, "int": 0}
-_OPTIONS = {
-    getattr(torch.ops.bnbops, rule.step): {option.name: _ZEROS[option.type] for option in rule.options}
-    for rule in RULES.values()
-}
+_OPTIONS = {rule.step: {option.name: _ZEROS[option.type] for option in rule.options} for rule in RULES.values()}
 
 
-def _unused(op: Any) -> dict[str, Any]:
+def _unused(plan: Plan) -> dict[str, Any]:
     """Zeros for the options that a tensor has; a step in Python has none that go into a tensor."""
-    return _OPTIONS.get(op, {})
+    return _OPTIONS.get(plan.step, {})
+
+
+def option(plan: Plan, arguments: Mapping[str, Any], name: str) -> float | Tensor:
+    """One of the operator's own options, where `Batch.in_graph` has them in a tensor, too."""
+    return arguments["options"][list(_unused(plan)).index(name)] if "options" in arguments else arguments[name]

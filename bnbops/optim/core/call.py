@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,46 +12,23 @@ from bnbops.dtensors import is_dtensor, local
 from bnbops.facts import NORM_HISTORY
 from bnbops.optim.core.norms import whole_squared_norms
 from bnbops.optim.core.parallel import local_grad
-from bnbops.optim.core.state import absmax_name
+from bnbops.optim.core.state import Plan, absmax_name
 from bnbops.tracing import is_traced
-
-
-class Plan(NamedTuple):
-    """How parameters with the same options are stepped."""
-
-    config: dict[str, Any]  # the options
-    op: Callable[..., None]  # the operator, or a function with such a schema
-    names: tuple[str, ...]  # of its states
-    needed: tuple[str, ...]  # keys that a parameter's state must have
-    absmax: str | None  # a key that tells 8-bit states
-
-    @classmethod
-    def of(cls, config: dict[str, Any], op: Callable[..., None], names: tuple[str, ...]) -> Plan:
-        clips = config["percentile_clipping"] != 100
-        needed = ("step", *names, "gnorm_vec") if clips else ("step", *names)
-        return cls(config, op, names, needed, absmax_name(names[0]) if names else None)
 
 
 class Call:
     """Parameters with the same plan and precision, as lists in the operator's order.
 
     Args:
-        plan: how they are stepped.
+        op: the operator, or a function with such a schema.
+        plan: their options, and what states they have.
         quantized: whether they have 8-bit states.
         scalars: the operator's keyword arguments but those made from norms.
-        trust: makes further ones from this call, the others and the options.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        quantized: bool,
-        scalars: dict[str, Any],
-        trust: Callable[[Call, dict[str, Any], dict[str, Any]], dict[str, Tensor]],
-    ) -> None:
-        self.op, self.config, names = plan.op, plan.config, plan.names
-        self.scalars, self.trust = scalars, trust
-        self.percentile: int = self.config["percentile_clipping"]
+    def __init__(self, op: Callable[..., None], plan: Plan, quantized: bool, scalars: dict[str, Any]) -> None:
+        self.op, self.plan, self.scalars, names = op, plan, scalars, plan.names
+        self.percentile: int = plan.config["percentile_clipping"]
         self.params: list[Tensor] = []
         self.grads: list[Tensor] = []
         self.states: list[list[Tensor]] = [[] for _ in names]
@@ -96,30 +73,26 @@ class Call:
                     f"gnorm_vec[{i}] must be float32 [{NORM_HISTORY}], got {vec.dtype} {list(vec.shape)}"
                 )
 
-    def run(self) -> None:
-        """Takes the step."""
-        scalars = dict(self.scalars)
-        if self.percentile != 100:
-            scalars["clip"] = self._clip()
-        scalars |= self.trust(self, scalars, self.config)
-        self.op(*self.lists, **scalars)
+    def run(self, from_norms: Mapping[str, Tensor]) -> None:
+        """Takes the step, with the keyword arguments that are made from norms."""
+        self.op(*self.lists, **self.scalars, **from_norms)
         if not is_traced():
             # Operators from C++ write behind autograd's back: a backward through the old values must fail.
             torch.autograd.graph.increment_version(self.params)
         for original, copy in self.copies:
             original.copy_(copy)
 
-    def _clip(self) -> Tensor:
-        """fp32 [n]: what each gradient is multiplied by, so that its norm is no outlier among the last 100."""
+    def clip(self) -> dict[str, Tensor]:
+        """ "clip", fp32 [n]: what each gradient is multiplied by, so that its norm is no outlier among the last 100;
+        nothing without percentile clipping."""
+        if self.percentile == 100:
+            return {}
         norms = whole_squared_norms(torch.ops.bnbops.squared_norms(self.grads), self.whole)
-        return torch.ops.bnbops.percentile_clip_(
-            self.gnorm_vecs,
-            norms,
-            self.steps,
-            percentile=self.percentile,
-            grad_scale=self.scalars["grad_scale"],
-            found_inf=self.scalars["found_inf"],
+        scaling = {name: self.scalars[name] for name in ("grad_scale", "found_inf")}
+        clip = torch.ops.bnbops.percentile_clip_(
+            self.gnorm_vecs, norms, self.steps, percentile=self.percentile, **scaling
         )
+        return {"clip": clip}
 
 
 def check(calls: list[Call]) -> None:

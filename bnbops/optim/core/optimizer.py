@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bnbops.dtensors import local
-from bnbops.facts import Rule
-from bnbops.optim.checkpoints.checkpoint import FORMAT_VERSION
-from bnbops.optim.core.batch import Batch
-from bnbops.optim.core.call import Call, Plan, check
-from bnbops.optim.core.manager import GlobalOptimManager
+from bnbops.optim.core.batch import Batch, as_tensors
+from bnbops.optim.core.call import Call, check
 from bnbops.optim.core.norms import whole_squared_norms
-from bnbops.optim.core.options import (
-    COMMON_CHECKS,
-    MIN_8BIT_SIZE,
-    Check,
-    as_numbers,
-    checks_of,
-    common_defaults,
-    learning_rate,
-    numbers_of,
-    with_vector_size,
-)
-from bnbops.optim.core.overrides import Overrides
-from bnbops.optim.core.parallel import check_param
-from bnbops.optim.core.traced import TraceableOptimizer
-from bnbops.optim.core.watch import Watch
-from bnbops.optim.paging.paged import PagedMemory
-from bnbops.optim.paging.unified import UnifiedMemory
-from bnbops.tracing import is_traced
+from bnbops.optim.core.options import numbers_of
+from bnbops.optim.core.state import Plan
+from bnbops.optim.core.stateful import StatefulOptimizer
+from bnbops.tracing import is_exported, is_traced
 
 
-class Optimizer(TraceableOptimizer):
+class Optimizer(StatefulOptimizer):
     """Base of the optimizers: parameters and their states go to one operator call a group and precision.
 
     A family names the update rules that it follows, whose states, options and ranges csrc/rules/ has. Everything that
@@ -72,120 +54,21 @@ class Optimizer(TraceableOptimizer):
         ValueError: a value out of range, or one that is not supported.
     """
 
-    _rules: ClassVar[tuple[Rule, ...]] = ()  # the options tell which of them
-    _checks: ClassVar[Mapping[str, Check]] = {}  # of options that are not the rules', or not as the rules have them
-    _all_checks: ClassVar[Mapping[str, Check]]
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls._all_checks = {**COMMON_CHECKS, **checks_of(cls._rules), **cls._checks}  # once: every step asks
-
-    def __init__(
-        self,
-        params,
-        defaults: dict[str, Any],
-        optim_bits: int = 32,
-        is_paged: bool = False,
-        *,
-        args: Any = None,
-        min_8bit_size: int = MIN_8BIT_SIZE,
-        percentile_clipping: int = 100,
-        block_wise: bool = True,
-        maximize: bool = False,
-        paged_directory: str | os.PathLike[str] | None = None,
-    ) -> None:
-        defaults = common_defaults(
-            type(self).__name__,
-            defaults,
-            args,
-            block_wise,
-            optim_bits=optim_bits,
-            min_8bit_size=min_8bit_size,
-            percentile_clipping=percentile_clipping,
-        )
-        self.fused_scaling = False
-        self._overrides = Overrides()
-        self._held: list[Batch] | None = None  # while a compiled step runs
-        self._paged_directory = paged_directory
-        self._paged_memory: PagedMemory | None = None
-        self._unified_memory: dict[torch.device, UnifiedMemory] = {}
-        self._unmoved = False
-        self._watch = Watch()
-        defaults |= {"is_paged": is_paged, "maximize": maximize, "format_version": FORMAT_VERSION}
-        super().__init__(params, defaults)
-        GlobalOptimManager.get_instance().watch(self)
+    _held: list[Batch] | None = None  # while a compiled step runs
 
     # ---- what a family may define ------------------------------------------------------------------------------
 
-    def _rule(self, group: Mapping[str, Any]) -> Rule:
-        """The rule that a group's options ask for."""
-        return self._rules[0]
-
-    def _operator(self, rule: Rule) -> Callable[..., None]:
-        """What takes its step."""
-        return getattr(torch.ops.bnbops, rule.step)
+    def _operator(self, plan: Plan) -> Callable[..., None]:
+        """What takes the step."""
+        return getattr(torch.ops.bnbops, plan.step)
 
     def _options(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The operator's keyword arguments that are its own."""
         return numbers_of(self._rule(group), group)
 
-    def _trust(self, call: Call, scalars: dict[str, Any], group: dict[str, Any]) -> dict[str, Tensor]:
-        """The operator's keyword arguments that are made from norms."""
+    def _trust(self, call: Call, clip: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The operator's keyword arguments that are made from norms, beside `clip`."""
         return {}
-
-    def _check_options(self, options: Mapping[str, Any]) -> None:
-        """Raises ValueError for an option out of range, all but lr: schedulers may arrive a little below zero."""
-        for name, check_option in self._all_checks.items():
-            check_option(name, options[name])
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds parameters, with options of their own if given.
-
-        Raises:
-            ValueError: an option out of range, or parameters on two devices, in another group, of partial sums
-                (DTensors), or of FSDP1.
-            OSError: no file can be made for the paged states of parameters on the CPU.
-        """
-        given = with_vector_size(param_group)
-        options = {**self.defaults, **given}
-        numbers = {"betas": as_numbers(options["betas"])} if "betas" in options else {}
-        self._check_options({**options, **numbers})
-        learning_rate("lr", options["lr"])
-        param_group.update(given | numbers)
-        super().add_param_group(param_group)
-        try:
-            self._check_params(param_group)
-            if param_group["is_paged"] and any(local(param).device.type == "cpu" for param in param_group["params"]):
-                self._files()  # a bad directory is refused at once
-        except (ValueError, OSError):
-            self.param_groups.pop()
-            raise
-
-    def _check_params(self, group: dict[str, Any]) -> None:
-        """Raises ValueError for a new group's parameters that cannot be stepped, or not together."""
-        for param in group["params"]:
-            check_param(param)
-        if len(devices := {str(local(param).device) for param in group["params"]}) > 1:
-            raise ValueError(f"parameters on {', '.join(sorted(devices))} in one group; make a group for each device")
-
-    # ---- steps -------------------------------------------------------------------------------------------------
-
-    def _prepare(self) -> None:
-        """What a compiled graph has to find done."""
-        if self._paged_memory is not None:
-            self._paged_memory.check_process()
-        if self._unmoved:
-            self.to_gpu()
-        for group in self.param_groups:
-            self._check_options(group)
-            for param in group["params"]:  # again: FSDP1 takes parameters that an optimizer holds already
-                check_param(param)
-        self._overrides.look_up(self)
-
-    def _plan(self, group: dict[str, Any], override: int) -> Plan:
-        config = self._overrides.applied(group, override)
-        rule = self._rule(config)
-        return Plan.of(config, self._operator(rule), rule.state_names)
 
     # ---- steps -------------------------------------------------------------------------------------------------
 
@@ -217,14 +100,17 @@ class Optimizer(TraceableOptimizer):
                 return loss
         # Under grad mode the compiler would clone every parameter.
         with torch.no_grad():
-            self._run([call for batch in self._batches() for call in self._calls(batch)])
+            self._run(self._batches())
         return loss
 
-    def _run(self, calls: list[Call]) -> None:
+    def _run(self, batches: list[Batch]) -> None:
+        """Batches become calls; norms of whole parameters what a call needs of them; and then operators write."""
+        calls = [call for batch in batches for call in self._calls(batch)]
         if not is_traced():  # a compiler checks all of the graph before it runs
             check(calls)
         for call in calls:
-            call.run()
+            clip = call.clip()
+            call.run({**clip, **self._trust(call, clip)})
 
     def _only_creates_states(self) -> bool:
         """Whether this is the step that torch.distributed.checkpoint takes to have states: gradients and lr are all 0.
@@ -265,7 +151,7 @@ class Optimizer(TraceableOptimizer):
             state = self._state_of(param, batch.plan)
             quantized = batch.plan.absmax in state
             if quantized not in calls:
-                calls[quantized] = Call(batch.plan, quantized, batch.arguments | scaling, self._trust)
+                calls[quantized] = Call(self._operator(batch.plan), batch.plan, quantized, batch.arguments | scaling)
             calls[quantized].add(param, state)
         return list(calls.values())
 
@@ -283,3 +169,78 @@ class Optimizer(TraceableOptimizer):
                     param.grad = None  # unread: a compiled step would depend on what it was
                 elif param.grad is not None:
                     param.grad = torch.zeros_like(param.grad)
+
+    # ---- compiled_train_step -----------------------------------------------------------------------------------
+
+    def hold_options(self) -> None:
+        """Gathers what a step needs, with the options in tensors, for the compiled step that comes next.
+
+        The compiler takes whatever it finds in `param_groups` for constants: a change would compile the step again.
+        `bnbops.compiled_train_step` calls this before every step, and `drop_options` after it.
+        """
+        self._held = [
+            Batch.in_graph(plan, params, as_tensors(plan, self._arguments(plan.config)))
+            for plan, params in self._plans()
+        ]
+
+    def drop_options(self) -> None:
+        """The compiled step is done."""
+        self._held = None
+        self._watch.accept()  # what it has written
+
+    # ---- other graphs ------------------------------------------------------------------------------------------
+
+    def tensor_options(self) -> list[dict[str, Tensor]]:
+        """The present options of all parameters for `traced_step`: new tensors, in the same order at every call.
+
+        Returns:
+            For each param group, and each override of `GlobalOptimManager` in it, "lr" `[1]` and "options" `[n]`, of
+            float64 (lr: as in the group).
+
+        Raises:
+            NotImplementedError: the step is no operator (`PytorchLARS`).
+        """
+        self._check_operators()
+        self._prepare()
+        return [as_tensors(plan, self._arguments(plan.config)) for plan, _ in self._plans()]
+
+    def traced_step(self, options: list[dict[str, Tensor]]) -> None:
+        """As `step()`, with options that are tensors: for functions that `make_fx`, or what is built on it, records.
+
+        Make `options` an input of such a function; then they may change from call to call. The others, that are no
+        numbers of the operator's (percentile_clipping, max_unorm, trust_clip, maximize), are constants of its graph.
+        Parameters need their state before (`init_state()`). No hooks run.
+
+        Args:
+            options: as `tensor_options()` returns them.
+
+        Raises:
+            ValueError: `options` are not one for each group and override.
+            RuntimeError: as `step()`; or a parameter has no state.
+            NotImplementedError: the step is no operator (`PytorchLARS`).
+        """
+        self._check_operators()
+        if not torch.compiler.is_compiling():
+            self._prepare()
+        plans = list(self._plans())
+        if len(options) != len(plans):
+            raise ValueError(
+                f"{type(self).__name__}.traced_step() got options of {len(options)} groups of parameters, but there "
+                f"are {len(plans)}: pass what tensor_options() returns"
+            )
+        with torch.no_grad():
+            self._run([Batch.in_graph(*plan, tensors) for plan, tensors in zip(plans, options, strict=True)])
+
+    def _check_operators(self) -> None:
+        if not all(hasattr(torch.ops.bnbops, rule.step) for rule in self._rules):
+            raise NotImplementedError(f"the step of {type(self).__name__} is no operator that takes options as tensors")
+
+    def _refuse_constants(self) -> None:
+        """Raises RuntimeError in a function that is being traced by something that would not notice a new option."""
+        if is_exported() or (is_traced() and not torch.compiler.is_compiling()):
+            raise RuntimeError(
+                f"{type(self).__name__}.step() is being traced (make_fx, torch.export), which would make constants of "
+                "lr, weight_decay and all other options. In a function for make_fx call "
+                "optimizer.traced_step(options), and pass it options=optimizer.tensor_options() at every call; call "
+                "init_state() before tracing"
+            )

@@ -6,21 +6,37 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bnbops.dtensors import is_dtensor, local
-from bnbops.facts import NORM_HISTORY, STATE_BLOCK
+from bnbops.facts import NORM_HISTORY, STATE_BLOCK, Rule
 from bnbops.lasting import lasting
+from bnbops.optim.paging.memory import Allocate
 
 # What a state has once, not for each element, and its shape: whole on every rank, never paged.
 PER_PARAMETER: Mapping[str, tuple[int, ...]] = {"step": (), "gnorm_vec": (NORM_HISTORY,)}
 
 logger = logging.getLogger(__name__)
 
-Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]  # of zeros
+
+class Plan(NamedTuple):
+    """Options, and what states the parameters have that have them."""
+
+    config: dict[str, Any]  # the options
+    step: str  # name of the operator that takes the step
+    names: tuple[str, ...]  # of its states
+    needed: tuple[str, ...]  # keys that a parameter's state must have
+    absmax: str | None  # a key that tells 8-bit states
+
+    @classmethod
+    def of(cls, config: dict[str, Any], rule: Rule) -> Plan:
+        names = rule.state_names
+        clips = config["percentile_clipping"] != 100
+        needed = ("step", *names, "gnorm_vec") if clips else ("step", *names)
+        return cls(config, rule.step, names, needed, absmax_name(names[0]) if names else None)
 
 
 def absmax_name(state: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -76,14 +77,15 @@ class LAMB(Optimizer):
         defaults |= {"max_unorm": max_unorm, "trust_clip": trust_clip}
         super().__init__(params, defaults, optim_bits=optim_bits, args=args, min_8bit_size=min_8bit_size, **keywords)
 
-    def _trust(self, call: Call, scalars: dict[str, Any], group: dict[str, Any]) -> dict[str, Tensor]:
-        if group["max_unorm"] == 0:
+    def _trust(self, call: Call, clip: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        config = call.plan.config
+        if config["max_unorm"] == 0:
             return {}
-        scalars = {key: value for key, value in scalars.items() if key != "found_inf"}
+        scalars = {key: value for key, value in {**call.scalars, **clip}.items() if key != "found_inf"}
         updates = torch.ops.bnbops.lamb_squared_norms(*call.lists, **scalars)
         weights = torch.ops.bnbops.squared_norms(call.params)
         weight, update = whole_squared_norms(torch.stack([weights, updates]), call.whole).sqrt()
-        return {"trust": trust_ratio(weight, update, group["max_unorm"], group["trust_clip"])}
+        return {"trust": trust_ratio(weight, update, config["max_unorm"], config["trust_clip"])}
 
 
 LAMB8bit = variant(LAMB, bits=8, without=("optim_bits",))

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from bnbops.dtensors import is_dtensor
-from bnbops.facts import RULES, Rule
+from bnbops.facts import RULES
+from bnbops.optim.core.batch import option
 from bnbops.optim.core.call import Call
 from bnbops.optim.core.norms import trust_ratio, whole_squared_norms
 from bnbops.optim.core.optimizer import Optimizer
 from bnbops.optim.core.options import MIN_8BIT_SIZE, CommonAndPaged, non_negative, require, takes_common_keywords
 from bnbops.optim.core.precision import variant
+from bnbops.optim.core.state import Plan
 from bnbops.optim.families.sgd import check_nesterov, undampened
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-_WEIGHT_DECAY = [option.name for option in RULES["lars"].options].index("weight_decay")
 
 
 class LARS(Optimizer):
@@ -78,19 +78,18 @@ class LARS(Optimizer):
     def _options(self, group: Mapping[str, Any]) -> dict[str, Any]:
         return super()._options(undampened(group))
 
-    def _trust(self, call: Call, scalars: dict[str, Any], group: dict[str, Any]) -> dict[str, Tensor]:
-        if group["max_unorm"] == 0:
+    def _trust(self, call: Call, clip: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        config = call.plan.config
+        if config["max_unorm"] == 0:
             return {}
         local_norms = torch.ops.bnbops.squared_norms(call.params + call.grads)
         weight, grad = whole_squared_norms(local_norms.view(2, -1), call.whole).sqrt()
-        if "clip" in scalars:
-            grad = grad * scalars["clip"]
-        if scalars["grad_scale"] is not None:
-            grad = grad / scalars["grad_scale"]
-        # a compiled step holds the options in a tensor
-        decay = scalars["options"][_WEIGHT_DECAY] if "options" in scalars else scalars["weight_decay"]
-        decayed = grad + decay * weight
-        return {"trust": trust_ratio(weight, decayed, group["max_unorm"], group["trust_clip"])}
+        if clip:
+            grad = grad * clip["clip"]
+        if call.scalars["grad_scale"] is not None:
+            grad = grad / call.scalars["grad_scale"]
+        decayed = grad + option(call.plan, call.scalars, "weight_decay") * weight
+        return {"trust": trust_ratio(weight, decayed, config["max_unorm"], config["trust_clip"])}
 
 
 LARS8bit = variant(LARS, bits=8, without=("optim_bits",))
@@ -148,7 +147,7 @@ class PytorchLARS(Optimizer):
     def _options(self, group: Mapping[str, Any]) -> dict[str, Any]:
         return {**super()._options(undampened(group)), "max_unorm": group["max_unorm"]}
 
-    def _operator(self, rule: Rule) -> Callable[..., None]:
+    def _operator(self, plan: Plan) -> Callable[..., None]:
         return pytorch_lars_step_
 
 
