@@ -15,7 +15,7 @@ ISAS = ("baseline", "avx2", "avx512", "amx")  # what isa() may say, the best one
 NO_CUDA_KERNELS = "bnbops was built without CUDA kernels: install nvcc (the CUDA toolkit) and reinstall bnbops"
 _BUILD_HERE = "build it on this machine, by `pip install .` in its sources"
 
-_refusals = torch.library.Library("bnbops", "IMPL")
+implementations = torch.library.Library("bnbops", "IMPL")  # all that Python adds to the operators
 _cuda: Path | str = "this torch has no CUDA"  # the loaded library, or why there is none
 
 
@@ -98,13 +98,19 @@ def _refuse_cuda(why: str) -> None:
         return refuse
 
     for name in device_operators():
-        _refusals.impl(name, kernel(name), "CUDA")
+        implementations.impl(name, kernel(name), "CUDA")
 
 
 def device_operators() -> list[str]:
     """The operators that need a kernel for each device, "op" or "op.overload"."""
     names = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
     return sorted(name.removeprefix("bnbops::") for name in names if name.startswith("bnbops::"))
+
+
+def overload_of(name: str) -> torch._ops.OpOverload:
+    """The operator "op" or "op.overload"."""
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.bnbops, packet), overload or "default")
 
 
 def library_path() -> Path:

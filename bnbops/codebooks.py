@@ -16,7 +16,7 @@ from torch import Tensor
 
 __all__ = ["create_4bit_map", "create_dynamic_map", "create_fp8_map", "create_linear_map", "create_normal_map"]
 
-_ENTRIES = 256
+ENTRIES = 256
 
 
 def _linspace(start: float, end: float, steps: int) -> Tensor:
@@ -34,7 +34,7 @@ def _linspace(start: float, end: float, steps: int) -> Tensor:
 
 def _padded(values: Tensor) -> Tensor:
     """Sorts `values` and fills up to 256 entries with zeros, so that an 8-bit code can index any map."""
-    zeros = torch.zeros(_ENTRIES - values.numel(), dtype=torch.float32, device="cpu")
+    zeros = torch.zeros(ENTRIES - values.numel(), dtype=torch.float32, device="cpu")
     return torch.cat([values, zeros]).sort(stable=True).values
 
 

@@ -3,6 +3,6 @@
 They compute shapes and dtypes, and refuse by shape or dtype what the real kernels refuse.
 """
 
-from . import blockwise, int8, linear_4bit, norms, optimizer, quantize_4bit
+from . import autograd, blockwise, four_bit, int8, norms, optimizer
 
-__all__ = ["blockwise", "int8", "linear_4bit", "norms", "optimizer", "quantize_4bit"]
+__all__ = ["autograd", "blockwise", "four_bit", "int8", "norms", "optimizer"]

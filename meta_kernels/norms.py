@@ -2,62 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-from torch import Tensor
 
-from .checks import check, check_contiguous, check_device, check_dtype, check_float, check_one_element
+from bnbops.facts import NORM_HISTORY
 
-_HISTORY = 100
-
-# Norms are not differentiable: they must not require a gradient that no formula computes.
-_library = torch.library.Library("bnbops", "IMPL")
-_library.impl("squared_norms", torch.library.fallthrough_kernel, "Autograd")
+from . import checks as C
+from .checks import Arguments, each, fake, row
 
 
-@torch.library.register_fake("bnbops::squared_norms")
-def squared_norms(tensors: list[Tensor]) -> Tensor:
-    check(len(tensors) > 0, "squared_norms: needs at least one tensor")
-    for i, tensor in enumerate(tensors):
-        check_float(f"squared_norms: tensors[{i}]", tensor)
-        check_device(f"squared_norms: tensors[{i}]", tensor, tensors[0])
-    return torch.empty(len(tensors), dtype=torch.float64, device=tensors[0].device)
+def _any_tensor(a: Arguments) -> Iterator[str]:
+    if not a.tensors:
+        yield "needs at least one tensor"
 
 
-@torch.library.register_fake("bnbops::percentile_clip_")
-def percentile_clip_(
-    gnorm_vec: list[Tensor],
-    squared_norms: Tensor,
-    steps: list[Tensor],
-    *,
-    percentile: int,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> Tensor:
-    op, count = "percentile_clip_", len(gnorm_vec)
-    check(0 <= percentile < _HISTORY, f"{op}: percentile must be in [0, {_HISTORY}), got {percentile}")
-    check(len(steps) == count, f"{op}: steps has {len(steps)} tensors for {count} in gnorm_vec")
-    what = f"{op}: squared_norms"
-    check_dtype(what, squared_norms, torch.float64)
-    check_contiguous(what, squared_norms)
-    check(
-        squared_norms.dim() == 1 and squared_norms.numel() == count,
-        f"{what} must have shape [{count}], one number for each of gnorm_vec, got {list(squared_norms.shape)}",
-    )
-    for i, (history, step) in enumerate(zip(gnorm_vec, steps, strict=True)):
-        what = f"{op}: gnorm_vec[{i}]"
-        check_dtype(what, history, torch.float32)
-        check_device(what, history, squared_norms)
-        check_contiguous(what, history)
-        shape = list(history.shape)
-        check(shape == [_HISTORY], f"{what} must have shape [{_HISTORY}], got {shape}")
-        what = f"{op}: steps[{i}]"
-        check_dtype(what, step, torch.float32)
-        check_one_element(what, step)
-        check_device(what, step, squared_norms)
-    for name, tensor in (("grad_scale", grad_scale), ("found_inf", found_inf)):
-        if tensor is not None:
-            check_dtype(f"{op}: {name}", tensor, torch.float32)
-            check_one_element(f"{op}: {name}", tensor)
-            if tensor.device.type != "cpu":
-                check_device(f"{op}: {name}", tensor, squared_norms)
-    return squared_norms.new_empty(count, dtype=torch.float32)
+fake(
+    "squared_norms",
+    _any_tensor,
+    each("tensors", row("tensors", C.floats, C.device)),
+    result=lambda a: a.tensors[0].new_empty((len(a.tensors),), dtype=torch.float64),
+)
+
+_count = C.shape(lambda a: [len(a.gnorm_vec)], ", one number for each of gnorm_vec")
+_flag = (C.float32, C.one_element, C.readable)
+
+fake(
+    "percentile_clip_",
+    row("percentile", C.must(lambda a, x: 0 <= x < NORM_HISTORY, f"must be in [0, {NORM_HISTORY}), got {{x}}")),
+    row("steps", C.as_many(lambda a: len(a.gnorm_vec), "has {found} tensors for {needed} in gnorm_vec")),
+    row("squared_norms", C.float64, C.contiguous, _count),
+    each(
+        "gnorm_vec",
+        row("gnorm_vec", C.float32, C.device, C.contiguous, C.shape(lambda a: [NORM_HISTORY])),
+        row("steps", C.float32, C.one_element, C.device),
+    ),
+    row("grad_scale", *_flag),
+    row("found_inf", *_flag),
+    like="squared_norms",
+    result=lambda a: a.squared_norms.new_empty((len(a.gnorm_vec),), dtype=torch.float32),
+)

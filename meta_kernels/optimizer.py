@@ -1,160 +1,102 @@
-"""Fakes of the optimizer steps: one for all of them, since their schemas are made alike."""
+"""Fakes of the operators of optimizers, from the table of rules: their schemas are made alike."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import chain
+from collections.abc import Iterator
+from math import prod
 
 import torch
 from torch import Tensor
 
 from bnbops.facts import RULES, STATE_BLOCK, Rule
 
-from .checks import (
-    check,
-    check_contiguous,
-    check_device,
-    check_dtype,
-    check_float,
-    check_one_element,
-    name_of,
+from . import checks as C
+from .checks import Arguments, Problem, Row, blocks, each, fake, row
+
+_one_each = C.as_many(lambda a: len(a.params), "has {found} tensors for {needed} params")
+_one_each_for_codes = C.as_many(
+    lambda a: len(a.params),
+    "has {found} tensors for {needed} params (one each for 8-bit states, none at all for float32 states)",
 )
+_flag = (C.float32, C.one_element, C.readable)
+_factor = (C.float32, C.contiguous, C.shape(lambda a: [len(a.params)], ", one number for each parameter"), C.device)
+_on_cpu = C.must(lambda a, x: x.device.type == "cpu", "must be on the CPU")
 
 
-def _check_lengths(
-    op: str, params: list[Tensor], lists: dict[str, list[Tensor]], states: list[str], quantized: bool
-) -> None:
-    in_order = ["grads", "steps", *chain.from_iterable((name, f"{name}_absmax") for name in states)]
-    for name in in_order:
-        tensors = lists[name]
-        is_absmax = name.endswith("_absmax")
-        if is_absmax and not quantized and not tensors:
-            continue
-        remark = " (one each for 8-bit states, none at all for float32 states)" if is_absmax else ""
-        check(
-            len(tensors) == len(params),
-            f"{op}: {name} has {len(tensors)} tensors for {len(params)} params{remark}",
-        )
+# ---- the tensors of one parameter ------------------------------------------------------------------------------
+
+_shape = C.must(lambda a, x: x.shape == a.params.shape, "has shape {shape}, but its parameter has {shapes[params]}")
 
 
-def _check_absmax(what: str, absmax: Tensor, param: Tensor) -> None:
-    check_dtype(what, absmax, torch.float32)
-    check_device(what, absmax, param)
-    check_contiguous(what, absmax)
-    rows = param.shape[0] if param.dim() else 1
-    per_row = -((param.numel() // rows if rows else 0) // -STATE_BLOCK)
-    flat = -(param.numel() // -STATE_BLOCK)
-    by_rows = absmax.dim() == 2 and absmax.shape[0] == rows and (absmax.shape[1] == per_row or param.numel() == 0)
-    check(
-        by_rows or (absmax.dim() == 1 and absmax.shape[0] == flat),
-        f"{what} has shape {list(absmax.shape)}, but params of shape {list(param.shape)} need [{rows}, {per_row}] "
-        f"(blocks of {STATE_BLOCK} in each row) or [{flat}] (flat blocks)",
+def _grad_dtype(a: Arguments, grad: Tensor) -> Problem:
+    words = f"{C.name_of(a.params.dtype)} (its parameter's dtype) or float32"
+    return C.dtype(a.params.dtype, torch.float32, words=words)(a, grad)
+
+
+def _rows_or_flat(a: Arguments, absmax: Tensor) -> Problem:
+    param, found = list(a.params.shape), list(absmax.shape)
+    rows, flat = param[0] if param else 1, blocks(prod(param), STATE_BLOCK)
+    per_row = blocks(prod(param[1:]), STATE_BLOCK) if rows else 0
+    by_rows = len(found) == 2 and found[0] == rows and (found[1] == per_row or prod(param) == 0)
+    return not (by_rows or found == [flat]) and (
+        f"has shape {found}, but params of shape {param} need [{rows}, {per_row}] (blocks of {STATE_BLOCK} in each "
+        f"row) or [{flat}] (flat blocks)"
     )
 
 
-def _is_quantized(lists: dict[str, list[Tensor]]) -> bool:
-    return any(tensors for name, tensors in lists.items() if name.endswith("_absmax"))
-
-
-def _check_param(op: str, i: int, params: list[Tensor], lists: dict[str, list[Tensor]], states: list[str]) -> None:
-    param, grad, step = params[i], lists["grads"][i], lists["steps"][i]
-
-    def check_shape(what: str, tensor: Tensor) -> None:
-        message = f"{what} has shape {list(tensor.shape)}, but its parameter has {list(param.shape)}"
-        check(tensor.shape == param.shape, message)
-
-    what = f"{op}: params[{i}]"
-    check_float(what, param)
-    check_device(what, param, params[0])
-    check_contiguous(what, param)
-    what = f"{op}: grads[{i}]"
-    expected = f"{name_of(param.dtype)} (its parameter's dtype) or float32"
-    check(grad.dtype in (param.dtype, torch.float32), f"{what} must be {expected}, got {name_of(grad.dtype)}")
-    check_device(what, grad, param)
-    check_shape(what, grad)
-    quantized = _is_quantized(lists)
-    for name in states:
-        state, what = lists[name][i], f"{op}: {name}[{i}]"
-        check_dtype(what, state, torch.uint8 if quantized else torch.float32)
-        check_device(what, state, param)
-        check_contiguous(what, state)
-        check_shape(what, state)
-        if quantized:
-            absmax, what = lists[f"{name}_absmax"][i], f"{op}: {name}_absmax[{i}]"
-            _check_absmax(what, absmax, param)
-            check(
-                absmax.dim() == lists[f"{states[0]}_absmax"][i].dim(),
-                f"{what} is laid out by rows and another by flat blocks; use one layout for all states of a parameter",
-            )
-    what = f"{op}: steps[{i}]"
-    check_dtype(what, step, torch.float32)
-    check_one_element(what, step)
-    check_device(what, step, param)
-
-
-def _check_options(op: str, options: Tensor, count: int) -> None:
-    what = f"{op}: options"
-    check_dtype(what, options, torch.float64)
-    check_contiguous(what, options)
-    check(options.device.type == "cpu", f"{what} must be on the CPU")
-    check(
-        options.dim() == 1 and options.numel() == count,
-        f"{what} must have shape [{count}], one number for each option in the schema's order, got "
-        f"{list(options.shape)}",
+def _state(name: str, scales: str, first_scales: str) -> tuple[Row, Row]:
+    """Codes if there are scales for them, else numbers."""
+    one_layout = C.must(
+        lambda a, x: x.dim() == getattr(a, first_scales).dim(),
+        "is laid out by rows and another by flat blocks; use one layout for all states of a parameter",
+    )
+    return (
+        row(
+            name,
+            lambda a, x: (C.float32 if getattr(a, scales) is None else C.uint8)(a, x),
+            C.device,
+            C.contiguous,
+            _shape,
+        ),
+        row(scales, C.float32, C.device, C.contiguous, _rows_or_flat, one_layout),
     )
 
 
-def _check_scalars(op: str, params: list[Tensor], lr: Tensor, scalars: dict[str, Tensor | None]) -> None:
-    check(lr.dtype in (torch.float32, torch.float64), f"{op}: lr must be float32 or float64, got {name_of(lr.dtype)}")
-    check_one_element(f"{op}: lr", lr)
-    for name in ("grad_scale", "found_inf"):
-        if (tensor := scalars.get(name)) is not None:
-            check_dtype(f"{op}: {name}", tensor, torch.float32)
-            check_one_element(f"{op}: {name}", tensor)
-    for name in ("clip", "trust"):
-        if (tensor := scalars.get(name)) is not None:
-            check_dtype(f"{op}: {name}", tensor, torch.float32)
-            check_contiguous(f"{op}: {name}", tensor)
-            check(
-                tensor.dim() == 1 and tensor.numel() == len(params),
-                f"{op}: {name} must have shape [{len(params)}], one number for each parameter, got "
-                f"{list(tensor.shape)}",
-            )
-    for name, tensor in {"lr": lr, **scalars}.items():
-        if tensor is not None and params and (name in ("clip", "trust") or tensor.device.type != "cpu"):
-            check_device(f"{op}: {name}", tensor, params[0])
+# ---- the operators of a rule -----------------------------------------------------------------------------------
 
 
-_SCALARS = ("grad_scale", "found_inf", "clip", "trust")
+def _rows(rule: Rule) -> Iterator[Row]:
+    states = [(name, f"{name}_absmax") for name in rule.state_names]
+
+    def if_quantized(a: Arguments, absmax: list[Tensor]) -> Problem:
+        return any(getattr(a, scales) for _, scales in states) and _one_each_for_codes(a, absmax)
+
+    yield row("grads", _one_each)
+    yield row("steps", _one_each)
+    for name, scales in states:
+        yield row(name, _one_each)
+        yield row(scales, if_quantized)
+    yield each(
+        "params",
+        row("params", C.floats, C.device, C.contiguous),
+        row("grads", _grad_dtype, C.device, _shape),
+        *(row for state in states for row in _state(*state, first_scales=states[0][1])),
+        row("steps", C.float32, C.one_element, C.device),
+    )
+    yield row("lr", C.dtype(torch.float32, torch.float64), C.one_element, C.readable)
+    yield row("grad_scale", *_flag)
+    yield row("found_inf", *_flag)
+    yield row("clip", *_factor)
+    yield row("trust", *_factor)
+    count = C.shape(lambda a: [len(rule.options)], ", one number for each option in the schema's order")
+    yield row("options", C.float64, C.contiguous, _on_cpu, count)
 
 
-def _register(op: str, rule: Rule, result: Callable[[list[Tensor]], Tensor | None]) -> None:
-    """A fake for an operator with a rule's arguments, which returns `result(params)`."""
-    states = list(rule.state_names)
-    names = ["grads", *states, *(f"{state}_absmax" for state in states), "steps"]
-
-    def fake(params, *args, lr, options=None, **scalars):
-        lists = dict(zip(names, args, strict=True))
-        _check_lengths(op, params, lists, states, _is_quantized(lists))
-        for i in range(len(params)):
-            _check_param(op, i, params, lists, states)
-        _check_scalars(op, params, lr, {name: scalars.get(name) for name in _SCALARS})
-        if options is not None:
-            _check_options(op, options, len(rule.options))
-        return result(params)
-
-    torch.library.register_fake(f"bnbops::{op}", fake)
-
-
-_library = torch.library.Library("bnbops", "IMPL")
-
-
-def _norms(params: list[Tensor]) -> Tensor:
-    return torch.empty(len(params), dtype=torch.float64, device=params[0].device if params else "cpu")
+def _norms(a: Arguments) -> Tensor:
+    return torch.empty(len(a.params), dtype=torch.float64, device=a.device or "cpu")
 
 
 for _rule in RULES.values():
-    _register(_rule.step, _rule, lambda params: None)
+    fake(_rule.step, *_rows(_rule))
     if _rule.direction_norm:
-        _register(_rule.squared_norms, _rule, _norms)
-        _library.impl(_rule.squared_norms, torch.library.fallthrough_kernel, "Autograd")  # not differentiable
+        fake(_rule.squared_norms, *_rows(_rule), result=_norms)
