@@ -107,7 +107,7 @@ def device_operators() -> list[str]:
     return sorted(name.removeprefix("bnbops::") for name in names if name.startswith("bnbops::"))
 
 
-def overload_of(name: str) -> torch._ops.OpOverload:
+def operator(name: str) -> torch._ops.OpOverload:
     """The operator "op" or "op.overload"."""
     packet, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.bnbops, packet), overload or "default")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.graph import increment_version
 
-from bnbops._library import device_operators, implementations, overload_of
+from bnbops._library import device_operators, implementations, operator
 
 Gradients = Callable[[dict[str, Any], Tensor, Sequence[bool]], Sequence[Tensor | None]]
 
@@ -85,7 +85,7 @@ def _differentiable(op: str, gradients: Gradients) -> Callable[..., Tensor]:
     """An autograd kernel: `gradients(other arguments, grad, which are needed)` gives those of x and bias, or of `grad`.
     By hand, because torch.library.register_autograd takes no keyword-only tensors, and because transforms that it does
     not know would give wrong derivatives without a word."""
-    overload = overload_of(op)
+    overload = operator(op)
     names = [argument.name for argument in overload._schema.arguments if not argument.kwarg_only]
 
     def kernel(keyset, *args: Any, **kwargs: Any) -> Tensor:
@@ -122,7 +122,7 @@ def _bias_gradient(grad: Tensor, offsets: Tensor | None = None) -> Tensor:
 def _gradients(adjoint: str) -> Gradients:
     """Of x and bias, or of `grad`, if `adjoint` multiplies by the transpose. Of `linear_int8` as if x had not been
     rounded to codes (the straight-through estimator)."""
-    overload = overload_of(adjoint)
+    overload = operator(adjoint)
     names = [argument.name for argument in overload._schema.arguments[1:]]
 
     def gradients(frozen: dict[str, Any], grad: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
@@ -152,7 +152,7 @@ _AUTOCAST = ("linear_4bit", "grouped_linear_4bit", "linear_int8", "linear_int8_w
 
 def _register_autocast(op: str, device: str) -> None:
     """x and bias in autocast's dtype, as for torch.nn.functional.linear; scales stay float32."""
-    overload = overload_of(op)
+    overload = operator(op)
     key = "Autocast" + torch._C._dispatch_key_for_device(device)
     below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
@@ -172,7 +172,7 @@ def _register_autocast(op: str, device: str) -> None:
 
 def _counted(op: str) -> Callable[..., None]:
     """An operator from C++ writes behind autograd's back: a graph that saved what `out` held would not notice."""
-    overload = overload_of(op)
+    overload = operator(op)
 
     def kernel(keyset, *args: Any, out: Tensor, **kwargs: Any) -> None:
         overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, out=out, **kwargs)
@@ -202,7 +202,7 @@ _VMAP_ADVICE = {
 
 
 def _gives_tensors(op: str) -> bool:
-    return any("Tensor" in str(result.type) for result in overload_of(op)._schema.returns)
+    return any("Tensor" in str(result.type) for result in operator(op)._schema.returns)
 
 
 for _op, (_backward, _save) in _OF_VALUES.items():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbops._library import implementations, overload_of
+from bnbops._library import implementations, operator
 
 Arguments = SimpleNamespace
 Problem = str | bool
@@ -55,7 +55,7 @@ def fake(op: str, *rows: Row, result: Callable[[Arguments], Any] = lambda a: Non
 
     `like` is the argument on whose device tensors have to be, the first one by default; of a list, its first tensor.
     """
-    schema = overload_of(op)._schema.arguments
+    schema = operator(op)._schema.arguments
     names = [argument.name for argument in schema]
     defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnbops._library import operator
 from bnbops.codebooks import create_dynamic_map, create_linear_map
 from bnbops.facts import RULES, STATE_BLOCK, Rule, State
 from bnbops.testing.sample import DTYPES, Sample, copied, full, normal, random_codes, strided, tensor
@@ -28,12 +29,6 @@ def samples(name: str, device: torch.device | str = "cpu") -> list[Sample]:
         held = {key: x.clone() for key, x in sample.kwargs.items() if key == "options"}
         found.append(replace(on_device, kwargs=on_device.kwargs | held))
     return found
-
-
-def operator(name: str) -> torch._ops.OpOverload:
-    """The overload of `torch.ops.bnbops` called "op" or "op.overload"."""
-    packet, _, overload = name.partition(".")
-    return getattr(getattr(torch.ops.bnbops, packet), overload or "default")
 
 
 # ---- isa, isas, facts ----------------------------------------------------------------------------------------------

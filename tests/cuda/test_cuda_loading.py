@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="the real
 def refusals(monkeypatch) -> Iterator[None]:
     """Registrations end with the test."""
     with torch.library._scoped_library("bnbops", "IMPL") as library:
-        monkeypatch.setattr(_library, "_refusals", library)
+        monkeypatch.setattr(_library, "implementations", library)
         yield
 
 
