@@ -10,7 +10,8 @@ from bnbops._library import isa, library_path, load_cuda_operators, load_operato
 load_operators(__path__)
 has_cuda = load_cuda_operators(__path__)
 
-from bnbops import distributed, functional, meta_kernels, nn, optim  # noqa: E402
+# meta_kernels' folder is beside this one: the type checker does not find it here.
+from bnbops import distributed, functional, meta_kernels, nn, optim  # type: ignore[attr-defined]  # noqa: E402
 from bnbops.alias import install_as_bitsandbytes, uninstall_as_bitsandbytes  # noqa: E402
 from bnbops.functional.products_4bit import matmul_4bit  # noqa: E402
 from bnbops.functional.products_int8 import MatmulLtState, matmul  # noqa: E402
@@ -40,7 +41,7 @@ __all__ = [
 isa()  # a wrong BNBOPS_ISA fails here, not in the middle of training
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name == "compiled_train_step":  # on first use: it brings in the compiler, which doubles the import's time
         from bnbops.compile import compiled_train_step
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ implementations = torch.library.Library("bnbops", "IMPL")  # all that Python add
 _cuda: Path | str = "this torch has no CUDA"  # the loaded library, or why there is none
 
 
-def _find(name: str, search: list[str]) -> Path | None:
+def _find(name: str, search: Iterable[str]) -> Path | None:
     """The file `lib/lib<name>.*` beside the package. An editable install has it in site-packages, not beside the
     sources, so all of the package's `__path__` is searched."""
     for folder in search:

@@ -41,7 +41,9 @@ def of_library(path: Path) -> CudaBuild | None:
 
 def _parts(architecture: str) -> tuple[tuple[int, int], str, str]:
     """Compute capability, suffix and kind."""
-    number, suffix, kind = re.fullmatch(r"(\d+)([af]?)-?(real|virtual|)", architecture).groups()
+    matched = re.fullmatch(r"(\d+)([af]?)-?(real|virtual|)", architecture)
+    assert matched is not None, f"CMake takes no architecture {architecture!r}"
+    number, suffix, kind = matched.groups()
     return (int(number[:-1]), int(number[-1])), suffix, kind
 
 

@@ -30,7 +30,7 @@ class _Traceable(DeviceContext):
     ) -> Any:
         if func is torch.Tensor.backward:  # Dynamo knows the method, not the function behind it
             return args[0].backward(*args[1:], **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs)
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]  # torch's
 
 
 @contextmanager

@@ -123,8 +123,8 @@ def _find(optimizer: str | type[optim.Optimizer]) -> type[optim.Optimizer]:
 def _of_module(module: nn.Module, dtype: torch.dtype | None) -> list[nn.Parameter]:
     params, overrides = [], _MANAGER.overrides()
     for original in module.parameters():
-        kept = dtype is None or not original.is_floating_point()
-        param = _parameter(original.shape, original.dtype if kept else dtype, original.requires_grad)
+        cast_to = dtype if dtype is not None and original.is_floating_point() else original.dtype
+        param = _parameter(original.shape, cast_to, original.requires_grad)
         if original in overrides:
             _MANAGER.override_config(param, key_value_dict=overrides[original])
         params.append(param)

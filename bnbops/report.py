@@ -135,7 +135,9 @@ def _missing_cuda(found: dict[str, Any]) -> list[str]:
 
 def too_old(driver_cuda: str | None, toolkit: str | None) -> bool:
     """A driver runs what any toolkit of its major version built."""
-    return None not in (driver_cuda, toolkit) and versions.release(driver_cuda)[0] < versions.release(toolkit)[0]
+    if driver_cuda is None or toolkit is None:
+        return False
+    return versions.release(driver_cuda)[0] < versions.release(toolkit)[0]
 
 
 def _without_code(i: int, device: dict[str, Any], cuda: dict[str, Any]) -> str:

@@ -18,4 +18,4 @@ def is_exported() -> bool:
 
 # As torch.compiler.assume_constant_result, which imports the compiler: before torch 2.13, what Dynamo traces for
 # torch.compile takes itself for exported.
-is_exported._dynamo_marked_constant = True  # type: ignore[attr-defined]
+is_exported._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo's mark

@@ -49,7 +49,7 @@ class _After(importlib.abc.MetaPathFinder):
                 execute(module)
                 self._action()
 
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+            spec.loader.exec_module = exec_module
         return spec
 
 

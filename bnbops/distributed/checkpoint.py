@@ -302,7 +302,7 @@ def _together(function: Callable[[], T]) -> T:
     for rank, other in enumerate(problems):
         if other is not None:
             raise RuntimeError(f"rank {rank} failed, so this one does nothing: {other}")
-    return result  # type: ignore[return-value]
+    return result
 
 
 def _share(names: Iterable[str]) -> list[str]:

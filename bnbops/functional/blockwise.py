@@ -94,10 +94,13 @@ def dequantize_blockwise(
             raise ValueError("dequantize_blockwise needs a quant_state or an absmax")
         code = _DEFAULT_MAP if code is None else code
         quant_state = QuantState(absmax, code=code, blocksize=blocksize, dtype=torch.float32)
-    if quant_state.blocksize <= 0:
+    if not quant_state.blocksize or quant_state.blocksize < 0:
         raise ValueError(f"blocksize must be positive, got {quant_state.blocksize}")
+    if quant_state.code is None:
+        raise ValueError("dequantize_blockwise needs a quant_state with a codebook, but its code is None")
     scales = quant_state.absmax
     if quant_state.nested:
+        assert quant_state.offset is not None
         scales = dequantize_blockwise(scales, quant_state.state2) + quant_state.offset
     args = (A, scales.float(), quant_state.code.to(A.device), quant_state.blocksize, quant_state.dtype)
     if out is None:

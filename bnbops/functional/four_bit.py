@@ -19,7 +19,7 @@ with lasting():  # at import: no tracer sees the making
     _MAPS = {name: create_4bit_map(name) for name in ("nf4", "fp4", "int4", "af4")}
 
 
-def _check(function: str, dtype: torch.dtype, blocksize: int, quant_type: str) -> None:
+def _check(function: str, dtype: torch.dtype | None, blocksize: int | None, quant_type: str | None) -> None:
     if dtype not in _FLOAT_DTYPES:
         raise ValueError(f"{function} takes float32, bfloat16 or float16 tensors, got {dtype}")
     if blocksize not in BLOCKS_4BIT:
@@ -40,9 +40,9 @@ def in_own_order(packed: Tensor) -> tuple[Tensor, bool]:
 
 def scale_arguments(state: QuantState) -> tuple[Tensor, dict[str, Any]]:
     """absmax and the keyword arguments `nested_*` that the 4-bit operators take."""
-    if not state.nested:
+    if (second := state.state2) is None:
         return state.absmax.float(), {}
-    second = state.state2
+    assert state.offset is not None
     return state.absmax, {
         "nested_absmax": second.absmax.float(),
         "nested_code": second.code,
@@ -180,7 +180,7 @@ def dequantize_4bit(
         blocksize = _BLOCKSIZE if blocksize is None else blocksize
         quant_state = QuantState(absmax, out.shape, None, blocksize, quant_type, out.dtype)
     _check("dequantize_4bit", quant_state.dtype, quant_state.blocksize, quant_state.quant_type)
-    shape = list(quant_state.shape)
+    shape = list(quant_state.shape or ())
     packed, transposed = in_own_order(A)
     if transposed and len(shape) != 2:
         raise ValueError(

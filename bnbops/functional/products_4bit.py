@@ -16,13 +16,14 @@ def _weight_arguments(function: str, packed: Tensor, state: QuantState | None) -
     """What the operators take to know a weight matrix."""
     if state is None:
         raise ValueError(f"{function} needs the state that quantize_4bit returned")
-    if len(state.shape) != 2:
+    shape = list(state.shape or ())
+    if len(shape) != 2:
         raise ValueError(
-            f"{function} multiplies by a matrix, but the state's shape is {list(state.shape)}; the experts of a "
+            f"{function} multiplies by a matrix, but the state's shape is {shape}; the experts of a "
             "three-dimensional weight go through torch.ops.bnbops.grouped_linear_4bit"
         )
     scales, nested = scale_arguments(state)
-    weight = {"weight": in_own_order(packed)[0], "absmax": scales, "shape": list(state.shape)}
+    weight = {"weight": in_own_order(packed)[0], "absmax": scales, "shape": shape}
     return weight | {"blocksize": state.blocksize, "quant_type": state.quant_type} | nested
 
 

@@ -59,13 +59,13 @@ class _LinearOfFloatWeight(torch.autograd.Function):
         return _product(x, *quantize_weight(weight), bias, threshold, training)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, *_ = inputs
         ctx.save_for_backward(x, weight)  # the codes are made again: they would take half the weight's memory
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
@@ -119,7 +119,7 @@ def linear(
     bias = None if bias is None else bias.to(x.dtype)
     if scales is not None:
         return _product(x, weight, scales, bias, threshold, training)
-    return _LinearOfFloatWeight.apply(x, weight, bias, threshold, training)
+    return _LinearOfFloatWeight.apply(x, weight, bias, threshold, training)  # type: ignore[no-untyped-call]  # torch's
 
 
 def matmul(

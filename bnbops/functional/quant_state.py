@@ -149,6 +149,7 @@ class QuantState:
             "shape": None if self.shape is None else tuple(self.shape),
         }
         if self.state2 is not None:
+            assert self.state2.code is not None and self.offset is not None
             values |= {
                 "nested_absmax": self.state2.absmax,
                 "nested_blocksize": self.state2.blocksize,
@@ -164,10 +165,10 @@ class QuantState:
 
     def to(self, device: torch.device | str) -> None:
         """Moves all tensors, in place."""
-        self.code = self.code.to(device)
         self.absmax = self.absmax.to(device)
+        self.code = None if self.code is None else self.code.to(device)
+        self.offset = None if self.offset is None else self.offset.to(device)
         if self.state2 is not None:
-            self.offset = self.offset.to(device)
             self.state2.to(device)
 
     def __getattr__(self, name: str) -> Any:

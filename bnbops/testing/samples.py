@@ -104,12 +104,12 @@ def _dequantize_out() -> list[Sample]:
 
 # ---- optimizer steps -------------------------------------------------------------------------------------------
 
-_OPTIONS = {
+_OPTIONS: dict[str, float] = {
     **{"beta1": 0.9, "beta2": 0.99, "beta3": 0.999, "alpha": 0.9, "momentum": 0.9, "dampening": 0.1, "nesterov": False},
     **{"eps": 1e-8, "weight_decay": 0.1, "lr_decay": 0.1, "bias_correction": True, "adam_w_mode": True},
     **{"t_alpha": 5, "t_beta3": 5},
 }
-_VARIATIONS = {
+_VARIATIONS: dict[str, dict[str, Any]] = {
     "nesterov": {"nesterov": True, "dampening": 0.0},
     "no bias correction, coupled weight decay": {"bias_correction": False, "adam_w_mode": False},
     "no schedules": {"t_alpha": 0, "t_beta3": 0},
@@ -125,10 +125,10 @@ def _step(rule: Rule) -> list[Sample]:
 def _essential_steps(rule: Rule) -> list[Sample]:
     """What may differ from one rule to the next."""
     sample, names = partial(_step_sample, rule), [option.name for option in rule.options]
-    trust = {"trust": tensor([0.3, 2.0])} if rule.trust else {}
-    scaling = {"grad_scale": full((1,), 4.0), "found_inf": full((1,), 0.0), "clip": tensor([0.5, 1.0])}
+    trust: dict[str, Any] = {"trust": tensor([0.3, 2.0])} if rule.trust else {}
+    scaling: dict[str, Any] = {"grad_scale": full((1,), 4.0), "found_inf": full((1,), 0.0), "clip": tensor([0.5, 1.0])}
     halved = [_OPTIONS[o] / 2 if isinstance(_OPTIONS[o], float) else _OPTIONS[o] for o in names]
-    held = {"options": tensor(halved, torch.float64)}
+    held: dict[str, Any] = {"options": tensor(halved, torch.float64)}
     found = [
         sample("float32 states, float32", 32),
         sample("8-bit states in rows, bfloat16", 8, dtype=torch.bfloat16),

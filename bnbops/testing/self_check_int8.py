@@ -115,7 +115,7 @@ def _linear(before: dict[str, Any], result: Tensor, _after: dict[str, Any]) -> N
     parts.append(_counted(matrix, 0.0)[0].double()[:, outliers] @ W.double().t()[outliers])
     if bias is not None:
         parts.append(bias.detach().double().expand(parts[0].shape))
-    expected, magnitude = sum(parts), sum(part.abs() for part in parts)
+    expected, magnitude = torch.stack(parts).sum(0), torch.stack(parts).abs().sum(0)
     expect(result.dtype == x.dtype, "result of the wrong dtype")
     expect_close(_matrix(result.detach()), expected, "values", magnitude)
 

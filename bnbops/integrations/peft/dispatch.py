@@ -55,7 +55,9 @@ def _layer_class(base: nn.Module, parameter_name: str | None, linear: type, embe
     return found
 
 
-def _creating(original: Callable[..., nn.Module], linear: type, embedding: type | None) -> staticmethod:
+def _creating(
+    original: Callable[..., nn.Module], linear: type, embedding: type | None
+) -> staticmethod[..., nn.Module | None]:
     """`_create_new_module` of one of PEFT's models, which knows bnbops' layers first."""
 
     @functools.wraps(original)

@@ -26,7 +26,7 @@ _LAZY: dict[str, str] = {
 __all__ = ["BnbOpsConfig", "BnbOpsHfQuantizer", "load_bitsandbytes_checkpoints", *_LAZY]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name in _LAZY:
         return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

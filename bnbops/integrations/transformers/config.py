@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -108,13 +108,13 @@ class BnbOpsConfig(QuantizationConfigMixin):
                 values[name] = str(values[name]).removeprefix("torch.")
         return values | {"skip": None if self.skip is None else list(self.skip)}
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, BnbOpsConfig) and self.to_dict() == other.to_dict()
 
-    __hash__ = None  # type: ignore[assignment]  # mutable
+    __hash__ = None  # mutable
 
     def update(self, **kwargs: Any) -> dict[str, Any]:
         """As in Transformers: takes the options among the arguments, checked, and returns the others."""

@@ -69,7 +69,7 @@ class CompiledStep:
             raise ValueError(f'graph_per must be "step" or "micro_batch", got {graph_per!r}')
         super().__init__(*args, **kwargs)
         _refuse_what_is_not_one_graph(self, graph_per)
-        self.compiled_step: CompiledTrainStep | None = None
+        self.compiled_step: CompiledTrainStep[..., Any] | None = None
         self._graph_per = graph_per
         self._compile_options = {
             "backend": compile_backend,
@@ -122,7 +122,7 @@ class CompiledStep:
         # As Trainer's, which asks of a nullcontext for its class: Dynamo cannot before torch 2.13.
         return self.autocast_smart_context_manager()
 
-    def _step_for(self, model: nn.Module) -> CompiledTrainStep:
+    def _step_for(self, model: nn.Module) -> CompiledTrainStep[..., Any]:
         optimizer = unwrapped(self.optimizer)
         if self._compiled_for != (model, optimizer):
             self._compiled_for = (model, optimizer)
@@ -130,7 +130,7 @@ class CompiledStep:
             self._ignored_logging = _logging_of_transformers()
         return self.compiled_step
 
-    def _compile(self, model: nn.Module, optimizer: Optimizer) -> CompiledTrainStep:
+    def _compile(self, model: nn.Module, optimizer: Optimizer) -> CompiledTrainStep[..., Any]:
         forward_backward = super().training_step
         max_norm = self.args.max_grad_norm or math.inf  # with inf it only measures, as the Trainer does
 

@@ -218,7 +218,7 @@ class Params4bit(QuantizedParameter):
         return None if reference is None else reference()
 
     @module.setter
-    def module(self, module: nn.Module | weakref.ref | None) -> None:
+    def module(self, module: nn.Module | weakref.ref[nn.Module] | None) -> None:
         is_module = isinstance(module, nn.Module)
         self.__dict__["module"] = weakref.ref(module) if is_module else module  # else of another one's `__dict__`
 

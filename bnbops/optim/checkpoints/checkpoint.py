@@ -53,8 +53,8 @@ def load(optimizer: StatefulOptimizer, state_dict: dict[str, Any], move_to_devic
     optimizer.__setstate__({"state": state, "param_groups": groups})
     optimizer._unmoved = not move_to_device
     del former  # after its tensors: so their memory is free at once
-    for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
-        hook(optimizer)
+    for after in optimizer._optimizer_load_state_dict_post_hooks.values():
+        after(optimizer)
 
 
 def problem_with(

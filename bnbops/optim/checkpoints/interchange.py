@@ -24,7 +24,7 @@ from bnbops.optim.core.codec import code_map, decoded, encoded
 from bnbops.optim.core.state import absmax_name, absmax_shape
 
 if TYPE_CHECKING:
-    from bnbops.optim.core.optimizer import Optimizer
+    from bnbops.optim.core.stateful import StatefulOptimizer
 
 _NESTED = "__bnb_optimizer_quant_state__"
 _SCHEDULE = {"alpha", "t_alpha", "t_beta3"}  # AdEMAMix's
@@ -68,7 +68,7 @@ def is_bitsandbytes(state_dict: dict[str, Any]) -> bool:
     return all({"lr", "betas", "eps", "weight_decay"} <= group.keys() and "maximize" not in group for group in groups)
 
 
-def from_bitsandbytes(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def from_bitsandbytes(optimizer: StatefulOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict of bitsandbytes' class of the same name, as `optimizer.load_state_dict` takes it.
 
     Nothing is computed: codes and scales keep their bytes, so training goes on from bitsandbytes' very state. Scales
@@ -114,7 +114,7 @@ def check_groups(optimizer: torch.optim.Optimizer, saved_groups: list[dict[str, 
         raise ValueError(f"the {whose} state dict has param groups of {found} parameters, this optimizer of {expected}")
 
 
-def to_bitsandbytes(optimizer: Optimizer) -> dict[str, Any]:
+def to_bitsandbytes(optimizer: StatefulOptimizer) -> dict[str, Any]:
     """The optimizer's state dict as bitsandbytes 0.50 writes it, for `load_state_dict` of its class of the same name.
 
     8-bit states keep their bytes where blocks are flat, or rows consist of whole blocks (256 divides the number of
@@ -140,24 +140,24 @@ def to_bitsandbytes(optimizer: Optimizer) -> dict[str, Any]:
     return {"state": states, "param_groups": groups}
 
 
-def _storage(optimizer: Optimizer) -> _Storage:
+def _storage(optimizer: StatefulOptimizer) -> _Storage:
     if (name := optimizer._rules[0].name) not in _STORAGE:
         raise ValueError(f"{_name(optimizer)} has no counterpart in bitsandbytes to exchange state dicts with")
     return _STORAGE[name]
 
 
-def _name(optimizer: Optimizer) -> str:
+def _name(optimizer: StatefulOptimizer) -> str:
     return type(optimizer).__name__
 
 
-def _slots(optimizer: Optimizer, group: dict[str, Any]) -> _Slots:
+def _slots(optimizer: StatefulOptimizer, group: dict[str, Any]) -> _Slots:
     """Of three states, the first two are stacked."""
     names = optimizer._rule(group).state_names
     return [(1, names[:-1] or names), (2, names[-1:])][: len(names)]
 
 
 def _read_group(
-    optimizer: Optimizer, storage: _Storage, i: int, group: dict[str, Any], saved: dict[str, Any]
+    optimizer: StatefulOptimizer, storage: _Storage, i: int, group: dict[str, Any], saved: dict[str, Any]
 ) -> dict[str, Any]:
     """Our group with the saved options, and whatever else a user or a scheduler put into the saved group."""
     here, schedule = f"param group {i} of the bitsandbytes state dict", storage.betas.count("betas") == 3
@@ -167,7 +167,7 @@ def _read_group(
     if not _plausible(storage, betas, eps) or (schedule and not saved.keys() >= _SCHEDULE):
         raise ValueError(f"{here} has betas={betas}, eps={eps}; is it of another optimizer than {_name(optimizer)}?")
     for k, key in enumerate(storage.betas):
-        if key in storage.ignored and betas[k] != storage.ignored[key]:
+        if isinstance(key, str) and key in storage.ignored and betas[k] != storage.ignored[key]:
             raise ValueError(
                 f"{here} has betas={betas}, but bitsandbytes ignores {key}={betas[k]}: set betas[{k}] to "
                 f"{storage.ignored[key]} to go on as it did (or is it of another optimizer than {_name(optimizer)}?)"
@@ -193,7 +193,7 @@ def _plausible(storage: _Storage, betas: tuple[float, ...], eps: float) -> bool:
 
 
 def _write_group(
-    optimizer: Optimizer, storage: _Storage, i: int, group: dict[str, Any], ids: list[int]
+    optimizer: StatefulOptimizer, storage: _Storage, i: int, group: dict[str, Any], ids: list[int]
 ) -> dict[str, Any]:
     for key, value in {**storage.ignored, "maximize": False}.items():
         if group[key] != value:

@@ -50,12 +50,13 @@ def check_state(
     if state.keys() - {"gnorm_vec"} != expected:
         missing, extra = sorted(expected - state.keys()), sorted(state.keys() - expected)
         return f"its keys do not fit: missing {missing}, unexpected {extra}"
-    if bad := [key for key, value in state.items() if not isinstance(value, Tensor)]:
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if bad := [key for key in state if key not in tensors]:
         return f"{bad} are not tensors"
     if quantized and param.dim() == 0:
         return "a parameter without dimensions has no 8-bit state"
     scales = [absmax_shape(param.shape), flat_absmax_shape(param.shape)] if quantized else []
-    for key, tensor in state.items():
+    for key, tensor in tensors.items():
         if key in PER_PARAMETER:
             shapes, dtype = [PER_PARAMETER[key], (1,)] if key == "step" else [PER_PARAMETER[key]], torch.float32
         elif key in present:
@@ -82,7 +83,7 @@ def placed_state(param: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor
     return {key: placed(param, key, tensor) for key, tensor in state.items()}
 
 
-def keeps_blocks(param: Tensor, state: Mapping[str, object]) -> bool:
+def keeps_blocks(param: Tensor, state: Mapping[str, Any]) -> bool:
     """Whether each rank's part of a parameter has whole blocks of a state, if they are blocks."""
     scales = [state[absmax_name(key)] for key in state if absmax_name(key) in state]
     if not scales or not is_dtensor(param):

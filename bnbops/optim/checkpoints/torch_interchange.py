@@ -62,7 +62,7 @@ _COMMON = ("lr", "weight_decay", "maximize")
 
 def is_torch(state_dict: dict[str, Any]) -> bool:
     """Whether a state dict is one of torch.optim's optimizers (not whether it fits any of ours)."""
-    groups = state_dict.get("param_groups")
+    groups = state_dict.get("param_groups") or ()
     ours = {"format_version", "optim_bits"}
     return bool(groups) and all("maximize" in group and not ours & group.keys() for group in groups)
 

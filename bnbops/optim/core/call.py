@@ -43,12 +43,11 @@ class Call:
         if self.percentile != 100:
             self.keys.append(("gnorm_vec", self.gnorm_vecs))
 
-    def add(self, param: Tensor, state: dict[str, Tensor]) -> None:
+    def add(self, param: Tensor, grad: Tensor, state: dict[str, Tensor]) -> None:
         """Appends a parameter, its gradient and its state."""
-        grad = param.grad
         self.whole.append(param)
         if is_dtensor(param):
-            param, grad = param.to_local(), local_grad(param)
+            grad, param = local_grad(param, grad), param.to_local()
             state = {key: local(tensor) for key, tensor in state.items()}
         if not param.is_contiguous():  # states are in logical order whatever the strides: work on a copy in that order
             original, param = param, param.contiguous()

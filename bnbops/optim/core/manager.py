@@ -106,7 +106,7 @@ class GlobalOptimManager:
             raise ValueError("give either key and value, or key_value_dict")
         if key is not None and value is None:
             raise ValueError(f"no value for {key!r}; to override it with None, use key_value_dict={{{key!r}: None}}")
-        config = {key: value} if key_value_dict is None else key_value_dict
+        config: Mapping[str, Any] = (key_value_dict or {}) if key is None else {key: value}
         _check_known(config)
         tensors = _tensors(parameters)
         for param in tensors:
@@ -172,7 +172,8 @@ class GlobalOptimManager:
 
     def _warn_if_late(self, param: Tensor, config: Mapping[str, Any]) -> None:
         late = sorted(STATE_OPTIONS & config.keys())
-        optimizers = [optimizer for reference in list(self._optimizers.data) if (optimizer := reference()) is not None]
+        references = list(self._optimizers.data)  # type: ignore[attr-defined]  # as in _living; not in the stub
+        optimizers = [optimizer for reference in references if (optimizer := reference()) is not None]
         names = sorted({type(optimizer).__name__ for optimizer in optimizers if optimizer.state.get(param)})
         if late and names:
             warnings.warn(

@@ -144,15 +144,15 @@ class Optimizer(StatefulOptimizer):
         scaling = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
         calls: dict[bool, Call] = {}
         for param in batch.params:
-            if param.grad is None:
+            if (grad := param.grad) is None:
                 continue
-            if param.grad.is_sparse:
+            if grad.is_sparse:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients; use a dense embedding")
             state = self._state_of(param, batch.plan)
             quantized = batch.plan.absmax in state
             if quantized not in calls:
                 calls[quantized] = Call(self._operator(batch.plan), batch.plan, quantized, batch.arguments | scaling)
-            calls[quantized].add(param, state)
+            calls[quantized].add(param, grad, state)
         return list(calls.values())
 
     def _param_lists(self) -> list[list[Tensor]]:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from numbers import Real
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar, cast
 
 from torch import Tensor
 
@@ -34,7 +34,7 @@ def require(ok: bool, message: str) -> None:
 
 def non_negative(name: str, value: Any) -> None:
     require(
-        isinstance(value, Real) and math.isfinite(value) and value >= 0,
+        isinstance(value, Real) and math.isfinite(value) and value >= 0,  # type: ignore[operator]  # not in Real's stub
         f"{name} must be finite and not negative, got {value!r}",
     )
 
@@ -195,5 +195,5 @@ def takes_common_keywords(init: Init) -> Init:
             raise TypeError(f"{init.__qualname__}() got an unexpected keyword argument '{name}'")
         init(self, *args, **kwargs)
 
-    checked.__signature__ = signature
-    return checked
+    checked.__signature__ = signature  # type: ignore[attr-defined]  # what inspect looks for
+    return cast(Init, checked)

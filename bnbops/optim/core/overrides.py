@@ -10,7 +10,7 @@ from bnbops.optim.core.manager import GlobalOptimManager
 from bnbops.optim.core.options import learning_rate, with_vector_size
 
 if TYPE_CHECKING:
-    from bnbops.optim.core.optimizer import Optimizer
+    from bnbops.optim.core.stateful import StatefulOptimizer
 
 NONE = -1
 
@@ -26,7 +26,7 @@ class Overrides:
         self.values: list[dict[str, Any]] = []
         self.number_of: dict[Tensor, int] = {}
 
-    def look_up(self, optimizer: Optimizer) -> None:
+    def look_up(self, optimizer: StatefulOptimizer) -> None:
         """Asks the manager for the overrides of every parameter.
 
         Raises:

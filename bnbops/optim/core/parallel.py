@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from bnbops.dtensors import is_dtensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def check_param(param: Tensor) -> None:
@@ -28,7 +33,7 @@ def check_param(param: Tensor) -> None:
         )
 
 
-def local_grad(param: Tensor) -> Tensor:
+def local_grad(param: DTensor, grad: Tensor) -> Tensor:
     """This rank's part of a sharded parameter's gradient, sharded alike.
 
     Backward may leave a gradient otherwise, above all as partial sums of a replicated parameter.
@@ -36,7 +41,6 @@ def local_grad(param: Tensor) -> Tensor:
     Raises:
         RuntimeError: the gradient is no DTensor, or on another mesh.
     """
-    grad = param.grad
     if not is_dtensor(grad) or grad.device_mesh != param.device_mesh:
         found = f"one on {grad.device_mesh}" if is_dtensor(grad) else "a plain tensor"
         raise RuntimeError(

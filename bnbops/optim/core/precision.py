@@ -48,7 +48,7 @@ def variant(
         del given["self"]
         family.__init__(self, **given)
 
-    __init__.__signature__ = signature
+    __init__.__signature__ = signature  # type: ignore[attr-defined]  # what inspect looks for
     __init__.__qualname__ = f"{name}.__init__"
     __init__.__module__ = family.__module__
     return type(

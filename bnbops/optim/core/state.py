@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from bnbops.dtensors import is_dtensor, local
 from bnbops.facts import NORM_HISTORY, STATE_BLOCK, Rule
 from bnbops.lasting import lasting
 from bnbops.optim.paging.memory import Allocate
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 # What a state has once, not for each element, and its shape: whole on every rank, never paged.
 PER_PARAMETER: Mapping[str, tuple[int, ...]] = {"step": (), "gnorm_vec": (NORM_HISTORY,)}
@@ -68,7 +71,7 @@ def wants_8bit(param: Tensor, config: Mapping[str, Any]) -> bool:
 
 def log_32bit(param: Tensor) -> None:
     """Warns, once, that a sharded parameter has 32-bit states although it was to have 8-bit ones."""
-    if not any(param.device_mesh.get_coordinate() or ()):  # one rank speaks for all
+    if is_dtensor(param) and not any(param.device_mesh.get_coordinate() or ()):  # one rank speaks for all
         _log_32bit(tuple(param.shape), param.placements, tuple(param.device_mesh.shape))
 
 
@@ -91,9 +94,10 @@ def shards_whole_blocks(param: Tensor) -> bool:
     if not is_dtensor(param):
         return True
     along = _along(param.shape)
+    placements: Iterable[Any] = param.placements  # those that shard have a `dim`
     cuts = [
         (ranks, placement)
-        for ranks, placement in zip(param.device_mesh.shape, param.placements, strict=True)
+        for ranks, placement in zip(param.device_mesh.shape, placements, strict=True)
         if ranks > 1 and not placement.is_replicate() and placement.dim >= along
     ]
     if any(placement.dim != along for _, placement in cuts):
@@ -129,7 +133,7 @@ def _zeros(
     return like(param, zeros, torch.Size(shape_of(param.shape))) if is_dtensor(param) else zeros
 
 
-def like(tensor: Tensor, part: Tensor, shape: torch.Size) -> Tensor:
+def like(tensor: DTensor, part: Tensor, shape: torch.Size) -> DTensor:
     """This rank's part of a DTensor that is sharded as another one, contiguous.
 
     As fully_shard makes them: DTensor.from_local() would move an offloaded part to the mesh's device.

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from bnbops.dtensors import local
 from bnbops.facts import Rule
@@ -46,7 +47,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         defaults: dict[str, Any],
         optim_bits: int = 32,
         is_paged: bool = False,

@@ -90,7 +90,7 @@ def _are_codes(tensor: Tensor | None) -> bool:
 def _versions(tensors: Iterable[ReferenceType[Tensor]]) -> list[int | None]:
     """How often each has been written; -1 if it is gone, None if it does not count (made in inference mode)."""
     try:
-        return [tensor()._version for tensor in tensors]
+        return [tensor()._version for tensor in tensors]  # type: ignore[union-attr]  # gone: told by the error
     except (AttributeError, RuntimeError):
         alive = [tensor() for tensor in tensors]
         return [-1 if x is None else None if x.is_inference() else x._version for x in alive]

@@ -10,6 +10,8 @@ from bnbops.optim.core.options import MIN_8BIT_SIZE, CommonAndPaged, non_negativ
 from bnbops.optim.core.precision import variant
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
 
 
@@ -36,8 +38,8 @@ class Adagrad(Optimizer):
     @takes_common_keywords
     def __init__(
         self,
-        params,
-        lr=1e-2,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
         lr_decay: float = 0,
         weight_decay: float = 0,
         initial_accumulator_value: float = 0,

@@ -15,6 +15,8 @@ from bnbops.optim.core.options import (
 from bnbops.optim.core.precision import variant
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
 
 
@@ -42,8 +44,8 @@ class Adam(Optimizer):
     @takes_common_keywords
     def __init__(
         self,
-        params,
-        lr=1e-3,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] | str = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0,

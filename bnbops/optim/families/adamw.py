@@ -9,6 +9,8 @@ from bnbops.optim.core.precision import variant
 from bnbops.optim.families.adam import Adam
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
 
 
@@ -18,8 +20,8 @@ class AdamW(Adam):
     @takes_common_keywords
     def __init__(
         self,
-        params,
-        lr=1e-3,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] | str = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,

@@ -16,6 +16,8 @@ from bnbops.optim.core.options import (
 from bnbops.optim.core.precision import variant
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
 
 
@@ -44,8 +46,8 @@ class AdEMAMix(Optimizer):
     @takes_common_keywords
     def __init__(
         self,
-        params,
-        lr=1e-3,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float, float] | str = (0.9, 0.999, 0.9999),
         alpha: float = 5.0,
         t_alpha: int | None = None,

@@ -22,6 +22,7 @@ from bnbops.optim.core.options import (
 from bnbops.optim.core.precision import variant
 
 if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
 
 
@@ -55,8 +56,8 @@ class LAMB(Optimizer):
     @takes_common_keywords
     def __init__(
         self,
-        params,
-        lr=1e-3,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
         bias_correction: bool = True,
         betas: tuple[float, float] | str = (0.9, 0.999),
         eps: float = 1e-8,

@@ -21,6 +21,7 @@ from bnbops.optim.core.state import Plan
 from bnbops.optim.families.sgd import check_nesterov, undampened
 
 if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
 
 
@@ -53,8 +54,8 @@ class LARS(Optimizer):
     @takes_common_keywords
     def __init__(
         self,
-        params,
-        lr,
+        params: ParamsT,
+        lr: float | Tensor,
         momentum: float = 0,
         dampening: float = 0,
         weight_decay: float = 0,
@@ -122,8 +123,8 @@ class PytorchLARS(Optimizer):
     @takes_common_keywords
     def __init__(
         self,
-        params,
-        lr=0.01,
+        params: ParamsT,
+        lr: float | Tensor = 0.01,
         momentum: float = 0,
         dampening: float = 0,
         weight_decay: float = 0,

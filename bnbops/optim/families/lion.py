@@ -10,6 +10,8 @@ from bnbops.optim.core.options import MIN_8BIT_SIZE, CommonKeywords, takes_commo
 from bnbops.optim.core.precision import variant
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
 
 
@@ -35,8 +37,8 @@ class Lion(Optimizer):
     @takes_common_keywords
     def __init__(
         self,
-        params,
-        lr=1e-4,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
         betas: tuple[float, float] | str = (0.9, 0.99),
         weight_decay: float = 0,
         optim_bits: int = 32,

@@ -16,6 +16,8 @@ from bnbops.optim.core.options import (
 from bnbops.optim.core.precision import variant
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
 
 
@@ -44,8 +46,8 @@ class RMSprop(Optimizer):
     @takes_common_keywords
     def __init__(
         self,
-        params,
-        lr=1e-2,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
         alpha: float = 0.99,
         eps: float = 1e-8,
         weight_decay: float = 0,

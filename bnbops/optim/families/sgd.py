@@ -16,6 +16,8 @@ from bnbops.optim.core.options import (
 from bnbops.optim.core.precision import variant
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
 
 
@@ -62,8 +64,8 @@ class SGD(Optimizer):
     @takes_common_keywords
     def __init__(
         self,
-        params,
-        lr,
+        params: ParamsT,
+        lr: float | Tensor,
         momentum: float = 0,
         dampening: float = 0,
         weight_decay: float = 0,
