@@ -28,10 +28,8 @@ class Optimizer2State(_Kind):
     """What bitsandbytes derives from the class of this name is an instance of this one."""
 
 
-for _family in (Adagrad, LARS, Lion, RMSprop, SGD):
-    Optimizer1State.register(_family)
-for _family in (AdEMAMix, Adam, AdamW, LAMB):
-    Optimizer2State.register(_family)
+for _family in (Adagrad, Adam, AdamW, AdEMAMix, LAMB, LARS, Lion, RMSprop, SGD):
+    (Optimizer2State if len(_family._rules[0].states) > 1 else Optimizer1State).register(_family)
 
 
 class MockArgs:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bnbops.dtensors import is_dtensor
-from bnbops.facts import STATE_BLOCK
+from bnbops.facts import RULES, STATE_BLOCK, Rule
 from bnbops.optim.core.codec import code_map, decoded, encoded
 from bnbops.optim.core.state import absmax_name, absmax_shape
 
@@ -35,25 +35,34 @@ _GROUP_KEYS = {"params", "lr", "betas", "eps", "weight_decay", *_SCHEDULE}
 class _Storage:
     """How bitsandbytes stores the options of an update rule: all its classes share the keys "betas" and "eps"."""
 
+    rule: Rule
     betas: tuple[str | float, ...]  # our option behind each of its "betas", or the number that is always there
     nonzero: int | None = None  # the one of its "betas" that cannot be 0
-    eps: bool = True  # else its "eps" is always 0
-    states: int = 2
-    unorm: bool = False  # keeps "unorm_vec", where it writes the update's norm
     ignored: Mapping[str, Any] = field(default_factory=dict)  # options that its kernels do not know, and what they do
+
+    @property
+    def two_states(self) -> bool:
+        """Whether it is of a class with state1 and state2."""
+        return len(self.rule.states) > 1
+
+    @property
+    def eps(self) -> bool:
+        """Whether its "eps" is not always 0."""
+        return any(option.name == "eps" for option in self.rule.options)
 
 
 _NO_NESTEROV = {"dampening": 0, "nesterov": False}
-_STORAGE = {
-    "adam": _Storage(("betas", "betas")),
-    "lamb": _Storage(("betas", "betas"), unorm=True, ignored={"bias_correction": True, "adam_w_mode": True}),
-    "ademamix": _Storage(("betas", "betas", "betas")),
-    "lion": _Storage(("betas", "betas"), nonzero=1, eps=False, states=1),
-    "momentum": _Storage(("momentum", "dampening"), nonzero=0, eps=False, states=1, ignored=_NO_NESTEROV),
-    "lars": _Storage(("momentum", "dampening"), nonzero=0, eps=False, states=1, unorm=True, ignored=_NO_NESTEROV),
-    "rmsprop": _Storage(("alpha", "momentum"), nonzero=0, states=1, ignored={"momentum": 0}),
-    "adagrad": _Storage((0, 0), states=1, ignored={"lr_decay": 0}),
-}
+_COUNTERPARTS = (
+    _Storage(RULES["adam"], ("betas", "betas")),
+    _Storage(RULES["lamb"], ("betas", "betas"), ignored={"bias_correction": True, "adam_w_mode": True}),
+    _Storage(RULES["ademamix"], ("betas", "betas", "betas")),
+    _Storage(RULES["lion"], ("betas", "betas"), nonzero=1),
+    _Storage(RULES["momentum"], ("momentum", "dampening"), nonzero=0, ignored=_NO_NESTEROV),
+    _Storage(RULES["lars"], ("momentum", "dampening"), nonzero=0, ignored=_NO_NESTEROV),
+    _Storage(RULES["rmsprop"], ("alpha", "momentum"), nonzero=0, ignored={"momentum": 0}),
+    _Storage(RULES["adagrad"], (0, 0), ignored={"lr_decay": 0}),
+)
+_STORAGE = {storage.rule.name: storage for storage in _COUNTERPARTS}
 _Slots = list[tuple[int, tuple[str, ...]]]  # our states behind bitsandbytes' state1 and state2
 
 
@@ -189,7 +198,7 @@ def _plausible(storage: _Storage, betas: tuple[float, ...], eps: float) -> bool:
         return False
     if any(beta != key for key, beta in zip(storage.betas, betas, strict=True) if not isinstance(key, str)):
         return False
-    return storage.states == 2 or (eps != 0) == storage.eps
+    return storage.two_states or (eps != 0) == storage.eps
 
 
 def _write_group(
@@ -213,7 +222,7 @@ def _write_group(
         "eps": group["eps"] if storage.eps else 0.0,
         "weight_decay": group["weight_decay"],
     }
-    if storage.states == 2:  # Adam and LAMB have AdEMAMix's keys, too
+    if storage.two_states:  # Adam and LAMB have AdEMAMix's keys, too
         written |= {"alpha": group.get("alpha", 0.0), "t_alpha": group.get("t_alpha"), "t_beta3": group.get("t_beta3")}
     extra = group.keys() - optimizer.defaults.keys() - _GROUP_KEYS
     return {**written, "params": ids, **{key: group[key] for key in extra}}
@@ -228,9 +237,9 @@ def _state_problem(
     quantized = any(f"absmax{number}" in state for number, _ in slots)
     kinds = ("state", "qmap", "absmax") if quantized else ("state",)
     needed = {"step", *(f"{kind}{number}" for number, _ in slots for kind in kinds)}
-    if storage.unorm and group["max_unorm"]:
+    if storage.rule.trust and group["max_unorm"]:
         needed.add("unorm_vec")
-    known = needed | {"gnorm_vec"} | ({"unorm_vec"} if storage.unorm else set())
+    known = needed | {"gnorm_vec"} | ({"unorm_vec"} if storage.rule.trust else set())
     missing, extra = sorted(needed - state.keys()), sorted(state.keys() - known)
     if missing or extra:
         return f"keys missing: {missing}, unexpected: {extra}; is it of another optimizer?"
@@ -307,7 +316,7 @@ def _write_state(storage: _Storage, slots: _Slots, state: dict[str, Tensor]) -> 
             states, scales = zip(*(_flat(name, state[name], state[absmax_name(name)]) for name in ours), strict=True)
             written |= {f"qmap{number}": code_map(ours[0], device), f"absmax{number}": joined(scales)}
         written[f"state{number}"] = joined(states)
-    if storage.unorm:
+    if storage.rule.trust:  # where it writes the update's norm
         written["unorm_vec"] = torch.zeros(1, dtype=torch.float32, device=device)
     return {"step": int(state["step"].item()), _NESTED: written}
 

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
-# What a param group may hold, over all optimizers.
-KNOWN_OPTIONS = (
-    "adam_w_mode", "alpha", "betas", "bias_correction", "dampening", "eps", "initial_accumulator_value", "is_paged",
-    "lr", "lr_decay", "max_unorm", "maximize", "min_8bit_size", "min_8bit_vector_size", "momentum", "nesterov",
-    "optim_bits", "percentile_clipping", "t_alpha", "t_beta3", "trust_clip", "weight_decay",
-)  # fmt: skip
+from bnbops.facts import RULES
+
+# What a param group may hold, over all optimizers: the operators' options, and those that are Python's.
+_OF_RULES = {option.name for rule in RULES.values() for option in rule.options if not option.name.startswith("beta")}
+_OF_PYTHON = {
+    "betas", "initial_accumulator_value", "is_paged", "lr", "max_unorm", "maximize", "min_8bit_size",
+    "min_8bit_vector_size", "optim_bits", "percentile_clipping", "trust_clip",
+}  # fmt: skip
+KNOWN_OPTIONS = tuple(sorted(_OF_RULES | _OF_PYTHON))
 # Those that count only when a parameter's state is built.
 STATE_OPTIONS = frozenset(
     {"initial_accumulator_value", "is_paged", "min_8bit_size", "min_8bit_vector_size", "optim_bits"}
