@@ -16,12 +16,38 @@ import torch
 
 
 @dataclass(frozen=True)
+class Role:
+    """What the numbers of a state are, and so how a codec codes them (csrc/codecs/codec.h)."""
+
+    name: str
+    signed: bool  # by the codec's values for either sign, else by those that are never negative
+    divisor: bool  # never negative, and a step divides by its root: what is positive stays so
+
+
+@dataclass(frozen=True)
+class Codec:
+    """What the codes of a state mean: element i of a block has the value `values[code[i]] * absmax`."""
+
+    name: str
+    dtype: torch.dtype  # of the codes, whose bytes number the values
+    signed: tuple[float, ...]
+    unsigned: tuple[float, ...]
+
+    def values(self, role: Role) -> tuple[float, ...]:
+        """256 numbers of float32 in [-1, 1], by code."""
+        return self.signed if role.signed else self.unsigned
+
+    def code(self, value: float, role: Role) -> int:
+        """The code, as a byte, of a value that is among them."""
+        return self.values(role).index(value)
+
+
+@dataclass(frozen=True)
 class State:
     """A state of an optimizer: one number for each element of a parameter."""
 
     name: str
-    signed: bool  # 8-bit codes are of the signed dynamic map, else of the unsigned one
-    divisor: bool  # never negative, and a step divides by its root: what is positive stays so
+    role: Role
 
 
 @dataclass(frozen=True)
@@ -47,8 +73,7 @@ class Rule:
     name: str
     states: tuple[State, ...]
     options: tuple[Option, ...]
-    trust: bool = False  # takes a ratio for each parameter
-    direction_norm: bool = False  # which is made from the norm of the step's direction
+    trust: str = "none"  # what a ratio for each parameter scales: the "gradient", the "direction", or there is "none"
 
     @property
     def step(self) -> str:
@@ -56,9 +81,14 @@ class Rule:
         return f"{self.name}_step_"
 
     @property
-    def squared_norms(self) -> str:
-        """The operator that gives squared norms of the direction, if the rule has `direction_norm`."""
-        return f"{self.name}_squared_norms"
+    def direction(self) -> str:
+        """The operator that takes its first half: it moves the states on and gives the direction."""
+        return f"{self.name}_direction_"
+
+    @property
+    def apply(self) -> str:
+        """The operator that takes its second half, along a direction."""
+        return f"{self.name}_apply_"
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -71,12 +101,21 @@ def _option(name: str, type: str, below: float | None, range: str, **low: float 
 
 
 def _rule(name: str, facts: Mapping[str, Any]) -> Rule:
-    states = tuple(State(**state) for state in facts["states"])
+    states = tuple(State(state["name"], ROLES[state["role"]]) for state in facts["states"])
     options = tuple(_option(**option) for option in facts["options"])
-    return Rule(name, states, options, facts["trust"], facts["direction_norm"])
+    return Rule(name, states, options, facts["trust"])
+
+
+def _codec(name: str, facts: Mapping[str, Any]) -> Codec:
+    return Codec(name, getattr(torch, facts["dtype"]), tuple(facts["signed"]), tuple(facts["unsigned"]))
 
 
 _facts = json.loads(torch.ops.bnbops.facts())
+ROLES: Mapping[str, Role] = {name: Role(name, **facts) for name, facts in _facts["roles"].items()}
+CODECS: Mapping[str, Codec] = {name: _codec(name, facts) for name, facts in _facts["codecs"].items()}
+DEFAULT_CODEC: str = _facts["default_codec"]
+UNCODED: str = _facts["uncoded"]
+"""In place of a codec's name: float32."""
 RULES: Mapping[str, Rule] = {name: _rule(name, facts) for name, facts in _facts["rules"].items()}
 STATES: Mapping[str, State] = {state.name: state for rule in RULES.values() for state in rule.states}
 """Of all rules, by name: a name means the same in each of them."""

@@ -4,7 +4,7 @@
 set(BNBOPS_SCHEMAS ops/ops.cpp ops/facts.cpp)
 
 # The argument checks, which every backend has in it.
-set(BNBOPS_CHECKS core/check.cpp ops/blockwise/blockwise.cpp ops/norms/norms.cpp ops/optimizer/optimizer.cpp
+set(BNBOPS_CHECKS core/check.cpp ops/blockwise/blockwise.cpp ops/norms/norms.cpp ops/optimizer/optimizer.cpp ops/optimizer/state_codes.cpp
   ops/weight_4bit/weight_4bit.cpp ops/int8/int8.cpp)
 
 # The CUDA backend. Each kernel file stands beside the binding that calls it; tests/cuda_on_cpu builds the same files.

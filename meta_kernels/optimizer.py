@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from math import prod
 
 import torch
 from torch import Tensor
 
-from bnbops.facts import RULES, STATE_BLOCK, Rule
+from bnbops.facts import CODECS, ROLES, RULES, STATE_BLOCK, UNCODED, Rule
 
 from . import checks as C
-from .checks import Arguments, Problem, Row, blocks, each, fake, row
+from .checks import Arguments, Check, Problem, Row, blocks, each, fake, row
 
 _one_each = C.as_many(lambda a: len(a.params), "has {found} tensors for {needed} params")
 _one_each_for_codes = C.as_many(
@@ -33,54 +34,109 @@ def _grad_dtype(a: Arguments, grad: Tensor) -> Problem:
     return C.dtype(a.params.dtype, torch.float32, words=words)(a, grad)
 
 
-def _rows_or_flat(a: Arguments, absmax: Tensor) -> Problem:
-    param, found = list(a.params.shape), list(absmax.shape)
-    rows, flat = param[0] if param else 1, blocks(prod(param), STATE_BLOCK)
-    per_row = blocks(prod(param[1:]), STATE_BLOCK) if rows else 0
-    by_rows = len(found) == 2 and found[0] == rows and (found[1] == per_row or prod(param) == 0)
-    return not (by_rows or found == [flat]) and (
-        f"has shape {found}, but params of shape {param} need [{rows}, {per_row}] (blocks of {STATE_BLOCK} in each "
-        f"row) or [{flat}] (flat blocks)"
-    )
+def _blocks_of(x: Tensor) -> tuple[int, int, int]:
+    """Rows, blocks of each row, and blocks of the whole."""
+    rows = x.shape[0] if x.dim() else 1
+    return rows, blocks(prod(x.shape[1:]), STATE_BLOCK) if rows else 0, blocks(x.numel(), STATE_BLOCK)
 
 
-def _state(name: str, scales: str, first_scales: str) -> tuple[Row, Row]:
-    """Codes if there are scales for them, else numbers."""
-    one_layout = C.must(
-        lambda a, x: x.dim() == getattr(a, first_scales).dim(),
-        "is laid out by rows and another by flat blocks; use one layout for all states of a parameter",
-    )
-    return (
-        row(
-            name,
-            lambda a, x: (C.float32 if getattr(a, scales) is None else C.uint8)(a, x),
-            C.device,
-            C.contiguous,
-            _shape,
-        ),
-        row(scales, C.float32, C.device, C.contiguous, _rows_or_flat, one_layout),
-    )
+def _rows_or_flat(of: str) -> Check:
+    """The shape of scales."""
+
+    def check(a: Arguments, absmax: Tensor) -> Problem:
+        coded, found = getattr(a, of), list(absmax.shape)
+        rows, per_row, flat = _blocks_of(coded)
+        by_rows = len(found) == 2 and found[0] == rows and (found[1] == per_row or coded.numel() == 0)
+        return not (by_rows or found == [flat]) and (
+            f"has shape {found}, but params of shape {list(coded.shape)} need [{rows}, {per_row}] (blocks of "
+            f"{STATE_BLOCK} in each row) or [{flat}] (flat blocks)"
+        )
+
+    return check
+
+
+# ---- codecs of states ------------------------------------------------------------------------------------------
+
+_known = "".join(f"'{name}', " for name in CODECS) + f"'{UNCODED}'"
+
+
+def _codec_names(a: Arguments, codec: str) -> Problem:
+    fits = all(name in CODECS or name == UNCODED for name in codec.split(","))
+    return not fits and f"must be {_known}, or one of these for each state with commas between, got '{codec}'"
+
+
+def _codec_of(a: Arguments, place: int) -> str:
+    """What `codec` names for a state."""
+    names = a.codec.split(",")
+    return names[0] if len(names) == 1 else names[place]
+
+
+def _codecs(count: int) -> Row:
+    def one_each(a: Arguments, codec: str) -> Problem:
+        found = codec.count(",") + 1
+        return found not in (1, count) and f"names {found} codecs for {count} states, got '{codec}'"
+
+    return row("codec", _codec_names, one_each)
+
+
+def _scales_fit(place: int, name: str) -> Row:
+    """Scales where the codec has them, and only there; one name for all states is of those that have scales."""
+
+    def check(a: Arguments, absmax: list[Tensor]) -> Problem:
+        coded = _codec_of(a, place) != UNCODED
+        fits = coded if absmax else not coded or "," not in a.codec or not a.params
+        words = f"has {len(absmax)} tensors, which does not fit the codec that '{a.codec}' names for {name}"
+        return not fits and words
+
+    return row(f"{name}_absmax", check)
+
+
+def _code_dtype(place: int, scales: str) -> Check:
+    def check(a: Arguments, state: Tensor) -> Problem:
+        if getattr(a, scales) is None:
+            return C.dtype(torch.float32, words=f"float32, as there is no {scales}")(a, state)
+        return C.dtype(CODECS[_codec_of(a, place)].dtype)(a, state)
+
+    return check
+
+
+def _one_layout(names: tuple[str, ...]) -> Check:
+    def check(a: Arguments, absmax: Tensor) -> Problem:
+        first = next(x for name in names if (x := getattr(a, f"{name}_absmax")) is not None)
+        words = "is laid out by rows and another by flat blocks; use one layout for all states of a parameter"
+        return absmax.dim() != first.dim() and words
+
+    return check
 
 
 # ---- the operators of a rule -----------------------------------------------------------------------------------
 
 
-def _rows(rule: Rule) -> Iterator[Row]:
-    states = [(name, f"{name}_absmax") for name in rule.state_names]
-
-    def if_quantized(a: Arguments, absmax: list[Tensor]) -> Problem:
-        return any(getattr(a, scales) for _, scales in states) and _one_each_for_codes(a, absmax)
-
-    yield row("grads", _one_each)
-    yield row("steps", _one_each)
-    for name, scales in states:
+def _rows(rule: Rule, of_step: tuple[str, ...], names: tuple[str, ...]) -> Iterator[Row]:
+    """For one of a rule's operators, with these lists between parameters and states, and these states."""
+    for name in (*of_step, "steps"):
         yield row(name, _one_each)
-        yield row(scales, if_quantized)
+    for name in names:
+        yield row(name, _one_each)
+        yield row(f"{name}_absmax", lambda a, absmax: bool(absmax) and _one_each_for_codes(a, absmax))
+    yield _codecs(len(names))
+    for k, name in enumerate(names):
+        yield _scales_fit(k, name)
+    tensors = {
+        "grads": row("grads", _grad_dtype, C.device, _shape),
+        "directions": row("directions", C.float32, C.device, C.contiguous, _shape),
+    }
     yield each(
         "params",
         row("params", C.floats, C.device, C.contiguous),
-        row("grads", _grad_dtype, C.device, _shape),
-        *(row for state in states for row in _state(*state, first_scales=states[0][1])),
+        *(tensors[name] for name in of_step),
+        *chain.from_iterable(
+            (
+                row(name, _code_dtype(k, f"{name}_absmax"), C.device, C.contiguous, _shape),
+                row(f"{name}_absmax", C.float32, C.device, C.contiguous, _rows_or_flat("params"), _one_layout(names)),
+            )
+            for k, name in enumerate(names)
+        ),
         row("steps", C.float32, C.one_element, C.device),
     )
     yield row("lr", C.dtype(torch.float32, torch.float64), C.one_element, C.readable)
@@ -92,11 +148,31 @@ def _rows(rule: Rule) -> Iterator[Row]:
     yield row("options", C.float64, C.contiguous, _on_cpu, count)
 
 
-def _norms(a: Arguments) -> Tensor:
-    return torch.empty(len(a.params), dtype=torch.float64, device=a.device or "cpu")
-
-
 for _rule in RULES.values():
-    fake(_rule.step, *_rows(_rule))
-    if _rule.direction_norm:
-        fake(_rule.squared_norms, *_rows(_rule), result=_norms)
+    fake(_rule.step, *_rows(_rule, ("grads",), _rule.state_names))
+    fake(_rule.direction, *_rows(_rule, ("grads", "directions"), _rule.state_names))
+    fake(_rule.apply, *_rows(_rule, ("directions",), ()))
+
+
+# ---- states outside a step -------------------------------------------------------------------------------------
+
+_one_codec = row("codec", _codec_names, C.must(lambda a, x: x != UNCODED, "must be one that has codes, got '{x}'"))
+_known_role = row("role", C.must(lambda a, x: x in ROLES, f"must be one of {', '.join(map(repr, ROLES))}, got '{{x}}'"))
+
+
+def _encoded(a: Arguments) -> tuple[Tensor, Tensor]:
+    codes = torch.empty(a.values.shape, dtype=CODECS[a.codec].dtype, device=a.device)
+    rows, per_row, whole = _blocks_of(a.values)
+    shape = (whole,) if a.flat or a.values.dim() < 2 else (rows, per_row)
+    return codes, a.values.new_empty(shape)
+
+
+fake("encode_state", _one_codec, _known_role, row("values", C.float32), result=_encoded)
+fake(
+    "decode_state",
+    _one_codec,
+    _known_role,
+    row("codes", lambda a, x: C.dtype(CODECS[a.codec].dtype)(a, x)),
+    row("absmax", C.float32, C.device, C.contiguous, _rows_or_flat("codes")),
+    result=lambda a: torch.empty(a.codes.shape, dtype=torch.float32, device=a.device),
+)

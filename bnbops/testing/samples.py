@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bnbops._library import operator
 from bnbops.codebooks import create_dynamic_map, create_linear_map
-from bnbops.facts import RULES, STATE_BLOCK, Rule, State
+from bnbops.facts import CODECS, DEFAULT_CODEC, ROLES, RULES, STATE_BLOCK, UNCODED, Codec, Rule, State
 from bnbops.testing.sample import DTYPES, Sample, copied, full, normal, random_codes, strided, tensor
 from bnbops.testing.samples_4bit import BUILDERS_4BIT
 from bnbops.testing.samples_int8 import BUILDERS as BUILDERS_INT8
@@ -125,7 +125,7 @@ def _step(rule: Rule) -> list[Sample]:
 def _essential_steps(rule: Rule) -> list[Sample]:
     """What may differ from one rule to the next."""
     sample, names = partial(_step_sample, rule), [option.name for option in rule.options]
-    trust: dict[str, Any] = {"trust": tensor([0.3, 2.0])} if rule.trust else {}
+    trust: dict[str, Any] = {"trust": tensor([0.3, 2.0])} if rule.trust != "none" else {}
     scaling: dict[str, Any] = {"grad_scale": full((1,), 4.0), "found_inf": full((1,), 0.0), "clip": tensor([0.5, 1.0])}
     halved = [_OPTIONS[o] / 2 if isinstance(_OPTIONS[o], float) else _OPTIONS[o] for o in names]
     held: dict[str, Any] = {"options": tensor(halved, torch.float64)}
@@ -133,9 +133,10 @@ def _essential_steps(rule: Rule) -> list[Sample]:
         sample("float32 states, float32", 32),
         sample("8-bit states in rows, bfloat16", 8, dtype=torch.bfloat16),
         sample("flat 8-bit states, float16", 8, "flat", dtype=torch.float16),
-        sample("maximize, scaled and clipped gradients", 8, maximize=True, **scaling, **trust),
+        sample("maximize, scaled and clipped gradients", 8, maximize=True, codec=DEFAULT_CODEC, **scaling, **trust),
         sample("options in a tensor", 32, **held),
         sample("non-finite gradient elements", 32, grad=_with_non_finite),
+        *_mixed_steps(rule),
         *(sample(what, 8, **options) for what, options in _VARIATIONS.items() if options.keys() <= {*names}),
     ]
     return [s for s in found if rule.states or "8-bit" not in s.name]
@@ -191,11 +192,99 @@ def _step_sample(
     return Sample(what, (params, grads, *states, *absmax, steps), kwargs)
 
 
+def _mixed_steps(rule: Rule) -> list[Sample]:
+    """Steps whose states have several codecs: each of them once, beside fp32 where there is more than one state."""
+    kinds = [(*CODECS, UNCODED)[k % (len(CODECS) + 1)] for k in range(len(rule.states))]
+    if len(set(kinds)) < 2:
+        return []
+    coded = _step_sample(rule, "states of several codecs, bfloat16", 8, dtype=torch.bfloat16)
+    plain = _step_sample(rule, "", 32, dtype=torch.bfloat16)
+    count = len(rule.states)
+    params, grads, *lists, steps = coded.args
+    states = [(coded if kind != UNCODED else plain).args[2 + k] for k, kind in enumerate(kinds)]
+    absmax = [lists[count + k] if kind != UNCODED else [] for k, kind in enumerate(kinds)]
+    states = [
+        [x.view(CODECS[kind].dtype) if kind != UNCODED else x for x in state]
+        for state, kind in zip(states, kinds, strict=True)
+    ]
+    return [Sample(coded.name, (params, grads, *states, *absmax, steps), {**coded.kwargs, "codec": ",".join(kinds)})]
+
+
+def _direction(rule: Rule) -> list[Sample]:
+    """The samples of the whole step, with memory for the directions."""
+    found = []
+    for s in _essential_steps(rule):
+        params, grads, *others = s.args
+        directions = [full(tuple(x.shape), -1.0) for x in params]
+        kwargs = {k: v for k, v in s.kwargs.items() if k != "trust" or rule.trust == "gradient"}
+        found.append(Sample(s.name, (params, grads, directions, *others), kwargs))
+    overflow = found[0].clone()
+    return [*found, replace(overflow, name="overflow found", kwargs={**overflow.kwargs, "found_inf": tensor(1.0)})]
+
+
+def _apply(rule: Rule) -> list[Sample]:
+    """Steps along directions, some of whose elements are to be left alone."""
+    options = {option.name: _OPTIONS[option.name] for option in rule.options}
+    halved = [value / 2 if isinstance(value, float) else value for value in options.values()]
+
+    def sample(what: str, dtype: torch.dtype = torch.float32, **changed: Any) -> Sample:
+        params = [normal(*shape, seed=1).to(dtype) for shape in _SHAPES]
+        directions = [normal(*shape, seed=2) for shape in _SHAPES]
+        for x in directions:
+            x.view(-1)[1::5] = math.nan
+        kwargs = {"lr": tensor(0.1, torch.float64), **options, **changed}
+        return Sample(what, (params, directions, [tensor(1.0), tensor(4.0)]), kwargs)
+
+    trust = {"trust": tensor([0.3, 2.0])} if rule.trust == "direction" else {}
+    return [
+        *(sample(f"{dtype}".removeprefix("torch."), dtype, **trust) for dtype in DTYPES),
+        sample("options in a tensor", options=tensor(halved, torch.float64)),
+    ]
+
+
+def _encode_state() -> list[Sample]:
+    x = normal(3, 301)
+    special = tensor([math.nan, 1.0, -0.0, 0.0] + [0.0] * 4 + [math.inf, -1.0, math.nan, 0.0])
+    found = []
+    for codec in CODECS:
+        for role in ROLES.values():
+            values = x.abs() if role.divisor else x
+            found.append(Sample(f"{codec}, {role.name}", (values, codec, role.name)))
+        found += [
+            Sample(f"{codec}, flat", (x, codec, "signed", True)),
+            Sample(f"{codec}, a vector", (x.flatten(), codec, "signed")),
+            Sample(f"{codec}, nan, infinity and negative numbers", (special, codec, "square")),
+            Sample(f"{codec}, transposed", (x.t(), codec, "signed")),
+            Sample(f"{codec}, empty", (full((0, 5), 0.0), codec, "signed")),
+        ]
+    return found
+
+
+def _decode_state() -> list[Sample]:
+    shape, found = (3, 301), []
+    for codec in CODECS.values():
+        codes = _finite_codes(codec, *shape)
+        for role in ROLES:
+            found.append(Sample(f"{codec.name}, {role}", (codes, _scales(shape, "rows", 1), codec.name, role)))
+        found += [
+            Sample(f"{codec.name}, flat", (codes, _scales(shape, "flat", 1), codec.name, "signed")),
+            Sample(f"{codec.name}, transposed", (codes.t(), _scales((301, 3), "rows", 1), codec.name, "signed")),
+        ]
+    return found
+
+
+def _finite_codes(codec: Codec, *shape: int) -> Tensor:
+    """Codes of all values that are finite."""
+    finite = [code for code, value in enumerate(codec.signed) if math.isfinite(value)]
+    of_any = torch.tensor(finite, dtype=torch.uint8, device="cpu")
+    return of_any[random_codes(*shape).long() % len(finite)].view(codec.dtype)
+
+
 def _state(state: State, shape: tuple[int, ...], bits: int, seed: int) -> Tensor:
     if bits == 32:
         return 0.1 * normal(*shape, seed=seed).square()
     codes = random_codes(*shape, seed=seed)
-    return codes | 128 if state.signed and state.divisor else codes  # a square has no negative codes
+    return codes | 128 if state.role.signed and state.role.divisor else codes  # a square has no negative codes
 
 
 def _scales(shape: tuple[int, ...], layout: str, seed: int) -> Tensor:
@@ -224,13 +313,6 @@ def _squared_norms() -> list[Sample]:
     ]
 
 
-def _lamb_squared_norms() -> list[Sample]:
-    """The samples of lamb_step_, but for what has no meaning here."""
-    calls = _essential_steps(RULES["lamb"])
-    kwargs = [{k: v for k, v in s.kwargs.items() if k not in ("found_inf", "trust")} for s in calls]
-    return [Sample(s.name, s.args, kw) for s, kw in zip(calls, kwargs, strict=True)]
-
-
 def _percentile_clip() -> list[Sample]:
     def sample(what: str, steps: tuple[float, ...], percentile: int, **scaling: Tensor) -> Sample:
         history = [normal(100, seed=i).square() for i in range(len(steps))]
@@ -253,8 +335,11 @@ _BUILDERS: dict[str, Callable[[], list[Sample]]] = {
     "dequantize_blockwise": _dequantize,
     "dequantize_blockwise.out": _dequantize_out,
     **{rule.step: partial(_step, rule) for rule in RULES.values()},
+    **{rule.direction: partial(_direction, rule) for rule in RULES.values()},
+    **{rule.apply: partial(_apply, rule) for rule in RULES.values()},
+    "encode_state": _encode_state,
+    "decode_state": _decode_state,
     "squared_norms": _squared_norms,
-    "lamb_squared_norms": _lamb_squared_norms,
     "percentile_clip_": _percentile_clip,
     **BUILDERS_4BIT,
     **BUILDERS_INT8,

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from bnbops._library import ISAS
-from bnbops.codebooks import create_dynamic_map
-from bnbops.facts import RULES, STATE_BLOCK, Rule, State
+from bnbops.facts import CODECS, DEFAULT_CODEC, ROLES, RULES, Codec, Rule, State
+from bnbops.testing.coded import decoded, expect_coded
 from bnbops.testing.expect import Difference, absmax_of, blocked, expect, expect_close, expect_nearest, normalise
 from bnbops.testing.sample import tensor
 from bnbops.testing.samples import SAMPLED, Sample, operator, samples
@@ -42,7 +42,7 @@ def _isas(_before: dict[str, Any], result: list[str], _after: dict[str, Any]) ->
 
 def _facts(_before: dict[str, Any], result: str, _after: dict[str, Any]) -> None:
     rules = json.loads(result)["rules"]
-    expect(sorted(rules) == sorted(_UPDATES), f"rules {list(rules)} instead of {list(_UPDATES)}")
+    expect(sorted(rules) == sorted(_DIRECTIONS), f"rules {list(rules)} instead of {list(_DIRECTIONS)}")
 
 
 def _quantize(before: dict[str, Any], result: tuple[Tensor, Tensor], _after: dict[str, Any]) -> None:
@@ -70,14 +70,13 @@ def _dequantize_out(before: dict[str, Any], _result: None, after: dict[str, Any]
 
 # ---- optimizer steps -------------------------------------------------------------------------------------------
 #
-# Update rules in float64: from (param, grad, states, step, options) to the new param and states. docs/operators.md
-# names their papers.
+# Update rules in float64: from (param, grad, states, step, options) to the direction and the new states, and what a
+# step along it makes of the parameter. docs/operators.md names their papers.
 
 
 def _adam(p: Tensor, g: Tensor, states: list[Tensor], t: int, o: dict[str, Any]) -> tuple[Tensor, ...]:
     m, v = _moments(g, states, o)
-    update = (m / (1 - o["beta1"] ** t)) / ((v / (1 - o["beta2"] ** t)).sqrt() + o["eps"])
-    return p - o["lr"] * (update + o["weight_decay"] * p), m, v
+    return m / ((v / (1 - o["beta2"] ** t)).sqrt() + o["eps"]), m, v
 
 
 def _moments(g: Tensor, states: list[Tensor], o: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -85,42 +84,37 @@ def _moments(g: Tensor, states: list[Tensor], o: dict[str, Any]) -> tuple[Tensor
 
 
 def _sgd(p: Tensor, g: Tensor, states: list[Tensor], t: int, o: dict[str, Any]) -> tuple[Tensor, ...]:
-    return (p - o["lr"] * (g + o["weight_decay"] * p),)
+    return (g + o["weight_decay"] * p,)
 
 
 def _momentum(p: Tensor, g: Tensor, states: list[Tensor], t: int, o: dict[str, Any]) -> tuple[Tensor, ...]:
     g = o["trust"] * (g + o["weight_decay"] * p)  # trust: 1, but for LARS
     buffer = g if t == 1 else o["momentum"] * states[0] + (1 - o["dampening"]) * g
-    return p - o["lr"] * (g + o["momentum"] * buffer if o["nesterov"] else buffer), buffer
+    return g + o["momentum"] * buffer if o["nesterov"] else buffer, buffer
 
 
 def _lion(p: Tensor, g: Tensor, states: list[Tensor], t: int, o: dict[str, Any]) -> tuple[Tensor, ...]:
     c = o["beta1"] * states[0] + (1 - o["beta1"]) * g
-    return p - o["lr"] * (c.sign() + o["weight_decay"] * p), o["beta2"] * states[0] + (1 - o["beta2"]) * g
+    return c.sign(), o["beta2"] * states[0] + (1 - o["beta2"]) * g
 
 
 def _rmsprop(p: Tensor, g: Tensor, states: list[Tensor], t: int, o: dict[str, Any]) -> tuple[Tensor, ...]:
     g = g + o["weight_decay"] * p
     v = o["alpha"] * states[0] + (1 - o["alpha"]) * g * g
-    update = g / (v.sqrt() + o["eps"])
+    u = g / (v.sqrt() + o["eps"])
     if "momentum" not in o:
-        return p - o["lr"] * update, v
-    buffer = o["momentum"] * states[1] + update
-    return p - o["lr"] * buffer, v, buffer
+        return u, v
+    buffer = o["momentum"] * states[1] + u
+    return buffer, v, buffer
 
 
 def _adagrad(p: Tensor, g: Tensor, states: list[Tensor], t: int, o: dict[str, Any]) -> tuple[Tensor, ...]:
     g = g + o["weight_decay"] * p
     total = states[0] + g * g
-    return p - o["lr"] / (1 + (t - 1) * o["lr_decay"]) * g / (total.sqrt() + o["eps"]), total
+    return g / (total.sqrt() + o["eps"]), total
 
 
 def _lamb(p: Tensor, g: Tensor, states: list[Tensor], t: int, o: dict[str, Any]) -> tuple[Tensor, ...]:
-    u, m, v = _lamb_direction(p, g, states, t, o)
-    return p - o["lr"] * o["trust"] * u, m, v
-
-
-def _lamb_direction(p: Tensor, g: Tensor, states: list[Tensor], t: int, o: dict[str, Any]) -> tuple[Tensor, ...]:
     decay = o["weight_decay"] * p
     m, v = _moments(g if o["adam_w_mode"] else g + decay, states, o)
     correction1, correction2 = (1 - o[beta] ** t if o["bias_correction"] else 1 for beta in ("beta1", "beta2"))
@@ -137,11 +131,10 @@ def _ademamix(p: Tensor, g: Tensor, states: list[Tensor], t: int, o: dict[str, A
         beta3 = math.exp(1 / ((1 - part) / math.log(o["beta1"]) + part / math.log(beta3)))
     m, v = _moments(g, states, o)
     slow = beta3 * states[1] + (1 - beta3) * g
-    update = (m / (1 - o["beta1"] ** t) + alpha * slow) / ((v / (1 - o["beta2"] ** t)).sqrt() + o["eps"])
-    return p - o["lr"] * (update + o["weight_decay"] * p), m, slow, v
+    return (m / (1 - o["beta1"] ** t) + alpha * slow) / ((v / (1 - o["beta2"] ** t)).sqrt() + o["eps"]), m, slow, v
 
 
-_UPDATES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+_DIRECTIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "adam": _adam,
     "sgd": _sgd,
     "momentum": _momentum,
@@ -153,38 +146,89 @@ _UPDATES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "lars": _momentum,
     "ademamix": _ademamix,
 }
+_RATES: dict[str, Callable[[int, dict[str, Any]], float]] = {  # where it is not lr
+    "adam": lambda t, o: o["lr"] / (1 - o["beta1"] ** t),
+    "adagrad": lambda t, o: o["lr"] / (1 + (t - 1) * o["lr_decay"]),
+    "lamb": lambda t, o: o["lr"] * o["trust"],
+}
+_DECOUPLED = ("adam", "lion", "ademamix")  # their weight decay is no part of the direction
 
 
-def _step(rule: Rule, before: dict[str, Any], _result: None, after: dict[str, Any]) -> None:
+def _along(rule: Rule, p: Tensor, u: Tensor, t: int, o: dict[str, Any]) -> Tensor:
+    decay = o["lr"] * o["weight_decay"] * p if rule.name in _DECOUPLED else 0.0
+    return p - _RATES.get(rule.name, lambda t, o: o["lr"])(t, o) * u - decay
+
+
+def _each(rule: Rule, before: dict[str, Any], after: dict[str, Any]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Number, gradient and direction of each parameter, after its states have been checked; none on an overflow."""
     skip = before.get("found_inf") is not None and bool(before["found_inf"].item())
     for i in range(len(before["params"])):
         if skip:
             for key in ("params", "steps", *rule.state_names):
                 expect(torch.equal(after[key][i], before[key][i]), f"{key}[{i}] changed although found_inf is set")
-        else:
-            expect(torch.equal(after["steps"][i], before["steps"][i] + 1), f"steps[{i}] is not one more")
-            _step_of_one(rule, i, before, after)
-
-
-def _step_of_one(rule: Rule, i: int, before: dict[str, Any], after: dict[str, Any]) -> None:
-    p, g, old = _values(rule, i, before)
-    new = _UPDATES[rule.name](p, g, old, int(before["steps"][i].item()) + 1, _options(rule, i, before))
-    new_p, *new_states = (torch.where(g.isfinite(), n, o) for n, o in zip(new, (p, *old), strict=True))
-
-    expect_close(after["params"][i], new_p, f"params[{i}]")
-    for state, x in zip(rule.states, new_states, strict=True):
-        actual, what = after[state.name][i], f"{state.name}[{i}]"
-        if not after[f"{state.name}_absmax"]:
-            expect_close(actual, x, what)
             continue
-        absmax = after[f"{state.name}_absmax"][i]
-        blocks = blocked(_rows(x, absmax), STATE_BLOCK)
-        expect_close(absmax.view(blocks.shape[:2]), absmax_of(blocks), f"{state.name}_absmax[{i}]")
-        normalised = normalise(blocks).flatten(1)[:, : _rows(x, absmax).shape[1]]
-        code = create_dynamic_map(state.signed).to(x.device)
-        if state.divisor:  # positive stays positive
-            normalised = torch.where(normalised > 0, normalised.clamp_min(code[code > 0].min()), normalised)
-        expect_nearest(actual, normalised, code, what)
+        expect(torch.equal(after["steps"][i], before["steps"][i] + 1), f"steps[{i}] is not one more")
+        p, g, old = _values(rule, i, before)
+        u, *new = _DIRECTIONS[rule.name](p, g, old, int(after["steps"][i].item()), _options(rule, i, before))
+        for state, x, former in zip(rule.states, new, old, strict=True):
+            _expect_state(state, i, torch.where(g.isfinite(), x, former), before, after)
+        yield i, g, u
+
+
+def _step(rule: Rule, before: dict[str, Any], _result: None, after: dict[str, Any]) -> None:
+    for i, g, u in _each(rule, before, after):
+        p, t = before["params"][i].double(), int(after["steps"][i].item())
+        new_p = _along(rule, p, u, t, _options(rule, i, before))
+        expect_close(after["params"][i], torch.where(g.isfinite(), new_p, p), f"params[{i}]")
+
+
+def _direction(rule: Rule, before: dict[str, Any], _result: None, after: dict[str, Any]) -> None:
+    found = 0
+    for i, g, u in _each(rule, before, after):
+        found, direction = found + 1, after["directions"][i]
+        expect(torch.equal(direction.isnan(), ~g.isfinite()), f"directions[{i}] is not NaN just where the gradient is")
+        expect_close(direction.nan_to_num(nan=0.0), torch.where(g.isfinite(), u, 0.0), f"directions[{i}]")
+    if not found:
+        expect(all(bool(x.isnan().all()) for x in after["directions"]), "directions although found_inf is set")
+
+
+def _apply(rule: Rule, before: dict[str, Any], _result: None, after: dict[str, Any]) -> None:
+    for i, u in enumerate(before["directions"]):
+        p = before["params"][i].double()
+        new_p = _along(rule, p, u.double(), int(before["steps"][i].item()), _options(rule, i, before))
+        expect_close(after["params"][i], torch.where(u.isnan(), p, new_p), f"params[{i}]")
+
+
+def _expect_state(state: State, i: int, x: Tensor, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """That the operator has coded these values."""
+    actual, scales, what = after[state.name][i], after[f"{state.name}_absmax"], f"{state.name}[{i}]"
+    if scales:
+        expect_coded(actual, scales[i], x, _codec_of(state, before), state.role, what)
+    else:
+        expect_close(actual, x, what)
+
+
+def _codec_of(state: State, before: dict[str, Any]) -> Codec:
+    """The codec that a call names for a state that has scales."""
+    names = before.get("codec", DEFAULT_CODEC).split(",")
+    return CODECS[names[0] if len(names) == 1 else names[_place(state, before)]]
+
+
+def _place(state: State, before: dict[str, Any]) -> int:
+    names = [name.removesuffix("_absmax") for name in before if name.endswith("_absmax")]
+    return names.index(state.name)
+
+
+def _encode_state(before: dict[str, Any], result: tuple[Tensor, Tensor], _after: dict[str, Any]) -> None:
+    codec, role, values = CODECS[before["codec"]], ROLES[before["role"]], before["values"].double()
+    if not role.signed:
+        values = torch.where(values > 0, values, 0.0)
+    expect_coded(*result, values, codec, role, "codes")
+
+
+def _decode_state(before: dict[str, Any], result: Tensor, _after: dict[str, Any]) -> None:
+    values = decoded(before["codes"], before["absmax"], CODECS[before["codec"]], ROLES[before["role"]])
+    expect(torch.equal(result, values), "values wrong")
 
 
 def _values(rule: Rule, i: int, before: dict[str, Any]) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -207,20 +251,9 @@ def _options(rule: Rule, i: int, before: dict[str, Any]) -> dict[str, Any]:
     return before | dict(zip(names, held, strict=False)) | {"lr": before["lr"].item(), "trust": trust}
 
 
-def _rows(x: Tensor, absmax: Tensor) -> Tensor:
-    """The rows that blocks do not cross: of the parameter, or the whole as one where absmax has one dimension."""
-    rows = 1 if absmax.dim() == 1 else x.shape[0]
-    return x.reshape(rows, x.numel() // max(rows, 1))
-
-
 def _decoded(state: State, i: int, before: dict[str, Any]) -> Tensor:
     codes, scales = before[state.name][i], before[f"{state.name}_absmax"]
-    if not scales:
-        return codes.double()
-    absmax, code = scales[i], create_dynamic_map(state.signed).to(codes.device)
-    rows = _rows(codes, absmax)
-    scale = absmax.view(rows.shape[0], absmax.shape[-1]).repeat_interleave(STATE_BLOCK, dim=1)[:, : rows.shape[1]]
-    return (code[rows.long()] * scale).double().view(codes.shape)
+    return decoded(codes, scales[i], _codec_of(state, before), state.role).double() if scales else codes.double()
 
 
 # ---- norms -----------------------------------------------------------------------------------------------------
@@ -235,15 +268,6 @@ def _expect_norms(actual: Tensor, tensors: list[Tensor], tolerance: float) -> No
 
 def _squared_norms(before: dict[str, Any], result: Tensor, _after: dict[str, Any]) -> None:
     _expect_norms(result, before["tensors"], 1e-12)
-
-
-def _lamb_squared_norms(before: dict[str, Any], result: Tensor, _after: dict[str, Any]) -> None:
-    directions, rule = [], RULES["lamb"]
-    for i in range(len(before["params"])):
-        p, g, states = _values(rule, i, before)
-        u, *_ = _lamb_direction(p, g, states, int(before["steps"][i].item()) + 1, _options(rule, i, before))
-        directions.append(torch.where(g.isfinite(), u, 0.0))
-    _expect_norms(result, directions, 1e-5)
 
 
 def _percentile_clip(before: dict[str, Any], result: Tensor, after: dict[str, Any]) -> None:
@@ -268,8 +292,11 @@ REFERENCES: dict[str, Callable[[dict[str, Any], Any, dict[str, Any]], None]] = {
     "dequantize_blockwise": _dequantize,
     "dequantize_blockwise.out": _dequantize_out,
     **{rule.step: partial(_step, rule) for rule in RULES.values()},
+    **{rule.direction: partial(_direction, rule) for rule in RULES.values()},
+    **{rule.apply: partial(_apply, rule) for rule in RULES.values()},
+    "encode_state": _encode_state,
+    "decode_state": _decode_state,
     "squared_norms": _squared_norms,
-    "lamb_squared_norms": _lamb_squared_norms,
     "percentile_clip_": _percentile_clip,
     **REFERENCES_4BIT,
     **REFERENCES_INT8,

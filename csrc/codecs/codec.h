@@ -1,5 +1,18 @@
 // What the bytes of a quantized block mean, written once, for scalar code, SIMD and devices.
 //
+// A codec is a struct:
+//   kName, kCodes                            what users call it; the dtype of its codes
+//   static constexpr const float* values(bool is_signed);  256 values within [-1, 1], 0 and 1 among them
+//   template <class Lanes, bool kSigned, bool kKeepPositive> struct Encoder {
+//     void encode(const Float (&x)[4], Float inverse, uint8_t* codes) const;  the codes of x * inverse; x is encodable
+//   };
+//   template <bool kSigned> static constexpr int code_of_magnitude(uint32_t bits);  likewise, the code that a device's
+//     table has for |x| * inverse + 2^-31, given by its bits; it grows with the magnitude, by one step after the other
+//   template <bool kSigned> static uint32_t with_signs(uint32_t codes, uint32_t negative);  four codes of magnitudes,
+//     to those of elements that are negative where a byte is 255
+// Tables come in two kinds, for numbers of either sign and for those that are never negative; they may be the same.
+// Under kKeepPositive, the smallest positive code stands for whatever is positive and nearer to 0.
+//
 // A block is an array of codes and one fp32 scale, `absmax`. Element i has the value codebook[code[i]] * absmax.
 // Encoding takes the codebook's nearest entry to x * (1 / absmax), where absmax is the largest |x|. Before that, a NaN
 // counts as 0 and an infinity as the largest finite float: then nothing that was not NaN can become NaN.
@@ -11,6 +24,31 @@ BNBOPS_NAMESPACE_BEGIN
 
 constexpr int kCodebookSize = 256;
 constexpr int kStateBlock = 256;  // elements of one optimizer-state block
+
+// What the numbers of a state are.
+enum class Role : uint8_t {
+  kSigned,
+  kSquare,        // never negative, and a step divides by its root: what is positive must stay so
+  kSignedSquare,  // a square under the table for either sign, as bitsandbytes has it
+  kMaster,        // what is never coded
+};
+constexpr Role kCodedRoles[] = {Role::kSigned, Role::kSquare, Role::kSignedSquare};
+constexpr bool has_sign(Role role) { return role != Role::kSquare; }
+constexpr bool is_divisor(Role role) { return role == Role::kSquare || role == Role::kSignedSquare; }
+constexpr const char* name_of(Role role) {
+  constexpr const char* kNames[] = {"signed", "square", "signed_square", "master"};
+  return kNames[static_cast<int>(role)];
+}
+
+enum class CodeType : uint8_t { kUint8, kFloat8 };  // the latter is float8_e4m3fn
+
+// The code of a value that the codec's table has.
+template <class Codec>
+constexpr uint8_t code_of(float value, bool is_signed) {
+  int code = 0;
+  while (Codec::values(is_signed)[code] != value) ++code;
+  return static_cast<uint8_t>(code);
+}
 
 // An infinity counts as the largest float: 0 * infinity would be NaN. NaN remains.
 BNBOPS_HD float without_infinity(float x) { return x > kFloatMax ? kFloatMax : x < -kFloatMax ? -kFloatMax : x; }

@@ -13,8 +13,6 @@
 
 BNBOPS_NAMESPACE_BEGIN
 
-BNBOPS_HD uint8_t zero_code(bool is_signed) { return is_signed ? 127 : 0; }
-
 struct DynamicEncoder {
   uint32_t boundary[32];  // by octave: boundary float, its low 4 bits replaced by the decade below
   float slope[16];        // by decade: 0 = zero, 1 ... 7 = the map's decades, 8 = exactly one
@@ -107,5 +105,22 @@ BNBOPS_HD typename Lanes::Int numbered_magnitude(typename Lanes::Float x, typena
   if constexpr (!kKeepPositive) return k;
   return Lanes::max(k, Lanes::add_if_less(Lanes::splat_int(!kSigned), 1, Lanes::splat(0), x));
 }
+
+struct Dynamic8 {
+  static constexpr const char* kName = "dynamic8";
+  static constexpr CodeType kCodes = CodeType::kUint8;
+  static constexpr const float* values(bool is_signed) { return is_signed ? kDynamicSigned : kDynamicUnsigned; }
+
+  template <class Lanes, bool kSigned, bool kKeepPositive = false>
+  struct Encoder {
+    DynamicTables<Lanes> tables{kSigned ? kEncodeSigned : kEncodeUnsigned};
+
+    BNBOPS_HD void encode(const typename Lanes::Float (&x)[4], typename Lanes::Float inverse, uint8_t* codes) const {
+      typename Lanes::Int k[4];
+      for (int i = 0; i < 4; ++i) k[i] = numbered_magnitude<Lanes, kSigned, kKeepPositive>(x[i], inverse, tables);
+      kSigned ? Lanes::store_signed(k, codes) : Lanes::store_unsigned(k, codes);
+    }
+  };
+};
 
 BNBOPS_NAMESPACE_END

@@ -53,6 +53,8 @@ BNBOPS_HD float square_root(float x) { return __builtin_sqrtf(x); }
 // False for infinities and NaN.
 BNBOPS_HD bool is_finite(float x) { return (bits_of(x) & 0x7FFFFFFFU) < 0x7F800000U; }
 
+BNBOPS_HD bool is_number(float x) { return x == x; }
+
 BNBOPS_HD bool is_finite(double x) { return x - x == 0; }
 
 // x^n for a whole n >= 0, by squaring: products alone have the same bits everywhere, which a library's pow has not.

@@ -27,7 +27,7 @@ const T* data_of(const Tensor& tensor) {
 }
 
 template <class T>
-T* mutable_data(Tensor& tensor) {
+T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 

@@ -75,17 +75,15 @@ BNBOPS_HD void encode_groups(const float* x, int64_t n, uint8_t* codes, const Gr
       });
 }
 
-template <class Lanes, bool kSigned, bool kKeepPositive = false>
-BNBOPS_HD void encode_dynamic(const float* x, int64_t n, float inverse_absmax, uint8_t* codes) {
-  const DynamicTables<Lanes> tables(kSigned ? kEncodeSigned : kEncodeUnsigned);
+// By a codec's encoder.
+template <class Lanes, class Encoder>
+BNBOPS_HD void encode(const float* x, int64_t n, float inverse_absmax, uint8_t* codes) {
+  const Encoder encoder;
   const auto inverse = Lanes::splat(inverse_absmax);
   encode_groups<Lanes>(x, n, codes, [&](const float* from, uint8_t* to) {
-    typename Lanes::Int k[4];
-    for (int i = 0; i < 4; ++i) {
-      const auto value = Lanes::load(from + i * Lanes::kWidth);
-      k[i] = numbered_magnitude<Lanes, kSigned, kKeepPositive>(value, inverse, tables);
-    }
-    kSigned ? Lanes::store_signed(k, to) : Lanes::store_unsigned(k, to);
+    typename Lanes::Float values[4];
+    for (int i = 0; i < 4; ++i) values[i] = Lanes::load(from + i * Lanes::kWidth);
+    encoder.encode(values, inverse, to);
   });
 }
 
@@ -127,6 +125,21 @@ BNBOPS_HD void decode(const Codebook& codebook, const uint8_t* codes, int64_t n,
     codebook.decode(from, absmax, values);
     for (int v = 0; v < 4; ++v) store_as<Lanes>(to, dtype, v * Lanes::kWidth, values[v]);
   });
+}
+
+// Writes n elements from the `first` one of a tensor on.
+template <class Lanes>
+inline void write(void* tensor, DType dtype, int64_t first, int64_t n, const float* x) {
+  auto* to = static_cast<uint8_t*>(tensor) + first * size_of(dtype);
+  for_chunks<Lanes::kWidth>(
+      n, [&](int64_t i) { store_as<Lanes>(to, dtype, i, Lanes::load(x + i)); },
+      [&](int64_t i, int64_t rest) {
+        float padded[Lanes::kWidth] = {};
+        alignas(64) uint8_t values[Lanes::kWidth * sizeof(float)];
+        Lanes::copy(padded, x + i, rest * sizeof(float));
+        store_as<Lanes>(values, dtype, 0, Lanes::load(padded));
+        Lanes::copy(to + i * size_of(dtype), values, rest * size_of(dtype));
+      });
 }
 
 // Elements [first, first + n) of a tensor as fp32: in place, or converted into `scratch`.

@@ -109,7 +109,7 @@ void quantize_any(const QuantizeJob& job, int64_t first, int64_t last) {
 template <class Lanes, bool kSigned>
 void quantize_dynamic(const QuantizeJob& job, int64_t first, int64_t last) {
   quantize_blocks<Lanes>(job, first, last, kSigned, [&](const float* x, int64_t n, float inverse, int64_t i) {
-    encode_dynamic<Lanes, kSigned>(x, n, inverse, job.codes + i);
+    encode<Lanes, Dynamic8::Encoder<Lanes, kSigned>>(x, n, inverse, job.codes + i);
   });
 }
 

@@ -25,11 +25,14 @@ constexpr cpu::Kernels make_kernels() {
   kernels.order_for_codes = order_for_codes<Lanes>;
   kernels.linear_4bit = linear_4bit<Lanes>;
   kernels.squares = squares<Lanes>;
+  kernels.encode_states = encode_states<Lanes>;
+  kernels.decode_states = decode_states<Lanes>;
   for_each_rule(AllRules{}, [&](auto rule, int index) {
     using Rule = decltype(rule);
     static_assert(Rule::kStates <= kMaxStates);
-    kernels.step[index] = step<Lanes, Rule>;
-    if constexpr (Rule::kDirectionNorm) kernels.direction_squares[index] = direction_squares<Lanes, Rule>;
+    kernels.parts[0][index] = step<Lanes, Rule>;
+    kernels.parts[1][index] = direction<Lanes, Rule>;
+    kernels.parts[2][index] = apply<Lanes, Rule>;
   });
   return kernels;
 }

@@ -25,9 +25,9 @@ struct Linear4bitJob {
   DType dtype;
 };
 
+using StateKernel = void (*)(const StateJob&, int64_t first, int64_t last);
 // `hyper` is the rule's Hyper.
 using StepKernel = void (*)(const StepJob&, const void* hyper, int64_t first, int64_t last);
-using SquaresKernel = void (*)(const StepJob&, const void* hyper, int64_t first, int64_t last, double* sums);
 
 // Each works on a range of blocks (dequantize: of chunks), so that callers can split a job among threads.
 struct Kernels {
@@ -41,9 +41,10 @@ struct Kernels {
   void (*linear_4bit)(const Linear4bitJob&, int64_t first_feature, int64_t last_feature);
   // Sums of squares, one for each piece (norm_math.h).
   void (*squares)(const void* values, DType dtype, int64_t numel, int64_t first, int64_t last, double* sums);
-  // By position in AllRules:
-  StepKernel step[kMaxRules];
-  SquaresKernel direction_squares[kMaxRules];  // of the rule's directions, likewise; or null
+  // By the part of a step, and by position in AllRules:
+  StepKernel parts[3][kMaxRules];
+  // Codes of states, by number in AllCodecs. Works on blocks.
+  StateKernel encode_states, decode_states;
 };
 
 extern const Kernels kBaselineKernels;

@@ -24,6 +24,7 @@ BNBOPS_HD __m256 is_finite(Avx2Number x) {
   const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(x.v), _mm256_set1_epi32(0x7FFFFFFF));
   return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(0x7F800000), magnitude));
 }
+BNBOPS_HD __m256 is_number(Avx2Number x) { return _mm256_cmp_ps(x.v, x.v, _CMP_ORD_Q); }
 BNBOPS_HD Avx2Number divide_by_positive(Avx2Number a, Avx2Number b) {
   return _mm256_and_ps(_mm256_cmp_ps(b.v, _mm256_setzero_ps(), _CMP_GT_OQ), _mm256_div_ps(a.v, b.v));
 }

@@ -24,6 +24,7 @@ BNBOPS_HD __mmask16 is_finite(Avx512Number x) {
   constexpr int kNanOrInfinity = 0x99;
   return _knot_mask16(_mm512_fpclass_ps_mask(x.v, kNanOrInfinity));
 }
+BNBOPS_HD __mmask16 is_number(Avx512Number x) { return _mm512_cmp_ps_mask(x.v, x.v, _CMP_ORD_Q); }
 BNBOPS_HD Avx512Number divide_by_positive(Avx512Number a, Avx512Number b) {
   return _mm512_maskz_div_ps(_mm512_cmp_ps_mask(b.v, _mm512_setzero_ps(), _CMP_GT_OQ), a.v, b.v);
 }

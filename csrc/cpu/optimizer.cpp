@@ -7,7 +7,6 @@ namespace bnbops::cpu {
 namespace {
 
 constexpr int64_t kGrain = 64;  // blocks worth a thread
-constexpr int64_t kNormGrain = kGrain / kPieceBlocks;
 
 double factor_of(const std::optional<Tensor>& factors, size_t i) { return factors ? data_of<float>(*factors)[i] : 1.0; }
 
@@ -15,27 +14,28 @@ double factor_of(const std::optional<Tensor>& factors, size_t i) { return factor
 template <class Rule>
 struct Work {
   std::vector<StepJob> jobs;
-  Schedule schedule;                         // of pieces, made of so many blocks
+  Schedule schedule;                         // of blocks
   std::vector<typename Rule::Hyper> hypers;  // one for each distinct set of scalars in a run of parameters
   std::vector<size_t> hyper_of;              // by job
   std::vector<Tensor> grads;                 // copies of strided gradients
 
-  Work(const StepArguments& a, int64_t piece_blocks) {
+  // `next`: the step that comes after those counted, or the one that was counted last.
+  Work(const StepArguments& a, bool next) {
     const double sign = a.maximize ? -1.0 : 1.0;
     StepScalars x{scalar(*a.lr), -1, sign / (a.grad_scale ? scalar(*a.grad_scale) : 1.0), 1.0};
     const double grad_factor = x.grad_factor;
     for (size_t i = 0; i < a.params.size(); ++i) {
-      const double step = scalar(a.steps[i]) + 1;
+      const double step = scalar(a.steps[i]) + (next ? 1 : 0);
       if (hypers.empty() || step != x.step || a.clip || a.trust) {
         x.step = step;
         x.grad_factor = grad_factor * factor_of(a.clip, i);
         x.trust = factor_of(a.trust, i);
         hypers.push_back(Rule::prepare(a.options.data(), x));
       }
-      grads.push_back(in_logical_order(a.grads[i]));
-      jobs.push_back(step_job(a, i, grads.back()));
+      if (!a.grads.empty()) grads.push_back(in_logical_order(a.grads[i]));
+      jobs.push_back(step_job(a, i, a.grads.empty() ? a.params[i] : grads.back()));
       hyper_of.push_back(hypers.size() - 1);
-      schedule.add(divide_up(jobs.back().blocks, piece_blocks));
+      schedule.add(jobs.back().blocks);
     }
   }
 
@@ -52,26 +52,22 @@ struct OptimizerOnCpu {
   }
 
   template <class Rule, int kIndex>
-  static void step(const StepArguments& a) {
-    if (a.found_inf && scalar(*a.found_inf) != 0) return;
-    const Work<Rule> work(a, 1);
-    for (const Tensor& count : a.steps) *static_cast<float*>(count.mutable_data_ptr()) += 1;
-    const StepKernel kernel = isa().kernels->step[kIndex];
+  static void run(const StepNames& names, const StepArguments& a) {
+    if (a.found_inf && scalar(*a.found_inf) != 0) return leave_alone(a);
+    const Work<Rule> work(a, names.part != Part::kApply);
+    if (names.part != Part::kApply) {
+      for (const Tensor& count : a.steps) *mutable_data<float>(count) += 1;
+    }
+    const StepKernel kernel = isa().kernels->parts[static_cast<int>(names.part)][kIndex];
     work.schedule.run(
         kGrain, [&](size_t job, int64_t first, int64_t last) { kernel(work.jobs[job], work.hyper(job), first, last); });
   }
 
-  template <class Rule, int kIndex>
-  static Tensor direction_norms(const StepArguments& a) {
-    const Work<Rule> work(a, kPieceBlocks);
-    std::vector<double> sums(work.schedule.pieces());
-    const SquaresKernel kernel = isa().kernels->direction_squares[kIndex];
-    work.schedule.run(kNormGrain, [&](size_t job, int64_t first, int64_t last) {
-      kernel(work.jobs[job], work.hyper(job), first, last, sums.data() + work.schedule.first_piece(job));
-    });
-    Tensor result = torch::stable::empty({static_cast<int64_t>(a.params.size())}, ScalarType::Double);
-    work.schedule.sum_by_job(sums, mutable_data<double>(result));
-    return result;
+  // Directions that no step is taken along.
+  static void leave_alone(const StepArguments& a) {
+    for (const Tensor& direction : a.directions) {
+      std::fill_n(mutable_data<float>(direction), direction.numel(), float_from_bits(kNanBits));
+    }
   }
 };
 

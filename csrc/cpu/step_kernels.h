@@ -1,8 +1,13 @@
 // Optimizer steps over blocks: they decode, update by a rule, and encode, and know nothing of Adam or of bytes.
+//
+// Two ways lead through a block. Where all states are fp32, or all have a codec that ships compiled together with every
+// rule (FusedCodecs), elements stay in registers from decoding to the largest magnitude. Any other mixture, and
+// whatever is not a whole step, goes through fp32 scratch.
 #pragma once
 
-#include "codecs/dynamic8.h"
-#include "cpu/blocks.h"
+#include <type_traits>
+
+#include "cpu/state_codecs.h"
 #include "rules/rule.h"
 
 BNBOPS_NAMESPACE_BEGIN
@@ -22,7 +27,7 @@ struct Elements {
   uint8_t* state[kSlots<Rule>];
 };
 
-template <class Rule, bool kQuantized>
+template <bool kQuantized>
 constexpr int64_t kStateSize = kQuantized ? 1 : sizeof(float);
 
 template <class Rule, bool kQuantized>
@@ -31,27 +36,32 @@ BNBOPS_HD Elements<Rule> elements_at(const StepJob& job, int64_t i) {
   at.grad = static_cast<const uint8_t*>(job.grad) + i * size_of(job.grad_dtype);
   at.param = static_cast<uint8_t*>(job.param) + i * size_of(job.param_dtype);
   for (int k = 0; k < Rule::kStates; ++k) {
-    at.state[k] = static_cast<uint8_t*>(job.state[k]) + i * kStateSize<Rule, kQuantized>;
+    at.state[k] = static_cast<uint8_t*>(job.state[k].data) + i * kStateSize<kQuantized>;
   }
   return at;
 }
 
+// How fp32 states are encoded: not at all.
+struct Uncoded {};
+
 // Calls body(elements, i) for every kSize elements i ... of a block. The rest is moved into padded arrays: zeros, which
 // change nothing, neither an element nor a largest magnitude.
-template <class Lanes, class Rule, bool kQuantized, int kSize, class Body>
+template <class Lanes, class Rule, class Codec, int kSize, class Body>
 BNBOPS_HD void for_elements(const StepJob& job, const Span& span, const Body& body) {
+  constexpr bool kQuantized = !std::is_same_v<Codec, Uncoded>;
   for_chunks<kSize>(
       span.n, [&](int64_t i) { body(elements_at<Rule, kQuantized>(job, span.begin + i), i); },
       [&](int64_t i, int64_t rest) {
         alignas(64) uint8_t grad[kSize * sizeof(float)] = {}, param[kSize * sizeof(float)] = {};
-        alignas(64) uint8_t state[kSlots<Rule>][kSize * kStateSize<Rule, kQuantized>];
+        alignas(64) uint8_t state[kSlots<Rule>][kSize * kStateSize<kQuantized>] = {};
         const auto at = elements_at<Rule, kQuantized>(job, span.begin + i);
         Elements<Rule> padded{grad, param, {}};
         Lanes::copy(grad, at.grad, rest * size_of(job.grad_dtype));
         Lanes::copy(param, at.param, rest * size_of(job.param_dtype));
         for (int k = 0; k < Rule::kStates; ++k) {
-          memset(state[k], kQuantized ? zero_code(Rule::kStateSpecs[k].is_signed) : 0, sizeof(state[k]));
-          Lanes::copy(state[k], at.state[k], rest * kStateSize<Rule, kQuantized>);
+          if constexpr (kQuantized)
+            memset(state[k], code_of<Codec>(0, has_sign(Rule::kStateSpecs[k].role)), sizeof(state[k]));
+          Lanes::copy(state[k], at.state[k], rest * kStateSize<kQuantized>);
           padded.state[k] = state[k];
         }
         body(padded, i);
@@ -75,7 +85,7 @@ template <class Lanes, class Rule>
 void step_float32(const StepJob& job, const typename Rule::Hyper hyper, int64_t first, int64_t last) {
   using Number = typename Lanes::Number;
   for (int64_t block = first; block < last; ++block) {
-    for_elements<Lanes, Rule, false, Lanes::kWidth>(job, span_of(job, block), [&](const Elements<Rule>& at, int64_t) {
+    for_elements<Lanes, Rule, Uncoded, Lanes::kWidth>(job, span_of(job, block), [&](const Elements<Rule>& at, int64_t) {
       StatesOf<Number, Rule> s;
       for (int k = 0; k < Rule::kStates; ++k) s[k] = Number(Lanes::load(reinterpret_cast<float*>(at.state[k])));
       update_vector<Lanes>(job, at, 0, s, hyper);
@@ -84,48 +94,19 @@ void step_float32(const StepJob& job, const typename Rule::Hyper hyper, int64_t 
   }
 }
 
-// Encodes one block of a state and returns its scale; `largest` are the bits of its largest magnitude. Elements of x
-// that have no encoding as they are change.
-template <class Lanes, bool kSigned, bool kDivisor>
-float encode_state(float* x, int64_t n, uint32_t largest, uint8_t* codes) {
-  if (largest >= kInfinityBits) {
-    make_encodable(x, n, kSigned, x);
-    largest = largest_magnitude_bits<Lanes, kSigned>(x, n);
-  }
-  const float absmax = float_from_bits(largest);
-  encode_dynamic<Lanes, kSigned, kDivisor>(x, n, inverse_scale(absmax), codes);
-  return absmax;
-}
-
-template <class Lanes>
-auto encoder_of(const StateSpec& spec) {
-  if (spec.is_divisor) return spec.is_signed ? encode_state<Lanes, true, true> : encode_state<Lanes, false, true>;
-  return spec.is_signed ? encode_state<Lanes, true, false> : encode_state<Lanes, false, false>;
-}
-
-// The maps of 8-bit states, by StateSpec::is_signed.
-template <class Lanes>
-const typename Lanes::Codebook& state_codebook(bool is_signed) {
-  static const typename Lanes::Codebook codebooks[2] = {typename Lanes::Codebook(kDynamicUnsigned),
-                                                        typename Lanes::Codebook(kDynamicSigned)};
-  return codebooks[is_signed];
-}
-
-// One block of 8-bit states on its way through a step: decoded and updated in registers, group by group, into fp32
+// One block of coded states on its way through a step: decoded and updated in registers, group by group, into fp32
 // scratch; encoded once the whole block's largest magnitude is known.
-template <class Lanes, class Rule>
-struct QuantizedBlock {
+template <class Lanes, class Rule, class Codec>
+struct CodedBlock {
   alignas(64) float state[kSlots<Rule>][kStateBlock];
   typename Lanes::Int largest[kSlots<Rule>];
   float absmax[kSlots<Rule>];
-  const typename Lanes::Codebook* codebooks[2];
+  const typename Lanes::Codebook* codebooks[kSlots<Rule>];
 
   BNBOPS_HD void update_group(const StepJob& job, const Elements<Rule>& at, int64_t i,
                               const typename Rule::Hyper& hyper) {
     typename Lanes::Float decoded[kSlots<Rule>][4];
-    for (int k = 0; k < Rule::kStates; ++k) {
-      codebooks[Rule::kStateSpecs[k].is_signed]->decode(at.state[k], absmax[k], decoded[k]);
-    }
+    for (int k = 0; k < Rule::kStates; ++k) codebooks[k]->decode(at.state[k], absmax[k], decoded[k]);
 #pragma GCC unroll 4  // or the vectors live in memory
     for (int v = 0; v < 4; ++v) {
       const int64_t offset = v * Lanes::kWidth;
@@ -135,40 +116,150 @@ struct QuantizedBlock {
       for (int k = 0; k < Rule::kStates; ++k) {
         const auto x = vector_of(s[k]);
         Lanes::store(state[k] + i + offset, x);
-        largest[k] = Lanes::max(largest[k], Lanes::as_int(Rule::kStateSpecs[k].is_signed ? Lanes::abs(x) : x));
+        largest[k] = Lanes::max(largest[k], Lanes::as_int(has_sign(Rule::kStateSpecs[k].role) ? Lanes::abs(x) : x));
       }
     }
   }
 };
 
-template <class Lanes, class Rule>
-void step_quantized(const StepJob& job, const typename Rule::Hyper hyper, int64_t first, int64_t last) {
-  QuantizedBlock<Lanes, Rule> work;
-  for (int s = 0; s < 2; ++s) work.codebooks[s] = &state_codebook<Lanes>(s);
+template <class Lanes, class Rule, class Codec>
+void step_coded(const StepJob& job, const typename Rule::Hyper hyper, int64_t first, int64_t last) {
+  CodedBlock<Lanes, Rule, Codec> work;
+  for (int k = 0; k < Rule::kStates; ++k) {
+    work.codebooks[k] = &codebook_of<Lanes, Codec>(Rule::kStateSpecs[k].role);
+  }
   for (int64_t block = first; block < last; ++block) {
     const Span span = span_of(job, block);
     for (int k = 0; k < Rule::kStates; ++k) {
-      work.absmax[k] = decodable(job.absmax[k][block]);
+      work.absmax[k] = decodable(job.state[k].absmax[block]);
       work.largest[k] = Lanes::splat_int(0);
     }
-    for_elements<Lanes, Rule, true, kGroup<Lanes>>(
+    for_elements<Lanes, Rule, Codec, kGroup<Lanes>>(
         job, span, [&](const Elements<Rule>& at, int64_t i) { work.update_group(job, at, i, hyper); });
     for (int k = 0; k < Rule::kStates; ++k) {
-      const auto encode = encoder_of<Lanes>(Rule::kStateSpecs[k]);
+      const auto encode = encoder_of<Lanes, Codec>(Rule::kStateSpecs[k].role);
       const auto largest = static_cast<uint32_t>(Lanes::reduce_max(work.largest[k]));
-      uint8_t* codes = static_cast<uint8_t*>(job.state[k]) + span.begin;
-      job.absmax[k][block] = encode(work.state[k], span.n, largest, codes);
+      uint8_t* codes = static_cast<uint8_t*>(job.state[k].data) + span.begin;
+      job.state[k].absmax[block] = encode(work.state[k], span.n, largest, codes);
     }
+  }
+}
+
+// A block of elements in fp32, whatever their states' codecs.
+template <class Lanes, class Rule>
+struct Block {
+  using Number = typename Lanes::Number;
+  alignas(64) float p[kStateBlock] = {}, g[kStateBlock] = {}, s[kSlots<Rule>][kStateBlock] = {};
+
+  void load(const StepJob& job, const Span& span, int64_t block) {
+    const auto copy = [&](float* to, const float* from) {
+      if (from != to) Lanes::copy(to, from, span.n * sizeof(float));
+    };
+    copy(p, read<Lanes>(job.param, job.param_dtype, span.begin, span.n, p));
+    copy(g, read<Lanes>(job.grad, job.grad_dtype, span.begin, span.n, g));
+    for (int k = 0; k < Rule::kStates; ++k) {
+      const StateSlot& state = job.state[k];
+      if (state.codec == kUncoded) {
+        copy(s[k], static_cast<const float*>(state.data) + span.begin);
+      } else {
+        const auto* codes = static_cast<const uint8_t*>(state.data) + span.begin;
+        codec_numbered<Lanes>(state.codec).decode(Rule::kStateSpecs[k].role, codes, span.n, state.absmax[block], s[k]);
+      }
+    }
+  }
+
+  void store_states(const StepJob& job, const Span& span, int64_t block) {
+    for (int k = 0; k < Rule::kStates; ++k) {
+      const StateSlot& state = job.state[k];
+      if (state.codec == kUncoded) {
+        write<Lanes>(state.data, DType::kFloat32, span.begin, span.n, s[k]);
+      } else {
+        auto* codes = static_cast<uint8_t*>(state.data) + span.begin;
+        state.absmax[block] = codec_numbered<Lanes>(state.codec).encode(Rule::kStateSpecs[k].role, s[k], span.n, codes);
+      }
+    }
+  }
+
+  // Calls visit(g, p, states) for every vector; what they hold afterwards is kept. Beyond n it does not matter.
+  template <class Visit>
+  void each_vector(int64_t n, const Visit& visit) {
+    for (int64_t i = 0; i < n; i += Lanes::kWidth) {
+      StatesOf<Number, Rule> states;
+      for (int k = 0; k < Rule::kStates; ++k) states[k] = Number(Lanes::load(s[k] + i));
+      Number x(Lanes::load(p + i));
+      visit(Number(Lanes::load(g + i)), x, states);
+      Lanes::store(p + i, vector_of(x));
+      for (int k = 0; k < Rule::kStates; ++k) Lanes::store(s[k] + i, vector_of(states[k]));
+    }
+  }
+};
+
+// Calls visit(g, p, states) for all elements of some blocks, and writes what becomes of p to `out`.
+template <class Lanes, class Rule, class Visit>
+void through_scratch(const StepJob& job, int64_t first, int64_t last, void* out, DType dtype, const Visit& visit) {
+  Block<Lanes, Rule> elements;
+  for (int64_t block = first; block < last; ++block) {
+    const Span span = span_of(job, block);
+    elements.load(job, span, block);
+    elements.each_vector(span.n, visit);
+    write<Lanes>(out, dtype, span.begin, span.n, elements.p);
+    elements.store_states(job, span, block);
+  }
+}
+
+template <class Lanes, class Rule>
+void step_any(const StepJob& job, const typename Rule::Hyper hyper, int64_t first, int64_t last) {
+  using Number = typename Lanes::Number;
+  through_scratch<Lanes, Rule>(
+      job, first, last, job.param, job.param_dtype,
+      [&](Number g, Number& p, StatesOf<Number, Rule>& s) { guarded_update<Rule>(g, p, s, hyper); });
+}
+
+// Moves the states on and writes the directions, of elements that no step would touch as NaN.
+template <class Lanes, class Rule>
+void direction(const StepJob& job, const void* opaque, int64_t first, int64_t last) {
+  using Number = typename Lanes::Number;
+  const auto hyper = *static_cast<const typename Rule::Hyper*>(opaque);
+  through_scratch<Lanes, Rule>(
+      job, first, last, job.direction, DType::kFloat32,
+      [&](Number g, Number& p, StatesOf<Number, Rule>& s) { p = guarded_direction<Rule>(g, p, s, hyper); });
+}
+
+// Takes a step along given directions.
+template <class Lanes, class Rule>
+void apply(const StepJob& job, const void* opaque, int64_t first, int64_t last) {
+  using Number = typename Lanes::Number;
+  const auto hyper = *static_cast<const typename Rule::Hyper*>(opaque);
+  alignas(64) float p[kStateBlock] = {}, u[kStateBlock] = {};
+  for (int64_t block = first; block < last; ++block) {
+    const Span span = span_of(job, block);
+    const float* from = read<Lanes>(job.param, job.param_dtype, span.begin, span.n, p);
+    if (from != p) Lanes::copy(p, from, span.n * sizeof(float));
+    Lanes::copy(u, job.direction + span.begin, span.n * sizeof(float));
+    for (int64_t i = 0; i < span.n; i += Lanes::kWidth) {
+      Number x(Lanes::load(p + i));
+      guarded_apply<Rule>(x, Number(Lanes::load(u + i)), hyper);
+      Lanes::store(p + i, vector_of(x));
+    }
+    write<Lanes>(job.param, job.param_dtype, span.begin, span.n, p);
   }
 }
 
 template <class Lanes, class Rule>
 void step(const StepJob& job, const void* opaque, int64_t first, int64_t last) {
   const auto& hyper = *static_cast<const typename Rule::Hyper*>(opaque);
+  const int codec = common_codec(job, Rule::kStates);
+  if (codec == kUncoded) return step_float32<Lanes, Rule>(job, hyper, first, last);
   if constexpr (Rule::kStates > 0) {
-    if (job.absmax[0] != nullptr) return step_quantized<Lanes, Rule>(job, hyper, first, last);
+    bool done = false;
+    for_each_codec(FusedCodecs{}, [&](auto fused, int) {
+      using Codec = decltype(fused);
+      if (codec != number_of<Codec>()) return;
+      step_coded<Lanes, Rule, Codec>(job, hyper, first, last);
+      done = true;
+    });
+    if (!done) step_any<Lanes, Rule>(job, hyper, first, last);
   }
-  step_float32<Lanes, Rule>(job, hyper, first, last);
 }
 
 BNBOPS_NAMESPACE_END

@@ -5,7 +5,7 @@
 #include <limits>
 #include <sstream>
 
-#include "codecs/codec.h"
+#include "codecs/all.h"
 #include "ops/int8/int8.h"
 #include "ops/norms/norm_math.h"
 #include "ops/weight_4bit/weight_4bit.h"
@@ -43,7 +43,7 @@ std::string list(const Items& items, const Text& text) {
 }
 
 std::string state_facts(const StateSpec& state) {
-  return Object().text("name", state.name).flag("signed", state.is_signed).flag("divisor", state.is_divisor).end();
+  return Object().text("name", state.name).text("role", name_of(state.role)).end();
 }
 
 std::string option_facts(const OptionSpec& option) {
@@ -62,19 +62,44 @@ std::string rule_facts() {
   return Object()
       .json("states", list(states, state_facts))
       .json("options", list(Rule::kOptions, option_facts))
-      .flag("trust", Rule::kTrust)
-      .flag("direction_norm", Rule::kDirectionNorm)
+      .text("trust", name_of(Rule::kTrust))
+      .end();
+}
+
+std::string number_facts(float value) {
+  std::ostringstream digits;
+  digits << std::setprecision(9) << value;
+  return digits.str();
+}
+
+template <class Codec>
+std::string codec_facts() {
+  const auto values = [](bool is_signed) {
+    return list(std::vector<float>(Codec::values(is_signed), Codec::values(is_signed) + kCodebookSize), number_facts);
+  };
+  return Object()
+      .text("dtype", Codec::kCodes == CodeType::kUint8 ? "uint8" : "float8_e4m3fn")
+      .json("signed", values(true))
+      .json("unsigned", values(false))
       .end();
 }
 
 }  // namespace
 
 std::string facts() {
-  Object rules;
+  Object rules, codecs, roles;
   for_each_rule(AllRules{}, [&](auto rule, int) { rules.json(rule.kName, rule_facts<decltype(rule)>()); });
   const auto quoted = [](const char* name) { return '"' + std::string(name) + '"'; };
+  for_each_codec(AllCodecs{}, [&](auto codec, int) { codecs.json(codec.kName, codec_facts<decltype(codec)>()); });
+  for (const Role role : kCodedRoles) {
+    roles.json(name_of(role), Object().flag("signed", has_sign(role)).flag("divisor", is_divisor(role)).end());
+  }
   return Object()
       .json("rules", rules.end())
+      .json("codecs", codecs.end())
+      .json("roles", roles.end())
+      .text("default_codec", kDefaultCodec)
+      .text("uncoded", kUncodedName)
       .number("state_block", kStateBlock)
       .number("norm_history", kNormHistory)
       .json("formats_4bit", list(kFormats4bit, quoted))

@@ -6,6 +6,7 @@
 #include "ops/facts.h"
 #include "ops/int8/int8.h"
 #include "ops/optimizer/optimizer.h"
+#include "ops/optimizer/state_codes.h"
 #include "ops/weight_4bit/weight_4bit.h"
 #include "rules/all.h"
 
@@ -17,10 +18,10 @@ namespace bnbops {
 namespace {
 
 void define_rules(torch::stable::detail::StableLibrary& m) {
+  for (const char* schema : kStateSchemas) m.def(schema);
   for_each_rule(AllRules{}, [&](auto rule, int) {
     using Rule = decltype(rule);
-    m.def(step_schema<Rule>().c_str());
-    if constexpr (Rule::kDirectionNorm) m.def(direction_schema<Rule>().c_str());
+    for (const Part part : {Part::kStep, Part::kDirection, Part::kApply}) m.def(schema_of<Rule>(part).c_str());
   });
 }
 

@@ -8,13 +8,13 @@ BNBOPS_NAMESPACE_BEGIN
 struct Adagrad : RuleDefaults {
   static constexpr const char* kName = "adagrad";
   static constexpr int kStates = 1;
-  static constexpr StateSpec kStateSpecs[] = {{"sum", true, true}};  // the map that bitsandbytes takes
+  static constexpr StateSpec kStateSpecs[] = {{"sum", Role::kSignedSquare}};  // the map that bitsandbytes takes
   static constexpr OptionSpec kOptions[] = {
       {"float", "lr_decay", kAmount}, {"float", "eps", kAmount}, {"float", "weight_decay", kAmount}};
 
   struct Hyper {
     float grad_factor, weight_decay, eps;
-    float minus_step_size;  // -lr / (1 + (t - 1) * lr_decay)
+    float minus_step;  // -lr / (1 + (t - 1) * lr_decay)
   };
 
   BNBOPS_HD static Hyper prepare(const double* option, const StepScalars& x) {
@@ -23,10 +23,14 @@ struct Adagrad : RuleDefaults {
   }
 
   template <class F>
-  BNBOPS_HD static F update(F g, F& p, States<F, kStates>& s, const Hyper& h) {
+  BNBOPS_HD static F direction(F g, F p, States<F, kStates>& s, const Hyper& h) {
     g = fused_multiply_add(F(h.weight_decay), p, F(h.grad_factor) * g);
     s[0] = fused_multiply_add(g, g, s[0]);
-    p = fused_multiply_add(F(h.minus_step_size), divide_by_positive(g, square_root(s[0]) + F(h.eps)), p);
+    return divide_by_positive(g, square_root(s[0]) + F(h.eps));
+  }
+
+  template <class F>
+  BNBOPS_HD static F witness(const States<F, kStates>& s, F /*u*/) {
     return s[0];
   }
 };

@@ -8,10 +8,10 @@ BNBOPS_NAMESPACE_BEGIN
 
 // Adam with decoupled weight decay; Adam itself is weight_decay = 0.
 // Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019, algorithm 2.
-struct Adam : RuleDefaults {
+struct Adam : DecoupledDecay {
   static constexpr const char* kName = "adam";
   static constexpr int kStates = 2;
-  static constexpr StateSpec kStateSpecs[] = {{"exp_avg", true}, {"exp_avg_sq", false, true}};
+  static constexpr StateSpec kStateSpecs[] = {{"exp_avg", Role::kSigned}, {"exp_avg_sq", Role::kSquare}};
   static constexpr OptionSpec kOptions[] = {{"float", "beta1", kRate},
                                             {"float", "beta2", kRate},
                                             {"float", "eps", kAmount},
@@ -22,7 +22,7 @@ struct Adam : RuleDefaults {
     float grad_weight;           // (1 - beta1) * grad_factor
     float root_square_weight;    // sqrt(1 - beta2) * grad_factor: its square may underflow where the product does not
     float decay;                 // 1 - lr * weight_decay
-    float minus_step_size;       // -lr / (1 - beta1^t)
+    float minus_step;            // -lr / (1 - beta1^t)
     float inv_sqrt_correction2;  // 1 / sqrt(1 - beta2^t)
   };
 
@@ -35,19 +35,22 @@ struct Adam : RuleDefaults {
     h.grad_weight = to_float((1 - beta1) * x.grad_factor);
     h.root_square_weight = to_float(std::sqrt(1 - beta2) * x.grad_factor);
     h.decay = to_float(1 - x.lr * weight_decay);
-    h.minus_step_size = to_float(-x.lr / (1 - power(beta1, x.step)));
+    h.minus_step = to_float(-x.lr / (1 - power(beta1, x.step)));
     h.inv_sqrt_correction2 = to_float(1 / std::sqrt(1 - power(beta2, x.step)));
     return h;
   }
 
   template <class F>
-  BNBOPS_HD static F update(F g, F& p, States<F, kStates>& s, const Hyper& h) {
+  BNBOPS_HD static F direction(F g, F /*p*/, States<F, kStates>& s, const Hyper& h) {
     s[0] = fused_multiply_add(F(h.beta1), s[0], F(h.grad_weight) * g);
     const F root_square = F(h.root_square_weight) * g;
     s[1] = fused_multiply_add(F(h.beta2), s[1], root_square * root_square);
     const F denominator = fused_multiply_add(square_root(s[1]), F(h.inv_sqrt_correction2), F(h.eps));
-    const F direction = divide_by_positive(s[0], denominator);  // eps = 0 and no gradient yet: no step, not a NaN
-    p = fused_multiply_add(F(h.minus_step_size), direction, p * F(h.decay));
+    return divide_by_positive(s[0], denominator);  // eps = 0 and no gradient yet: no step, not a NaN
+  }
+
+  template <class F>
+  BNBOPS_HD static F witness(const States<F, kStates>& s, F /*u*/) {
     return s[1];  // tells of a non-finite gradient, and of a square that overflows
   }
 };

@@ -8,10 +8,11 @@
 BNBOPS_NAMESPACE_BEGIN
 
 // Pagliardini, Ablin & Grangier 2024, algorithm 1.
-struct AdEmaMix : RuleDefaults {
+struct AdEmaMix : DecoupledDecay {
   static constexpr const char* kName = "ademamix";
   static constexpr int kStates = 3;
-  static constexpr StateSpec kStateSpecs[] = {{"exp_avg", true}, {"exp_avg_slow", true}, {"exp_avg_sq", false, true}};
+  static constexpr StateSpec kStateSpecs[] = {
+      {"exp_avg", Role::kSigned}, {"exp_avg_slow", Role::kSigned}, {"exp_avg_sq", Role::kSquare}};
   static constexpr OptionSpec kOptions[] = {{"float", "beta1", kRate},  {"float", "beta2", kRate},
                                             {"float", "beta3", kRate},  {"float", "alpha", kAmount},
                                             {"float", "eps", kAmount},  {"float", "weight_decay", kAmount},
@@ -21,7 +22,7 @@ struct AdEmaMix : RuleDefaults {
     float beta1, beta2, beta3, alpha, eps;
     float grad_weight1, grad_weight3;  // (1 - beta) * grad_factor
     float root_square_weight;          // sqrt(1 - beta2) * grad_factor
-    float decay, minus_lr;             // 1 - lr * weight_decay, -lr
+    float decay, minus_step;           // 1 - lr * weight_decay, -lr
     float inv_correction1;             // 1 / (1 - beta1^t)
     float inv_sqrt_correction2;        // 1 / sqrt(1 - beta2^t)
   };
@@ -52,21 +53,25 @@ struct AdEmaMix : RuleDefaults {
     h.grad_weight3 = to_float((1 - beta3) * x.grad_factor);
     h.root_square_weight = to_float(std::sqrt(1 - beta2) * x.grad_factor);
     h.decay = to_float(1 - x.lr * option[5]);
-    h.minus_lr = to_float(-x.lr);
+    h.minus_step = to_float(-x.lr);
     h.inv_correction1 = to_float(1 / (1 - power(beta1, x.step)));
     h.inv_sqrt_correction2 = to_float(1 / std::sqrt(1 - power(beta2, x.step)));
     return h;
   }
 
   template <class F>
-  BNBOPS_HD static F update(F g, F& p, States<F, kStates>& s, const Hyper& h) {
+  BNBOPS_HD static F direction(F g, F /*p*/, States<F, kStates>& s, const Hyper& h) {
     s[0] = fused_multiply_add(F(h.beta1), s[0], F(h.grad_weight1) * g);
     s[1] = fused_multiply_add(F(h.beta3), s[1], F(h.grad_weight3) * g);
     const F root_square = F(h.root_square_weight) * g;
     s[2] = fused_multiply_add(F(h.beta2), s[2], root_square * root_square);
     const F mixed = fused_multiply_add(F(h.alpha), s[1], s[0] * F(h.inv_correction1));
     const F denominator = fused_multiply_add(square_root(s[2]), F(h.inv_sqrt_correction2), F(h.eps));
-    p = fused_multiply_add(F(h.minus_lr), divide_by_positive(mixed, denominator), p * F(h.decay));
+    return divide_by_positive(mixed, denominator);
+  }
+
+  template <class F>
+  BNBOPS_HD static F witness(const States<F, kStates>& s, F /*u*/) {
     return s[2];
   }
 };

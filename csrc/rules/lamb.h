@@ -9,10 +9,9 @@ BNBOPS_NAMESPACE_BEGIN
 // You et al. 2020, algorithm 2. The norms behind the trust ratio come from `direction`.
 struct Lamb : RuleDefaults {
   static constexpr const char* kName = "lamb";
-  static constexpr bool kDirectionNorm = true;
-  static constexpr bool kTrust = true;
+  static constexpr Trust kTrust = Trust::kDirection;
   static constexpr int kStates = 2;
-  static constexpr StateSpec kStateSpecs[] = {{"exp_avg", true}, {"exp_avg_sq", false, true}};
+  static constexpr StateSpec kStateSpecs[] = {{"exp_avg", Role::kSigned}, {"exp_avg_sq", Role::kSquare}};
   static constexpr OptionSpec kOptions[] = {{"float", "beta1", kRate},          {"float", "beta2", kRate},
                                             {"float", "eps", kAmount},          {"float", "weight_decay", kAmount},
                                             {"bool", "bias_correction", kFlag}, {"bool", "adam_w_mode", kFlag}};
@@ -22,7 +21,7 @@ struct Lamb : RuleDefaults {
     float grad_weight, square_weight;             // 1 - beta
     float coupled_decay, decoupled_decay;         // weight decay of the gradient and of the direction
     float inv_correction1, inv_sqrt_correction2;  // 1 / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
-    float minus_step_size;                        // -lr * trust
+    float minus_step;                             // -lr * trust
   };
 
   BNBOPS_HD static Hyper prepare(const double* option, const StepScalars& x) {
@@ -39,11 +38,10 @@ struct Lamb : RuleDefaults {
     h.decoupled_decay = to_float(decoupled ? weight_decay : 0);
     h.inv_correction1 = to_float(corrected ? 1 / (1 - power(beta1, x.step)) : 1);
     h.inv_sqrt_correction2 = to_float(corrected ? 1 / std::sqrt(1 - power(beta2, x.step)) : 1);
-    h.minus_step_size = to_float(-x.lr * x.trust);
+    h.minus_step = to_float(-x.lr * x.trust);
     return h;
   }
 
-  // Moves the states on and returns the direction u, whose norm makes the trust ratio.
   template <class F>
   BNBOPS_HD static F direction(F g, F p, States<F, kStates>& s, const Hyper& h) {
     g = fused_multiply_add(F(h.coupled_decay), p, F(h.grad_factor) * g);
@@ -54,15 +52,8 @@ struct Lamb : RuleDefaults {
   }
 
   template <class F>
-  BNBOPS_HD static F witness(const States<F, kStates>& s) {
+  BNBOPS_HD static F witness(const States<F, kStates>& s, F /*u*/) {
     return s[1];
-  }
-
-  template <class F>
-  BNBOPS_HD static F update(F g, F& p, States<F, kStates>& s, const Hyper& h) {
-    const F u = direction(g, p, s, h);
-    p = fused_multiply_add(F(h.minus_step_size), u, p);
-    return witness(s);
   }
 };
 

@@ -8,11 +8,11 @@ BNBOPS_NAMESPACE_BEGIN
 // outside the buffer, as in torch.optim.SGD.
 struct Lars : Momentum {
   static constexpr const char* kName = "lars";
-  static constexpr bool kTrust = true;
+  static constexpr Trust kTrust = Trust::kGradient;
 
   template <class F>
-  BNBOPS_HD static F update(F g, F& p, States<F, kStates>& s, const Hyper& h) {
-    return descend(F(h.trust) * fused_multiply_add(F(h.weight_decay), p, F(h.grad_factor) * g), p, s, h);
+  BNBOPS_HD static F direction(F g, F p, States<F, kStates>& s, const Hyper& h) {
+    return along(F(h.trust) * fused_multiply_add(F(h.weight_decay), p, F(h.grad_factor) * g), s, h);
   }
 };
 

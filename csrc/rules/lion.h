@@ -5,15 +5,15 @@
 BNBOPS_NAMESPACE_BEGIN
 
 // Chen et al. 2023, algorithm 2.
-struct Lion : RuleDefaults {
+struct Lion : DecoupledDecay {
   static constexpr const char* kName = "lion";
   static constexpr int kStates = 1;
-  static constexpr StateSpec kStateSpecs[] = {{"exp_avg", true}};
+  static constexpr StateSpec kStateSpecs[] = {{"exp_avg", Role::kSigned}};
   static constexpr OptionSpec kOptions[] = {
       {"float", "beta1", kRate}, {"float", "beta2", kRate}, {"float", "weight_decay", kAmount}};
 
   struct Hyper {
-    float beta1, beta2, minus_lr;
+    float beta1, beta2, minus_step;
     float grad_weight1, grad_weight2;  // (1 - beta) * grad_factor
     float decay;                       // 1 - lr * weight_decay
   };
@@ -28,10 +28,14 @@ struct Lion : RuleDefaults {
   }
 
   template <class F>
-  BNBOPS_HD static F update(F g, F& p, States<F, kStates>& s, const Hyper& h) {
+  BNBOPS_HD static F direction(F g, F /*p*/, States<F, kStates>& s, const Hyper& h) {
     const F interpolated = fused_multiply_add(F(h.beta1), s[0], F(h.grad_weight1) * g);
-    p = fused_multiply_add(F(h.minus_lr), sign_of(interpolated), p * F(h.decay));
     s[0] = fused_multiply_add(F(h.beta2), s[0], F(h.grad_weight2) * g);
+    return sign_of(interpolated);
+  }
+
+  template <class F>
+  BNBOPS_HD static F witness(const States<F, kStates>& s, F /*u*/) {
     return s[0];
   }
 };

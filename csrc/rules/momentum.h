@@ -8,11 +8,11 @@ BNBOPS_NAMESPACE_BEGIN
 struct Sgd : RuleDefaults {
   static constexpr const char* kName = "sgd";
   static constexpr int kStates = 0;
-  static constexpr StateSpec kStateSpecs[] = {{nullptr, false}};
+  static constexpr StateSpec kStateSpecs[] = {{nullptr, Role::kSigned}};
   static constexpr OptionSpec kOptions[] = {{"float", "weight_decay", kAmount}};
 
   struct Hyper {
-    float grad_factor, weight_decay, minus_lr;
+    float grad_factor, weight_decay, minus_step;
   };
 
   BNBOPS_HD static Hyper prepare(const double* option, const StepScalars& x) {
@@ -20,10 +20,13 @@ struct Sgd : RuleDefaults {
   }
 
   template <class F>
-  BNBOPS_HD static F update(F g, F& p, States<F, kStates>&, const Hyper& h) {
-    const F direction = fused_multiply_add(F(h.weight_decay), p, F(h.grad_factor) * g);
-    p = fused_multiply_add(F(h.minus_lr), direction, p);
-    return direction;
+  BNBOPS_HD static F direction(F g, F p, States<F, kStates>&, const Hyper& h) {
+    return fused_multiply_add(F(h.weight_decay), p, F(h.grad_factor) * g);
+  }
+
+  template <class F>
+  BNBOPS_HD static F witness(const States<F, kStates>& /*s*/, F u) {
+    return u;
   }
 };
 
@@ -31,14 +34,14 @@ struct Sgd : RuleDefaults {
 struct Momentum : RuleDefaults {
   static constexpr const char* kName = "momentum";
   static constexpr int kStates = 1;
-  static constexpr StateSpec kStateSpecs[] = {{"momentum_buffer", true}};
+  static constexpr StateSpec kStateSpecs[] = {{"momentum_buffer", Role::kSigned}};
   static constexpr OptionSpec kOptions[] = {{"float", "momentum", kAmount},
                                             {"float", "dampening", kNumber},
                                             {"float", "weight_decay", kAmount},
                                             {"bool", "nesterov", kFlag}};
 
   struct Hyper {
-    float grad_factor, weight_decay, trust, minus_lr;
+    float grad_factor, weight_decay, trust, minus_step;
     float kept;         // momentum, 0 at the first step
     float grad_weight;  // 1 - dampening, 1 at the first step
     float momentum;
@@ -51,7 +54,7 @@ struct Momentum : RuleDefaults {
     h.grad_factor = to_float(x.grad_factor);
     h.weight_decay = to_float(option[2]);
     h.trust = to_float(x.trust);
-    h.minus_lr = to_float(-x.lr);
+    h.minus_step = to_float(-x.lr);
     h.kept = first ? 0.0F : to_float(option[0]);
     h.grad_weight = first ? 1.0F : to_float(1 - option[1]);
     h.momentum = to_float(option[0]);
@@ -65,16 +68,19 @@ struct Momentum : RuleDefaults {
   }
 
   template <class F>
-  BNBOPS_HD static F descend(F g, F& p, States<F, kStates>& s, const Hyper& h) {
+  BNBOPS_HD static F along(F g, States<F, kStates>& s, const Hyper& h) {
     s[0] = fused_multiply_add(F(h.kept), s[0], F(h.grad_weight) * g);
-    const F direction = h.nesterov ? fused_multiply_add(F(h.momentum), s[0], g) : s[0];
-    p = fused_multiply_add(F(h.minus_lr), direction, p);
-    return direction;
+    return h.nesterov ? fused_multiply_add(F(h.momentum), s[0], g) : s[0];
   }
 
   template <class F>
-  BNBOPS_HD static F update(F g, F& p, States<F, kStates>& s, const Hyper& h) {
-    return descend(fused_multiply_add(F(h.weight_decay), p, F(h.grad_factor) * g), p, s, h);
+  BNBOPS_HD static F direction(F g, F p, States<F, kStates>& s, const Hyper& h) {
+    return along(fused_multiply_add(F(h.weight_decay), p, F(h.grad_factor) * g), s, h);
+  }
+
+  template <class F>
+  BNBOPS_HD static F witness(const States<F, kStates>& /*s*/, F u) {
+    return u;
   }
 };
 

@@ -8,12 +8,12 @@ BNBOPS_NAMESPACE_BEGIN
 struct RmsProp : RuleDefaults {
   static constexpr const char* kName = "rmsprop";
   static constexpr int kStates = 1;
-  static constexpr StateSpec kStateSpecs[] = {{"square_avg", true, true}};  // the map that bitsandbytes takes
+  static constexpr StateSpec kStateSpecs[] = {{"square_avg", Role::kSignedSquare}};  // the map that bitsandbytes takes
   static constexpr OptionSpec kOptions[] = {
       {"float", "alpha", kRate}, {"float", "eps", kAmount}, {"float", "weight_decay", kAmount}};
 
   struct Hyper {
-    float grad_factor, weight_decay, minus_lr, alpha, square_weight, eps;
+    float grad_factor, weight_decay, minus_step, alpha, square_weight, eps;
   };
 
   BNBOPS_HD static Hyper prepare(const double* option, const StepScalars& x) {
@@ -30,8 +30,12 @@ struct RmsProp : RuleDefaults {
   }
 
   template <class F>
-  BNBOPS_HD static F update(F g, F& p, States<F, kStates>& s, const Hyper& h) {
-    p = fused_multiply_add(F(h.minus_lr), normalized(g, p, s[0], h), p);
+  BNBOPS_HD static F direction(F g, F p, States<F, kStates>& s, const Hyper& h) {
+    return normalized(g, p, s[0], h);
+  }
+
+  template <class F>
+  BNBOPS_HD static F witness(const States<F, kStates>& s, F /*u*/) {
     return s[0];
   }
 };
@@ -40,12 +44,11 @@ struct RmsProp : RuleDefaults {
 struct RmsPropMomentum : RuleDefaults {
   static constexpr const char* kName = "rmsprop_momentum";
   static constexpr int kStates = 2;
-  static constexpr StateSpec kStateSpecs[] = {RmsProp::kStateSpecs[0], {"momentum_buffer", true}};
+  static constexpr StateSpec kStateSpecs[] = {RmsProp::kStateSpecs[0], {"momentum_buffer", Role::kSigned}};
   static constexpr OptionSpec kOptions[] = {
       RmsProp::kOptions[0], RmsProp::kOptions[1], RmsProp::kOptions[2], {"float", "momentum", kAmount}};
 
-  struct Hyper {
-    RmsProp::Hyper rmsprop;
+  struct Hyper : RmsProp::Hyper {
     float momentum;
   };
 
@@ -54,9 +57,13 @@ struct RmsPropMomentum : RuleDefaults {
   }
 
   template <class F>
-  BNBOPS_HD static F update(F g, F& p, States<F, kStates>& s, const Hyper& h) {
-    s[1] = fused_multiply_add(F(h.momentum), s[1], RmsProp::normalized(g, p, s[0], h.rmsprop));
-    p = fused_multiply_add(F(h.rmsprop.minus_lr), s[1], p);
+  BNBOPS_HD static F direction(F g, F p, States<F, kStates>& s, const Hyper& h) {
+    s[1] = fused_multiply_add(F(h.momentum), s[1], RmsProp::normalized(g, p, s[0], h));
+    return s[1];
+  }
+
+  template <class F>
+  BNBOPS_HD static F witness(const States<F, kStates>& s, F /*u*/) {
     return s[0];
   }
 };

@@ -11,14 +11,13 @@
 
 #include <limits>
 
-#include "core/portable.h"
+#include "codecs/codec.h"
 
 BNBOPS_NAMESPACE_BEGIN
 
 struct StateSpec {
   const char* name;
-  bool is_signed;           // an 8-bit state takes the signed or the unsigned dynamic map
-  bool is_divisor = false;  // a positive value never becomes 0, which the next step would divide by
+  Role role;
 };
 
 // The values that an option may have: from `from` to below `below`, which "must be ..." tells.
@@ -63,23 +62,59 @@ constexpr int kSlots = Rule::kStates > 0 ? Rule::kStates : 1;  // arrays have a 
 
 BNBOPS_HD float to_float(double x) { return static_cast<float>(x); }
 
+// What a parameter's trust ratio, which is made of norms, scales.
+enum class Trust { kNone, kGradient, kDirection };
+constexpr const char* name_of(Trust trust) {
+  constexpr const char* kNames[] = {"none", "gradient", "direction"};
+  return kNames[static_cast<int>(trust)];
+}
+
 // What most rules have in common.
 struct RuleDefaults {
-  static constexpr bool kTrust = false;          // no ratio of norms scales the step of a parameter
-  static constexpr bool kDirectionNorm = false;  // or it is not made from the norm of `direction`
+  static constexpr Trust kTrust = Trust::kNone;
   // What is wrong with options that are in their ranges but do not go together, or nullptr.
   static const char* conflict(const double* /*option*/) { return nullptr; }
+
+  // The step along a direction.
+  template <class F, class Hyper>
+  BNBOPS_HD static F apply(F p, F u, const Hyper& h) {
+    return fused_multiply_add(F(h.minus_step), u, p);
+  }
+};
+
+// Of rules whose weight decay shrinks the parameter beside the step: `decay` is 1 - lr * weight_decay.
+struct DecoupledDecay : RuleDefaults {
+  template <class F, class Hyper>
+  BNBOPS_HD static F apply(F p, F u, const Hyper& h) {
+    return fused_multiply_add(F(h.minus_step), u, p * F(h.decay));
+  }
 };
 
 // Updates an element whose witness is finite; any other keeps its parameter and states, and the rest of its block goes
 // on.
 template <class Rule, class F>
 BNBOPS_HD void guarded_update(F g, F& p, StatesOf<F, Rule>& s, const typename Rule::Hyper& h) {
-  F new_p = p;
   StatesOf<F, Rule> new_s = s;
-  const auto valid = is_finite(Rule::update(g, new_p, new_s, h));
-  p = select(valid, new_p, p);
+  const F u = Rule::direction(g, p, new_s, h);
+  const auto valid = is_finite(Rule::witness(new_s, u));
+  p = select(valid, Rule::apply(p, u, h), p);
   for (int k = 0; k < Rule::kStates; ++k) s[k] = select(valid, new_s[k], s[k]);
+}
+
+// The first half of that: the direction, NaN for an element that is left alone.
+template <class Rule, class F>
+BNBOPS_HD F guarded_direction(F g, F p, StatesOf<F, Rule>& s, const typename Rule::Hyper& h) {
+  StatesOf<F, Rule> new_s = s;
+  const F u = Rule::direction(g, p, new_s, h);
+  const auto valid = is_finite(Rule::witness(new_s, u));
+  for (int k = 0; k < Rule::kStates; ++k) s[k] = select(valid, new_s[k], s[k]);
+  return select(valid, u, F(float_from_bits(kNanBits)));
+}
+
+// And the second half.
+template <class Rule, class F>
+BNBOPS_HD void guarded_apply(F& p, F u, const typename Rule::Hyper& h) {
+  p = select(is_number(u), Rule::apply(p, u, h), p);
 }
 
 BNBOPS_NAMESPACE_END

@@ -21,7 +21,7 @@ from bnbops.functional import create_dynamic_map, create_fp8_map, create_linear_
 from cases import int8
 from cases.rules import CODECS, usual
 from reference import quantize as ref
-from reference.group import op_options, random_group
+from reference.group import random_group
 from reference.rules import RULES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -118,9 +118,7 @@ def steps_and_norms(rule: str, codec: str, dtype: torch.dtype, grad_dtype: torch
     ):
         options, clip = usual(rule, **changed), torch.linspace(0.3, 1, len(shapes))
         results.append(ops.squared_norms([*group.params, *group.grads]))
-        if rule == "lamb":
-            norms = ops.lamb_squared_norms(*group.lists().values(), **op_options(options), maximize=maximize, clip=clip)
-            results.append(norms)
+        results += group.half_steps(options, maximize=maximize, clip=clip) if maximize else []
         group.step(options, maximize=maximize, clip=clip)
     return results + [x for tensors in group.lists().values() for x in tensors]
 

@@ -17,11 +17,11 @@ SHAPES = [(64, 64), (3, 256), (5, 257), (7, 255), (1, 513), (2, 1), (17, 512), (
 
 def test_the_references_are_of_all_operators():
     """Same rules, same states, same options."""
-    assert {name: {s.name: s.signed for s in rule.states} for name, rule in facts.RULES.items()} == {
+    assert {name: {s.name: s.role.signed for s in rule.states} for name, rule in facts.RULES.items()} == {
         name: rule.states for name, rule in RULES.items()
     }
-    assert {name for name, state in facts.STATES.items() if state.divisor} == NOT_NEGATIVE
-    around = {"params", "grads", "steps", "lr", "maximize", "options", "grad_scale", "found_inf", "clip"}
+    assert {name for name, state in facts.STATES.items() if state.role.divisor} == NOT_NEGATIVE
+    around = {"params", "grads", "steps", "lr", "maximize", "options", "grad_scale", "found_inf", "clip", "codec"}
     for name, rule in RULES.items():
         assert rule.operator.name() == f"bnbops::{name}_step_"
         expected = [*rule.states, *(f"{state}_absmax" for state in rule.states)]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnbops import facts
 from bnbops.functional import create_dynamic_map
 from reference.rules import RULES
 from reference.states import decode, encode, flat_absmax, row_absmax
@@ -60,6 +61,28 @@ class Group:
     def step(self, options: dict[str, Any] | None = None, /, **scaling: bool | Tensor) -> None:
         """Runs the operator with the rule's usual options, or these."""
         RULES[self.rule].operator(*self.lists().values(), **op_options(options or RULES[self.rule].options), **scaling)
+
+    def half_steps(self, options: dict[str, Any] | None = None, /, **scaling: bool | Tensor) -> list[Tensor]:
+        """The same by its halves; returns the directions between them."""
+        options, rule = op_options(options or RULES[self.rule].options), facts.RULES[self.rule]
+        directions = [torch.full(p.shape, -1.0) for p in self.params]
+        params, grads, *others = self.lists().values()
+        trust = {"trust": scaling.pop("trust")} if "trust" in scaling else {}
+        of_gradient = trust if rule.trust == "gradient" else {}
+        operator = getattr(torch.ops.bnbops, rule.direction)
+        operator(params, grads, directions, *others, **options, **scaling, **of_gradient)
+        operator = getattr(torch.ops.bnbops, rule.apply)
+        operator(params, directions, self.steps, **options, **({} if of_gradient else trust))
+        return directions
+
+    def with_fp32(self, *names: str) -> "Group":
+        """The same tensors, but that the states of these names are fp32."""
+        group = replace(self, states=dict(self.states), absmax=dict(self.absmax))
+        place = list(self.states).index
+        for name in names:
+            group.states[name] = [self.state_values(i)[place(name)] for i in range(len(self.params))]
+            group.absmax[name] = []
+        return group
 
     def append_state(self, values: dict[str, Tensor], bits: int, layout: str) -> None:
         """Adds the states of one parameter: fp32, or 8-bit codes with absmax by "rows" or "flat"."""

@@ -60,12 +60,12 @@ def as_tensors(plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _ZEROS = {"float": 0.0, "bool": False, "int": 0}
-_OPTIONS = {rule.step: {option.name: _ZEROS[option.type] for option in rule.options} for rule in RULES.values()}
+_OPTIONS = {rule.name: {option.name: _ZEROS[option.type] for option in rule.options} for rule in RULES.values()}
 
 
 def _unused(plan: Plan) -> dict[str, Any]:
     """Zeros for the options that a tensor has; a step in Python has none that go into a tensor."""
-    return _OPTIONS.get(plan.step, {})
+    return _OPTIONS.get(plan.rule.name, {})
 
 
 def option(plan: Plan, arguments: Mapping[str, Any], name: str) -> float | Tensor:

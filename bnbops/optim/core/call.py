@@ -75,6 +75,24 @@ class Call:
     def run(self, from_norms: Mapping[str, Tensor]) -> None:
         """Takes the step, with the keyword arguments that are made from norms."""
         self.op(*self.lists, **self.scalars, **from_norms)
+        self._written()
+
+    def directions(self, from_norms: Mapping[str, Tensor]) -> list[Tensor]:
+        """Takes the first half of the step: float32 directions, NaN where an element is to be left alone."""
+        directions = [torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in self.params]
+        params, grads, *others = self.lists
+        operator = getattr(torch.ops.bnbops, self.plan.rule.direction)
+        operator(params, grads, directions, *others, **self.scalars, **from_norms)
+        return directions
+
+    def apply(self, directions: list[Tensor], from_norms: Mapping[str, Tensor]) -> None:
+        """Takes the second half, along directions."""
+        names = ("lr", "options", *(option.name for option in self.plan.rule.options))
+        scalars = {name: self.scalars[name] for name in names if name in self.scalars}
+        getattr(torch.ops.bnbops, self.plan.rule.apply)(self.params, directions, self.steps, **scalars, **from_norms)
+        self._written()
+
+    def _written(self) -> None:
         if not is_traced():
             # Operators from C++ write behind autograd's back: a backward through the old values must fail.
             torch.autograd.graph.increment_version(self.params)

@@ -11,7 +11,7 @@ from bnbops.facts import STATE_BLOCK, STATES
 from bnbops.lasting import lasting
 from bnbops.optim.core.state import absmax_shape
 
-DIVISORS = frozenset(state.name for state in STATES.values() if state.divisor)
+DIVISORS = frozenset(state.name for state in STATES.values() if state.role.divisor)
 with lasting():
     _MAPS = {signed: create_dynamic_map(signed) for signed in (True, False)}
 ONE = 255  # the code of 1 in either map
@@ -20,12 +20,12 @@ _ZEROS = {signed: int((code == 0).nonzero()) for signed, code in _MAPS.items()}
 
 def code_map(name: str, device: torch.device) -> Tensor:
     """The codebook of a state, fp32 [256]."""
-    return _MAPS[STATES[name].signed].to(device)
+    return _MAPS[STATES[name].role.signed].to(device)
 
 
 def zero_code(name: str) -> int:
     """The code of 0 in a state's codebook."""
-    return _ZEROS[STATES[name].signed]
+    return _ZEROS[STATES[name].role.signed]
 
 
 def decoded(name: str, codes: Tensor, absmax: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class Optimizer(StatefulOptimizer):
 
     def _operator(self, plan: Plan) -> Callable[..., None]:
         """What takes the step."""
-        return getattr(torch.ops.bnbops, plan.step)
+        return getattr(torch.ops.bnbops, plan.rule.step)
 
     def _options(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The operator's keyword arguments that are its own."""
@@ -109,8 +109,10 @@ class Optimizer(StatefulOptimizer):
         if not is_traced():  # a compiler checks all of the graph before it runs
             check(calls)
         for call in calls:
-            clip = call.clip()
-            call.run({**clip, **self._trust(call, clip)})
+            self._take(call, call.clip())
+
+    def _take(self, call: Call, clip: Mapping[str, Tensor]) -> None:
+        call.run({**clip, **self._trust(call, clip)})
 
     def _only_creates_states(self) -> bool:
         """Whether this is the step that torch.distributed.checkpoint takes to have states: gradients and lr are all 0.

@@ -29,7 +29,7 @@ class Plan(NamedTuple):
     """Options, and what states the parameters have that have them."""
 
     config: dict[str, Any]  # the options
-    step: str  # name of the operator that takes the step
+    rule: Rule  # whose operators take the step
     names: tuple[str, ...]  # of its states
     needed: tuple[str, ...]  # keys that a parameter's state must have
     absmax: str | None  # a key that tells 8-bit states
@@ -39,7 +39,7 @@ class Plan(NamedTuple):
         names = rule.state_names
         clips = config["percentile_clipping"] != 100
         needed = ("step", *names, "gnorm_vec") if clips else ("step", *names)
-        return cls(config, rule.step, names, needed, absmax_name(names[0]) if names else None)
+        return cls(config, rule, names, needed, absmax_name(names[0]) if names else None)
 
 
 def absmax_name(state: str) -> str:

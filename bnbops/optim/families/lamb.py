@@ -78,15 +78,14 @@ class LAMB(Optimizer):
         defaults |= {"max_unorm": max_unorm, "trust_clip": trust_clip}
         super().__init__(params, defaults, optim_bits=optim_bits, args=args, min_8bit_size=min_8bit_size, **keywords)
 
-    def _trust(self, call: Call, clip: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _take(self, call: Call, clip: Mapping[str, Tensor]) -> None:
         config = call.plan.config
         if config["max_unorm"] == 0:
-            return {}
-        scalars = {key: value for key, value in {**call.scalars, **clip}.items() if key != "found_inf"}
-        updates = torch.ops.bnbops.lamb_squared_norms(*call.lists, **scalars)
-        weights = torch.ops.bnbops.squared_norms(call.params)
-        weight, update = whole_squared_norms(torch.stack([weights, updates]), call.whole).sqrt()
-        return {"trust": trust_ratio(weight, update, config["max_unorm"], config["trust_clip"])}
+            return super()._take(call, clip)
+        directions = call.directions(clip)
+        local_norms = torch.ops.bnbops.squared_norms(call.params + directions)
+        weight, update = whole_squared_norms(local_norms.view(2, -1), call.whole).sqrt()
+        call.apply(directions, {"trust": trust_ratio(weight, update, config["max_unorm"], config["trust_clip"])})
 
 
 LAMB8bit = variant(LAMB, bits=8, without=("optim_bits",))

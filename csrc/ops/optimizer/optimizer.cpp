@@ -1,30 +1,45 @@
 #include "ops/optimizer/optimizer.h"
 
-namespace bnbops {
-namespace {
+#include <algorithm>
 
-void check_lengths(const StepNames& names, const StepArguments& a) {
-  const auto check = [&](const std::string& list, size_t length, const char* remark) {
-    BNBOPS_CHECK(length == a.params.size(), "bnbops::", names.op, ": ", list, " has ", length, " tensors for ",
-                 a.params.size(), " params", remark);
-  };
-  check("grads", a.grads.size(), "");
-  check("steps", a.steps.size(), "");
-  for (size_t k = 0; k < a.states.size(); ++k) {
-    check(names.states[k], a.states[k].size(), "");
-    if (a.quantized()) {
-      check(names.absmax[k], a.absmax[k].size(), " (one each for 8-bit states, none at all for float32 states)");
-    }
-  }
+namespace bnbops {
+
+int codec_named(const std::string& op, const std::string& given, const std::string& name) {
+  int found = name == kUncodedName ? kUncoded : kMixed;
+  std::string known;
+  for_each_codec(AllCodecs{}, [&](auto codec, int number) {
+    if (name == codec.kName) found = number;
+    known += std::string("'") + codec.kName + "', ";
+  });
+  BNBOPS_CHECK(found != kMixed, "bnbops::", op, ": codec must be ", known, "'", kUncodedName,
+               "', or one of these for each state with commas between, got '", given, "'");
+  return found;
+}
+
+ScalarType dtype_of_codes(int number) {
+  ScalarType dtype = ScalarType::Float;
+  for_each_codec(AllCodecs{}, [&](auto codec, int i) {
+    if (i == number) dtype = codec.kCodes == CodeType::kUint8 ? ScalarType::Byte : ScalarType::Float8_e4m3fn;
+  });
+  return dtype;
+}
+
+BlockLayout row_layout(const Tensor& t) {
+  const int64_t rows = t.dim() > 0 ? t.size(0) : 1, inner = rows > 0 ? t.numel() / rows : 0;
+  return {rows, inner, divide_up(inner, kStateBlock)};
+}
+
+std::vector<int64_t> absmax_shape(const Tensor& t, bool flat) {
+  if (flat || t.dim() < 2) return {divide_up(t.numel(), kStateBlock)};
+  return {row_layout(t).rows, row_layout(t).blocks_per_row};
 }
 
 void check_absmax(const Named& absmax, const Tensor& param) {
   check_dtype(absmax, ScalarType::Float);
   check_same_device(absmax, param);
   check_contiguous(absmax);
-  const int64_t rows = param.dim() > 0 ? param.size(0) : 1;
-  const int64_t inner = rows > 0 ? param.numel() / rows : 0;
-  const int64_t per_row = divide_up(inner, kStateBlock), flat = divide_up(param.numel(), kStateBlock);
+  const auto [rows, inner, per_row] = row_layout(param);
+  const int64_t flat = divide_up(param.numel(), kStateBlock);
   const Tensor& t = absmax.tensor;
   const bool ok = (t.dim() == 2 && t.size(0) == rows && (t.size(1) == per_row || param.numel() == 0)) ||
                   (t.dim() == 1 && t.size(0) == flat);
@@ -32,37 +47,99 @@ void check_absmax(const Named& absmax, const Tensor& param) {
                per_row, "] (blocks of ", kStateBlock, " in each row) or [", flat, "] (flat blocks)");
 }
 
+namespace {
+
+void check_lengths(const StepNames& names, const StepArguments& a) {
+  const auto check = [&](const std::string& list, size_t length, const char* remark) {
+    BNBOPS_CHECK(length == a.params.size(), "bnbops::", names.op, ": ", list, " has ", length, " tensors for ",
+                 a.params.size(), " params", remark);
+  };
+  if (names.part != Part::kApply) check("grads", a.grads.size(), "");
+  if (names.part != Part::kStep) check("directions", a.directions.size(), "");
+  check("steps", a.steps.size(), "");
+  for (size_t k = 0; k < a.states.size(); ++k) {
+    check(names.states[k].name, a.states[k].size(), "");
+    if (a.coded(k)) {
+      check(names.absmax[k], a.absmax[k].size(), " (one each for 8-bit states, none at all for float32 states)");
+    }
+  }
+}
+
+// Fills in the codec of each state: kUncoded where there are no scales, else what it is named.
+void find_codecs(const StepNames& names, StepArguments& a) {
+  std::vector<int> named;
+  for (size_t begin = 0; begin <= a.codec.size();) {
+    const size_t end = std::min(a.codec.find(',', begin), a.codec.size());
+    named.push_back(codec_named(names.op, a.codec, a.codec.substr(begin, end - begin)));
+    begin = end + 1;
+  }
+  const bool one = named.size() == 1;
+  BNBOPS_CHECK(one || named.size() == a.states.size(), "bnbops::", names.op, ": codec names ", named.size(),
+               " codecs for ", a.states.size(), " states, got '", a.codec, "'");
+  for (size_t k = 0; k < a.states.size(); ++k) {
+    const int codec = named[one ? 0 : k];
+    const bool fits = a.coded(k) ? codec != kUncoded : one || codec == kUncoded || a.params.empty();
+    BNBOPS_CHECK(fits, "bnbops::", names.op, ": ", names.absmax[k], " has ", a.absmax[k].size(),
+                 " tensors, which does not fit the codec that '", a.codec, "' names for ", names.states[k].name);
+    a.codecs.push_back(a.coded(k) ? codec : kUncoded);
+  }
+}
+
+void check_shape(const Named& named, const Tensor& param) {
+  BNBOPS_CHECK(same_shape(named.tensor, param), named, " has shape ", shape_of(named.tensor),
+               ", but its parameter has ", shape_of(param));
+}
+
+size_t first_coded(const StepArguments& a) {
+  size_t k = 0;
+  while (k < a.states.size() && !a.coded(k)) ++k;
+  return k;
+}
+
+void check_state(const StepNames& names, const StepArguments& a, size_t k, size_t i) {
+  const char* op = names.op.c_str();
+  const auto index = static_cast<int64_t>(i);
+  const Tensor& param = a.params[i];
+  const Named state{a.states[k][i], op, names.states[k].name, index};
+  const ScalarType dtype = dtype_of_codes(a.codecs[k]);
+  BNBOPS_CHECK(state.tensor.scalar_type() == dtype, state, " must be ", dtype_name(dtype),
+               a.coded(k) ? "" : ", as there is no " + names.absmax[k], ", got ",
+               dtype_name(state.tensor.scalar_type()));
+  check_same_device(state, param);
+  check_contiguous(state);
+  check_shape(state, param);
+  if (!a.coded(k)) return;
+  const Named absmax{a.absmax[k][i], op, names.absmax[k].c_str(), index};
+  check_absmax(absmax, param);
+  const size_t first = first_coded(a);
+  BNBOPS_CHECK(a.absmax[k][i].dim() == a.absmax[first][i].dim(), absmax,
+               " is laid out by rows and another by flat blocks; use one layout for all states of a parameter");
+}
+
 void check_param(const StepNames& names, const StepArguments& a, size_t i) {
   const char* op = names.op.c_str();
   const auto index = static_cast<int64_t>(i);
   const Tensor& param = a.params[i];
-  const Named named_param{param, op, "params", index}, grad{a.grads[i], op, "grads", index};
-  const auto check_shape = [&](const Named& named) {
-    BNBOPS_CHECK(same_shape(named.tensor, param), named, " has shape ", shape_of(named.tensor),
-                 ", but its parameter has ", shape_of(param));
-  };
+  const Named named_param{param, op, "params", index};
   check_float(named_param);
   check_same_device(named_param, a.params[0]);
   check_contiguous(named_param);
-
-  const ScalarType dtype = grad.tensor.scalar_type();
-  BNBOPS_CHECK(dtype == param.scalar_type() || dtype == ScalarType::Float, grad, " must be ",
-               dtype_name(param.scalar_type()), " (its parameter's dtype) or float32, got ", dtype_name(dtype));
-  check_same_device(grad, param);
-  check_shape(grad);
-
-  for (size_t k = 0; k < a.states.size(); ++k) {
-    const Named state{a.states[k][i], op, names.states[k], index};
-    check_dtype(state, a.quantized() ? ScalarType::Byte : ScalarType::Float);
-    check_same_device(state, param);
-    check_contiguous(state);
-    check_shape(state);
-    if (!a.quantized()) continue;
-    const Named absmax{a.absmax[k][i], op, names.absmax[k].c_str(), index};
-    check_absmax(absmax, param);
-    BNBOPS_CHECK(a.absmax[k][i].dim() == a.absmax[0][i].dim(), absmax,
-                 " is laid out by rows and another by flat blocks; use one layout for all states of a parameter");
+  if (names.part != Part::kApply) {
+    const Named grad{a.grads[i], op, "grads", index};
+    const ScalarType dtype = grad.tensor.scalar_type();
+    BNBOPS_CHECK(dtype == param.scalar_type() || dtype == ScalarType::Float, grad, " must be ",
+                 dtype_name(param.scalar_type()), " (its parameter's dtype) or float32, got ", dtype_name(dtype));
+    check_same_device(grad, param);
+    check_shape(grad, param);
   }
+  if (names.part != Part::kStep) {
+    const Named direction{a.directions[i], op, "directions", index};
+    check_dtype(direction, ScalarType::Float);
+    check_same_device(direction, param);
+    check_contiguous(direction);
+    check_shape(direction, param);
+  }
+  for (size_t k = 0; k < a.states.size(); ++k) check_state(names, a, k, i);
   const Named step{a.steps[i], op, "steps", index};
   check_dtype(step, ScalarType::Float);
   check_one_element(step);
@@ -111,14 +188,19 @@ void check_scalars(const StepNames& names, const StepArguments& a) {
 void check_aliases(const StepNames& names, const StepArguments& a) {
   const char* op = names.op.c_str();
   Overlaps overlaps;
+  const auto touch = [&](bool writes, const std::vector<Tensor>& list, const char* name, size_t i) {
+    if (list.empty()) return;
+    const Named named{list[i], op, name, static_cast<int64_t>(i)};
+    writes ? overlaps.writes(named) : overlaps.reads(named);
+  };
   for (size_t i = 0; i < a.params.size(); ++i) {
-    const auto index = static_cast<int64_t>(i);
-    overlaps.writes({a.params[i], op, "params", index});
-    overlaps.reads({a.grads[i], op, "grads", index});
-    overlaps.writes({a.steps[i], op, "steps", index});
+    touch(names.part != Part::kDirection, a.params, "params", i);
+    touch(false, a.grads, "grads", i);
+    touch(names.part == Part::kDirection, a.directions, "directions", i);
+    touch(names.part != Part::kApply, a.steps, "steps", i);
     for (size_t k = 0; k < a.states.size(); ++k) {
-      overlaps.writes({a.states[k][i], op, names.states[k], index});
-      if (a.quantized()) overlaps.writes({a.absmax[k][i], op, names.absmax[k].c_str(), index});
+      touch(true, a.states[k], names.states[k].name, i);
+      touch(true, a.absmax[k], names.absmax[k].c_str(), i);
     }
   }
   overlaps.reads({*a.lr, op, "lr"});
@@ -132,24 +214,20 @@ void check_aliases(const StepNames& names, const StepArguments& a) {
 
 }  // namespace
 
-void check_arguments(const StepNames& names, const StepArguments& arguments) {
+void check_step(const StepNames& names, StepArguments& arguments) {
   check_lengths(names, arguments);
+  find_codecs(names, arguments);
   for (size_t i = 0; i < arguments.params.size(); ++i) check_param(names, arguments, i);
   check_scalars(names, arguments);
-}
-
-void check_step(const StepNames& names, const StepArguments& arguments) {
-  check_arguments(names, arguments);
   check_aliases(names, arguments);
 }
 
 BlockLayout state_layout(const StepArguments& a, size_t i) {
   const Tensor& param = a.params[i];
-  if (!a.quantized() || a.absmax[0][i].dim() == 1) return flat_layout(param.numel(), kStateBlock);
-  const int64_t rows = param.dim() > 0 ? param.size(0) : 1;
-  const int64_t inner = rows > 0 ? param.numel() / rows : 0;
-  if (inner % kStateBlock == 0) return flat_layout(param.numel(), kStateBlock);  // the same blocks
-  return {rows, inner, divide_up(inner, kStateBlock)};
+  const size_t first = first_coded(a);
+  if (first == a.states.size() || a.absmax[first][i].dim() == 1) return flat_layout(param.numel(), kStateBlock);
+  const BlockLayout layout = row_layout(param);
+  return layout.inner % kStateBlock == 0 ? flat_layout(param.numel(), kStateBlock) : layout;  // the same blocks
 }
 
 }  // namespace bnbops

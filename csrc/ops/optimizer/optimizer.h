@@ -6,21 +6,27 @@
 #include <string>
 #include <vector>
 
-#include "codecs/codec.h"
+#include "codecs/all.h"
 #include "core/check.h"
 #include "core/layout.h"
+#include "rules/rule.h"
 
 namespace bnbops {
 
+// What an operator does of a step: all of it; the first half, which moves the states on and gives the direction; or the
+// second, which takes the step along whatever has become of the direction.
+enum class Part { kStep, kDirection, kApply };
+
 struct StepNames {  // what a rule calls things
+  Part part;
   std::string op;
-  std::vector<const char*> states;  // "exp_avg"
+  std::vector<StateSpec> states;    // "exp_avg"
   std::vector<std::string> absmax;  // "exp_avg_absmax"
 };
 
 // The arguments of a step, in the order of the schema.
 struct StepArguments {
-  std::vector<Tensor> params, grads;
+  std::vector<Tensor> params, grads, directions;    // by the part of a step, some of them are empty
   std::vector<std::vector<Tensor>> states, absmax;  // [state][param]; absmax is empty for fp32 states
   std::vector<Tensor> steps;
   std::optional<Tensor> lr;
@@ -29,68 +35,77 @@ struct StepArguments {
   bool maximize = false;
   std::optional<Tensor> grad_scale, found_inf;
   std::optional<Tensor> clip, trust;  // a factor for each parameter
+  std::string codec;                  // a name for all states that have scales, or one for each state: "dynamic8,fp32"
+  std::vector<int> codecs;            // of states, by number: what check_step finds
 
-  bool quantized() const {
-    return std::any_of(absmax.begin(), absmax.end(), [](const auto& list) { return !list.empty(); });
-  }
+  bool coded(size_t k) const { return !absmax[k].empty(); }
 };
 
-// Refuses everything that a caller can get wrong about dtypes, shapes, devices and layouts.
-void check_arguments(const StepNames& names, const StepArguments& arguments);
+// A codec's number by its name; `given` is what a caller has named.
+int codec_named(const std::string& op, const std::string& given, const std::string& name);
+ScalarType dtype_of_codes(int codec);  // float32 for kUncoded
 
-// That, and memory that is written and shared.
-void check_step(const StepNames& names, const StepArguments& arguments);
+// Blocks of each row, rows being dimension 0.
+BlockLayout row_layout(const Tensor& tensor);
+std::vector<int64_t> absmax_shape(const Tensor& tensor, bool flat);
+
+// The scales of a parameter's state, in either layout.
+void check_absmax(const Named& absmax, const Tensor& param);
+
+// Refuses everything that a caller can get wrong about dtypes, shapes, devices, layouts, and memory that is written and
+// shared. Fills in the codecs.
+void check_step(const StepNames& names, StepArguments& arguments);
 
 // The layout of parameter i's states: rows where absmax has two dimensions, else flat. Rows of whole blocks are flat.
 BlockLayout state_layout(const StepArguments& arguments, size_t i);
 
+constexpr const char* suffix_of(Part part) {
+  return part == Part::kStep ? "_step_" : part == Part::kDirection ? "_direction_" : "_apply_";
+}
+
+// Whether the ratio of norms that some rules have is an argument of an operator.
 template <class Rule>
-StepNames names_of(const char* suffix) {
-  StepNames names;
-  names.op = std::string(Rule::kName) + suffix;
-  for (int k = 0; k < Rule::kStates; ++k) {
-    names.states.push_back(Rule::kStateSpecs[k].name);
-    names.absmax.push_back(std::string(names.states.back()) + "_absmax");
+constexpr bool takes_trust(Part part) {
+  if (part == Part::kStep) return Rule::kTrust != Trust::kNone;
+  return Rule::kTrust == (part == Part::kApply ? Trust::kDirection : Trust::kGradient);
+}
+
+template <class Rule>
+StepNames names_of(Part part) {
+  StepNames names{part, {}, {}, {}};
+  names.op = std::string(Rule::kName) + suffix_of(part);
+  for (int k = 0; k < Rule::kStates && part != Part::kApply; ++k) {
+    names.states.push_back(Rule::kStateSpecs[k]);
+    names.absmax.push_back(std::string(Rule::kStateSpecs[k].name) + "_absmax");
   }
   return names;
 }
 
+// adam_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, ..., *, Tensor lr, float beta1, ...) -> ()
+// adam_direction_(Tensor[] params, Tensor[] grads, Tensor(a!)[] directions, Tensor(b!)[] exp_avg, ..., *, ...) -> ()
+// adam_apply_(Tensor(a!)[] params, Tensor[] directions, Tensor[] steps, *, Tensor lr, float beta1, ...) -> ()
 template <class Rule>
-StepNames step_names() {
-  return names_of<Rule>("_step_");
-}
-
-// Of the operator that gives the squared norms of a rule's directions.
-template <class Rule>
-StepNames direction_names() {
-  return names_of<Rule>("_squared_norms");
-}
-
-// The arguments that every operator of a rule has.
-template <class Rule>
-std::string common_schema(const StepNames& names, bool writes) {
+std::string schema_of(Part part) {
+  const StepNames names = names_of<Rule>(part);
   char alias = 'a';
-  const auto list = [&](const std::string& name) {
+  const auto list = [&](bool writes, const std::string& name) {
     return (writes ? std::string("Tensor(") + alias++ + "!)[] " : "Tensor[] ") + name;
   };
-  std::string schema = names.op + "(" + list("params") + ", Tensor[] grads";
-  for (const auto& state : names.states) schema += ", " + list(state);
-  for (const auto& absmax : names.absmax) schema += ", " + list(absmax);
-  schema += ", " + list("steps") + ", *, Tensor lr";
+  const bool grads = part != Part::kApply;
+  std::string schema = names.op + "(" + list(part != Part::kDirection, "params");
+  if (grads) schema += ", Tensor[] grads";
+  if (part != Part::kStep) schema += ", " + list(grads, "directions");
+  for (const auto& state : names.states) schema += ", " + list(true, state.name);
+  for (const auto& absmax : names.absmax) schema += ", " + list(true, absmax);
+  schema += ", " + list(grads, "steps") + ", *, Tensor lr";
   for (const auto& option : Rule::kOptions) schema += std::string(", ") + option.type + " " + option.name;
-  return schema + ", bool maximize=False, Tensor? options=None, Tensor? grad_scale=None, ";
-}
-
-// adam_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, ..., *, Tensor lr, float beta1, ...) -> ()
-template <class Rule>
-std::string step_schema() {
-  return common_schema<Rule>(step_names<Rule>(), true) + "Tensor? found_inf=None, Tensor? clip=None" +
-         (Rule::kTrust ? ", Tensor? trust=None" : "") + ") -> ()";
-}
-
-template <class Rule>
-std::string direction_schema() {
-  return common_schema<Rule>(direction_names<Rule>(), false) + "Tensor? clip=None) -> Tensor";
+  schema += ", ";
+  if (grads) schema += "bool maximize=False, ";
+  schema += "Tensor? options=None";
+  if (grads) schema += ", Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? clip=None";
+  if (takes_trust<Rule>(part)) schema += ", Tensor? trust=None";
+  if (grads) schema += std::string(", str codec=\"") + kDefaultCodec + "\"";
+  return schema + ") -> ()";
 }
 
 }  // namespace bnbops

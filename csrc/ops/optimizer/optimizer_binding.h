@@ -2,9 +2,7 @@
 //   struct Device {
 //     static void check_values(const std::string& op, const StepArguments& a);  // `op` begins a message
 //     template <class Rule, int kIndex>                                         // kIndex: its position in AllRules
-//     static void step(const StepArguments& a);
-//     template <class Rule, int kIndex>
-//     static Tensor direction_norms(const StepArguments& a);
+//     static void run(const StepNames& names, const StepArguments& a);
 //   };
 #pragma once
 
@@ -39,21 +37,29 @@ class Arguments {
   StableIValue* next_;
 };
 
-// The arguments of common_schema.
+// The arguments of schema_of.
 template <class Rule>
-StepArguments take_common(Arguments& stack) {
+StepArguments arguments_of(Part part, const StepNames& names, StableIValue* values) {
+  Arguments stack(values);
   const auto list = [&] { return stack.take<std::vector<Tensor>>(); };
+  const auto optional = [&] { return stack.take<std::optional<Tensor>>(); };
+  const bool grads = part != Part::kApply;
   StepArguments a;
   a.params = list();
-  a.grads = list();
-  for (int k = 0; k < Rule::kStates; ++k) a.states.push_back(list());
-  for (int k = 0; k < Rule::kStates; ++k) a.absmax.push_back(list());
+  if (grads) a.grads = list();
+  if (part != Part::kStep) a.directions = list();
+  for (size_t k = 0; k < names.states.size(); ++k) a.states.push_back(list());
+  for (size_t k = 0; k < names.states.size(); ++k) a.absmax.push_back(list());
   a.steps = list();
   a.lr = stack.take<Tensor>();
   for (const auto& option : Rule::kOptions) a.options.push_back(stack.option(option));
-  a.maximize = stack.take<bool>();
-  a.held_options = stack.take<std::optional<Tensor>>();
-  a.grad_scale = stack.take<std::optional<Tensor>>();
+  if (grads) a.maximize = stack.take<bool>();
+  a.held_options = optional();
+  if (grads) a.grad_scale = optional();
+  if (grads) a.found_inf = optional();
+  if (grads) a.clip = optional();
+  if (takes_trust<Rule>(part)) a.trust = optional();
+  a.codec = grads ? stack.take<std::string>() : kUncodedName;
   return a;
 }
 
@@ -61,10 +67,11 @@ inline StepJob step_job(const StepArguments& a, size_t i, const Tensor& grad) {
   const BlockLayout layout = state_layout(a, i);
   StepJob job{};
   job.param = a.params[i].mutable_data_ptr();
-  job.grad = grad.const_data_ptr();
+  if (!a.grads.empty()) job.grad = grad.const_data_ptr();
+  if (!a.directions.empty()) job.direction = mutable_data<float>(a.directions[i]);
   for (size_t k = 0; k < a.states.size(); ++k) {
-    job.state[k] = a.states[k][i].mutable_data_ptr();
-    job.absmax[k] = a.quantized() ? static_cast<float*>(a.absmax[k][i].mutable_data_ptr()) : nullptr;
+    job.state[k] = {a.states[k][i].mutable_data_ptr(), a.coded(k) ? mutable_data<float>(a.absmax[k][i]) : nullptr,
+                    a.codecs[k]};
   }
   job.inner = layout.inner;
   job.blocks_per_row = layout.blocks_per_row;
@@ -102,34 +109,20 @@ class OptimizerOperators {
     Device::check_values("bnbops::" + names.op + ": ", a);
   }
 
-  template <class Rule, int kIndex>
-  static void step(StableIValue* stack, uint64_t /*num_args*/, uint64_t /*num_outputs*/) {
-    Arguments arguments(stack);
-    StepArguments a = take_common<Rule>(arguments);
-    a.found_inf = arguments.take<std::optional<Tensor>>();
-    a.clip = arguments.take<std::optional<Tensor>>();
-    if (Rule::kTrust) a.trust = arguments.take<std::optional<Tensor>>();
-    const StepNames names = step_names<Rule>();
+  template <class Rule, int kIndex, Part kPart>
+  static void run(StableIValue* stack, uint64_t /*num_args*/, uint64_t /*num_outputs*/) {
+    const StepNames names = names_of<Rule>(kPart);
+    StepArguments a = arguments_of<Rule>(kPart, names, stack);
     check_step(names, a);
     check_values<Rule>(names, a);
-    Device::template step<Rule, kIndex>(a);
-  }
-
-  template <class Rule, int kIndex>
-  static void direction_norms(StableIValue* stack, uint64_t /*num_args*/, uint64_t /*num_outputs*/) {
-    Arguments arguments(stack);
-    StepArguments a = take_common<Rule>(arguments);
-    a.clip = arguments.take<std::optional<Tensor>>();
-    const StepNames names = direction_names<Rule>();
-    check_arguments(names, a);
-    check_values<Rule>(names, a);
-    stack[0] = torch::stable::detail::from(Device::template direction_norms<Rule, kIndex>(a));
+    Device::template run<Rule, kIndex>(names, a);
   }
 
   template <class Rule, int kIndex>
   static void implement_rule(torch::stable::detail::StableLibrary& m) {
-    m.impl(step_names<Rule>().op.c_str(), &step<Rule, kIndex>);
-    if constexpr (Rule::kDirectionNorm) m.impl(direction_names<Rule>().op.c_str(), &direction_norms<Rule, kIndex>);
+    m.impl(names_of<Rule>(Part::kStep).op.c_str(), &run<Rule, kIndex, Part::kStep>);
+    m.impl(names_of<Rule>(Part::kDirection).op.c_str(), &run<Rule, kIndex, Part::kDirection>);
+    m.impl(names_of<Rule>(Part::kApply).op.c_str(), &run<Rule, kIndex, Part::kApply>);
   }
 
   template <class... Rules, int... kIndex>
