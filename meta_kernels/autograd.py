@@ -150,19 +150,22 @@ _AUTOCAST = ("linear_4bit", "grouped_linear_4bit", "linear_int8", "linear_int8_w
 # ---- autocast --------------------------------------------------------------------------------------------------
 
 
+def to_autocast_dtype(x: Tensor | None, device: str) -> Tensor | None:
+    """As torch.nn.functional.linear takes it under a device's autocast."""
+    castable = x is not None and x.is_floating_point() and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(device)) if castable else x
+
+
 def _register_autocast(op: str, device: str) -> None:
-    """x and bias in autocast's dtype, as for torch.nn.functional.linear; scales stay float32."""
+    """x and bias are cast; scales stay float32."""
     overload = operator(op)
     key = "Autocast" + torch._C._dispatch_key_for_device(device)
     below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def cast(x: Tensor | None) -> Tensor | None:
-        castable = x is not None and x.is_floating_point() and x.dtype != torch.float64
-        return x.to(torch.get_autocast_dtype(device)) if castable else x
-
     def kernel(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         with torch._C._ExcludeDispatchKeyGuard(below):
-            return overload(cast(x), weight, scales, cast(bias), *args, **kwargs)
+            x, bias = to_autocast_dtype(x, device), to_autocast_dtype(bias, device)
+            return overload(x, weight, scales, bias, *args, **kwargs)
 
     implementations.impl(op, kernel, key)
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bnbops.meta_kernels.autograd import to_autocast_dtype
+
 
 @dataclass(eq=False)
 class MatmulLtState:
@@ -79,14 +81,6 @@ class _LinearOfFloatWeight(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None
 
 
-def _to_autocast_dtype(x: Tensor) -> Tensor:
-    """`x` as torch's own linear layers take it under autocast."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
-
-
 def _product(
     x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, threshold: float, training: bool
 ) -> Tensor:
@@ -115,7 +109,9 @@ def linear(
     """
     if not threshold >= 0:
         raise ValueError(f"threshold must be positive, or 0 for none, got {threshold}")
-    x = _to_autocast_dtype(x)
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        x = to_autocast_dtype(x, device)
     bias = None if bias is None else bias.to(x.dtype)
     if scales is not None:
         return _product(x, weight, scales, bias, threshold, training)

@@ -284,6 +284,14 @@ def test_through_meta():
     assert torch.equal(fresh(inputs(5)), expected)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_forward_without_data(frozen):
+    """On the meta device, which has no autocast: shapes and dtypes come out."""
+    module = Linear8bitLt(40, 24, has_fp16_weights=not frozen).to("cpu").to("meta")
+    out = module(torch.empty(5, 40, dtype=torch.bfloat16, device="meta"))
+    assert out.is_meta and out.shape == (5, 24) and out.dtype == torch.bfloat16
+
+
 def test_parameters_alone():
     """Int8Params outside of a module."""
     data = torch.randn(24, 40)
