@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from bnbops import functional
+from bnbops._library import operator
+from bnbops.codebooks import ENTRIES
 from bnbops.functional.four_bit import in_own_order
 from bnbops.functional.optimizer import StepNumbers, optimizer_update_8bit_blockwise, update_32bit
 
@@ -32,6 +34,24 @@ def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
         return function
 
     return add
+
+
+def _same(*schemas: str) -> None:
+    """Operators that bnbops has, too, with the same arguments."""
+
+    def add(schema: str) -> None:
+        twin = operator(schema.partition("(")[0])
+
+        def call(*args: Any) -> Any:
+            return twin(*args)
+
+        def write(*args: Any) -> None:
+            twin(*args[:-1], out=args[-1])
+
+        _operators[schema] = write if schema.endswith(_OUT) else call
+
+    for schema in schemas:
+        add(schema)
 
 
 def install() -> None:
@@ -83,49 +103,23 @@ def _retire(packet: torch._ops.OpOverloadPacket) -> None:
 # ---- 8-bit codes -----------------------------------------------------------------------------------------------
 
 
-@_operator("quantize_blockwise(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)")
-def _quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    return torch.ops.bnbops.quantize_blockwise(A, code, blocksize)
-
-
 _DEQUANTIZE_BLOCKWISE = "(Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype"
-
-
-@_operator(f"dequantize_blockwise{_DEQUANTIZE_BLOCKWISE}) -> Tensor")
-def _dequantize_blockwise(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
-    return torch.ops.bnbops.dequantize_blockwise(A, absmax, code, blocksize, dtype)
-
-
-@_operator(f"dequantize_blockwise.out{_DEQUANTIZE_BLOCKWISE}, {_OUT}")
-def _dequantize_blockwise_out(
-    A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, out: Tensor
-) -> None:
-    torch.ops.bnbops.dequantize_blockwise.out(A, absmax, code, blocksize, dtype, out=out)
+_same(
+    "quantize_blockwise(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)",
+    f"dequantize_blockwise{_DEQUANTIZE_BLOCKWISE}) -> Tensor",
+    f"dequantize_blockwise.out{_DEQUANTIZE_BLOCKWISE}, {_OUT}",
+)
 
 
 # ---- 4-bit codes -----------------------------------------------------------------------------------------------
 
 
-@_operator("quantize_4bit(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) -> (Tensor, Tensor)")
-def _quantize_4bit(A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> tuple[Tensor, Tensor]:
-    return torch.ops.bnbops.quantize_4bit(A, blocksize, quant_type, quant_storage)
-
-
 _DEQUANTIZE_4BIT = "(Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, ScalarType dtype"
-
-
-@_operator(f"dequantize_4bit{_DEQUANTIZE_4BIT}) -> Tensor")
-def _dequantize_4bit(
-    A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype
-) -> Tensor:
-    return torch.ops.bnbops.dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype)
-
-
-@_operator(f"dequantize_4bit.out{_DEQUANTIZE_4BIT}, {_OUT}")
-def _dequantize_4bit_out(
-    A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype, out: Tensor
-) -> None:
-    torch.ops.bnbops.dequantize_4bit.out(A, absmax, blocksize, quant_type, shape, dtype, out=out)
+_same(
+    "quantize_4bit(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) -> (Tensor, Tensor)",
+    f"dequantize_4bit{_DEQUANTIZE_4BIT}) -> Tensor",
+    f"dequantize_4bit.out{_DEQUANTIZE_4BIT}, {_OUT}",
+)
 
 
 @_operator(
@@ -168,7 +162,7 @@ def _gemv_4bit(A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code
         return torch.ops.bnbops.linear_4bit(A, packed, absmax, None, shapeB, blocksize, quant_type)
     both = packed.reshape(-1).view(torch.uint8)
     codes = torch.stack([both >> 4, both & 15], dim=1).view(-1)[: shapeB[0] * shapeB[1]].view(shapeB)
-    table = torch.nn.functional.pad(code, (0, 256 - code.numel()))
+    table = torch.nn.functional.pad(code, (0, ENTRIES - code.numel()))
     weight = torch.ops.bnbops.dequantize_blockwise(codes, absmax, table, blocksize, A.dtype)
     return torch.nn.functional.linear(A, weight)
 
@@ -210,43 +204,15 @@ def _int8_double_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tenso
     return functional.int8_double_quant(A, threshold=threshold)
 
 
-@_operator("int8_vectorwise_dequant(Tensor A, Tensor stats) -> Tensor")
-def _int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
-    return torch.ops.bnbops.int8_vectorwise_dequant(A, stats)
-
-
-@_operator("int8_linear_matmul(Tensor A, Tensor B) -> Tensor")
-def _int8_linear_matmul(A: Tensor, B: Tensor) -> Tensor:
-    return torch.ops.bnbops.int8_linear_matmul(A, B)
-
-
-@_operator(f"int8_linear_matmul.out(Tensor A, Tensor B, {_OUT}")
-def _int8_linear_matmul_out(A: Tensor, B: Tensor, out: Tensor) -> None:
-    torch.ops.bnbops.int8_linear_matmul.out(A, B, out=out)
-
-
-@_operator(
-    "int8_mm_dequant(Tensor A, Tensor row_stats, Tensor col_stats, ScalarType? dtype=None, Tensor? bias=None) -> Tensor"
-)
-def _int8_mm_dequant(
-    A: Tensor, row_stats: Tensor, col_stats: Tensor, dtype: torch.dtype | None = None, bias: Tensor | None = None
-) -> Tensor:
-    return torch.ops.bnbops.int8_mm_dequant(A, row_stats, col_stats, dtype, bias)
-
-
-@_operator(
+_same(
+    "int8_vectorwise_dequant(Tensor A, Tensor stats) -> Tensor",
+    "int8_linear_matmul(Tensor A, Tensor B) -> Tensor",
+    f"int8_linear_matmul.out(Tensor A, Tensor B, {_OUT}",
+    "int8_mm_dequant(Tensor A, Tensor row_stats, Tensor col_stats, ScalarType? dtype=None, Tensor? bias=None) "
+    "-> Tensor",
     "int8_scaled_mm(Tensor A, Tensor B, Tensor row_stats, Tensor col_stats, Tensor? bias=None, ScalarType? dtype=None) "
-    "-> Tensor"
+    "-> Tensor",
 )
-def _int8_scaled_mm(
-    A: Tensor,
-    B: Tensor,
-    row_stats: Tensor,
-    col_stats: Tensor,
-    bias: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    return torch.ops.bnbops.int8_scaled_mm(A, B, row_stats, col_stats, bias, dtype)
 
 
 @_operator(
