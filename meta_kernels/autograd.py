@@ -11,6 +11,7 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.graph import increment_version
 
 from bnbops._library import device_operators, implementations, operator
+from bnbops.autocast import to_autocast_dtype
 
 Gradients = Callable[[dict[str, Any], Tensor, Sequence[bool]], Sequence[Tensor | None]]
 
@@ -22,12 +23,12 @@ def _refuse(op: str, what: str) -> NoReturn:
 # ---- gradients: of decoded values ------------------------------------------------------------------------------
 
 
-def _save_for_dequantize(ctx, inputs, output) -> None:
+def _save_for_dequantize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     A, absmax, code, ctx.blocksize, _ = inputs
     ctx.save_for_backward(A, absmax, code)
 
 
-def _dequantize_backward(ctx, grad: Tensor):
+def _dequantize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """value = code[A] * absmax[block]: the gradient of absmax is a sum over each block, that of code one over each
     entry's occurrences."""
     A, absmax, code = ctx.saved_tensors
@@ -43,13 +44,13 @@ def _dequantize_backward(ctx, grad: Tensor):
     return None, grad_absmax, grad_code, None, None
 
 
-def _save_for_int8_dequant(ctx, inputs, output) -> None:
+def _save_for_int8_dequant(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     A, stats = inputs
     ctx.save_for_backward(A)
     ctx.stats_shape = stats.shape
 
 
-def _int8_dequant_backward(ctx, grad: Tensor):
+def _int8_dequant_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """value = A * stats / 127."""
     (A,) = ctx.saved_tensors
     return None, (grad * A).sum(-1).mul(1 / 127).view(ctx.stats_shape)
@@ -68,7 +69,9 @@ class _Frozen(torch.autograd.Function):
     """Saves the tensors that are not differentiated, which live anyway, and the numbers."""
 
     @staticmethod
-    def forward(ctx, call: Callable[[], Tensor], gradients: Gradients, frozen: dict[str, Any], *_inputs: Tensor | None):
+    def forward(
+        ctx: Any, call: Callable[[], Tensor], gradients: Gradients, frozen: dict[str, Any], *_inputs: Tensor | None
+    ) -> Tensor:
         tensors = {name: value for name, value in frozen.items() if isinstance(value, Tensor)}
         ctx.gradients, ctx.names = gradients, list(tensors)
         ctx.others = {name: value for name, value in frozen.items() if name not in tensors}
@@ -76,7 +79,7 @@ class _Frozen(torch.autograd.Function):
         return call()
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         frozen = dict(zip(ctx.names, ctx.saved_tensors, strict=True)) | ctx.others
         return None, None, None, *ctx.gradients(frozen, grad, ctx.needs_input_grad[3:])
 
@@ -88,7 +91,7 @@ def _differentiable(op: str, gradients: Gradients) -> Callable[..., Tensor]:
     overload = operator(op)
     names = [argument.name for argument in overload._schema.arguments if not argument.kwarg_only]
 
-    def kernel(keyset, *args: Any, **kwargs: Any) -> Tensor:
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Tensor:
         def call() -> Tensor:
             with torch._C._AutoDispatchBelowAutograd():
                 return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
@@ -103,7 +106,9 @@ def _differentiable(op: str, gradients: Gradients) -> Callable[..., Tensor]:
         transformed = differentiable and torch._C._are_functorch_transforms_active()
         if transformed or any(unpack_dual(value).tangent is not None for value in given):
             _refuse(op, "torch.func's grad, vjp and jvp are not supported; use torch.autograd.grad")
-        return _Frozen.apply(call, gradients, frozen, *values) if differentiable else call()
+        if not differentiable:
+            return call()
+        return _Frozen.apply(call, gradients, frozen, *values)  # type: ignore[no-untyped-call]  # torch's
 
     return kernel
 
@@ -150,12 +155,6 @@ _AUTOCAST = ("linear_4bit", "grouped_linear_4bit", "linear_int8", "linear_int8_w
 # ---- autocast --------------------------------------------------------------------------------------------------
 
 
-def to_autocast_dtype(x: Tensor | None, device: str) -> Tensor | None:
-    """As torch.nn.functional.linear takes it under a device's autocast."""
-    castable = x is not None and x.is_floating_point() and x.dtype != torch.float64
-    return x.to(torch.get_autocast_dtype(device)) if castable else x
-
-
 def _register_autocast(op: str, device: str) -> None:
     """x and bias are cast; scales stay float32."""
     overload = operator(op)
@@ -164,8 +163,8 @@ def _register_autocast(op: str, device: str) -> None:
 
     def kernel(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         with torch._C._ExcludeDispatchKeyGuard(below):
-            x, bias = to_autocast_dtype(x, device), to_autocast_dtype(bias, device)
-            return overload(x, weight, scales, bias, *args, **kwargs)
+            bias = None if bias is None else to_autocast_dtype(bias, device)
+            return overload(to_autocast_dtype(x, device), weight, scales, bias, *args, **kwargs)
 
     implementations.impl(op, kernel, key)
 
@@ -177,7 +176,7 @@ def _counted(op: str) -> Callable[..., None]:
     """An operator from C++ writes behind autograd's back: a graph that saved what `out` held would not notice."""
     overload = operator(op)
 
-    def kernel(keyset, *args: Any, out: Tensor, **kwargs: Any) -> None:
+    def kernel(keyset: Any, *args: Any, out: Tensor, **kwargs: Any) -> None:
         overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, out=out, **kwargs)
         increment_version(out)
 

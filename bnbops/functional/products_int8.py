@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bnbops.meta_kernels.autograd import to_autocast_dtype
+from bnbops.autocast import is_autocast, to_autocast_dtype
 
 
 @dataclass(eq=False)
@@ -109,9 +109,8 @@ def linear(
     """
     if not threshold >= 0:
         raise ValueError(f"threshold must be positive, or 0 for none, got {threshold}")
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        x = to_autocast_dtype(x, device)
+    if is_autocast(x.device.type):
+        x = to_autocast_dtype(x, x.device.type)
     bias = None if bias is None else bias.to(x.dtype)
     if scales is not None:
         return _product(x, weight, scales, bias, threshold, training)
