@@ -10,7 +10,7 @@ from bnbops.nn.layers.embedding_4bit import Embedding4bit, EmbeddingFP4, Embeddi
 from bnbops.nn.layers.embedding_8bit import Embedding8bit
 from bnbops.nn.layers.linear_4bit import Linear4bit, LinearFP4, LinearNF4
 from bnbops.nn.layers.linear_8bit import Int8Params, Linear8bitLt
-from bnbops.nn.weights.plain_state import plain_state_dict
+from bnbops.nn.plain_state import plain_state_dict
 
 __all__ = [
     "Embedding",

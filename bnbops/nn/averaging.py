@@ -15,25 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
-from bnbops.nn.four_bit.module import Weight4bit
-from bnbops.nn.int8.module import Int8Module
-from bnbops.nn.parametrize import Bnb4bitParametrization
+from bnbops.nn.kinds import quantized_weights
 
 
-def _quantized_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _quantized_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Codes and scales, with their names."""
-    for path, module in model.named_modules():
-        own = [*module.named_parameters(path, recurse=False), *module.named_buffers(path, recurse=False)]
-        if isinstance(module, Weight4bit | Int8Module):
-            quantized = [item for item in own if item[0].rpartition(".")[2].startswith("weight")]
-            yield from quantized if len(quantized) > 1 else []  # a weight without scales is a float one
-            continue
-        holds_codes = isinstance(module, parametrize.ParametrizationList)
-        if isinstance(module[0] if holds_codes else module, Bnb4bitParametrization):
-            yield from own
+    weights = quantized_weights(model)
+    return [(f"{path}.{name}".lstrip("."), each) for path, weight in weights for name, each in weight.tensors().items()]
 
 
 class _Without:

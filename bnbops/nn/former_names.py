@@ -7,8 +7,8 @@ import sys
 import torch
 
 from bnbops.nn.convert import resizing
+from bnbops.nn.four_bit import format as scales_4bit
 from bnbops.nn.four_bit import parameter as params_4bit
-from bnbops.nn.four_bit import scales as scales_4bit
 from bnbops.nn.int8 import parameter as params_8bit
 from bnbops.nn.layers import embedding, embedding_4bit, embedding_8bit, linear_4bit, linear_8bit
 

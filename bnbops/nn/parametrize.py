@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -10,27 +11,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bnbops.dtensors import is_dtensor
-from bnbops.functional.four_bit import quantize_4bit
 from bnbops.functional.quant_state import QuantState
 from bnbops.lasting import lasting
 from bnbops.nn import forwards
-from bnbops.nn.four_bit.scales import (
-    NAMES,
-    Format,
-    as_arguments,
-    check_entry,
-    check_state,
-    in_rows,
-    register_scales,
-    save,
-    scales_of,
-    set_scales,
-    state_of,
-    take_statistics,
-    tensors_of,
-)
+from bnbops.nn.four_bit.entries import check_entry, entries, take_statistics
+from bnbops.nn.four_bit.format import Format, scales_of, set_scales, tensors_of
+from bnbops.nn.four_bit.parameter import Params4bit
+from bnbops.nn.weights.module import LOADING_ERRORS, QuantizedWeight, of_whole_layer
 from bnbops.nn.weights.parameter import QuantizedParameter
-from bnbops.nn.weights.plain_state import of_whole_layer
 
 __all__ = ["Bnb4bitParametrization", "replace_parameter_4bit", "replace_parameter_4bit_prequantized"]
 
@@ -44,44 +32,22 @@ class Bnb4bitParametrization(nn.Module):
 
     def __init__(self, quant_state: QuantState, quant_storage: torch.dtype = torch.uint8) -> None:
         super().__init__()
-        register_scales(self, "")
         self.quant_storage = quant_storage
-        self.hold(quant_state)
-
-    def hold(self, state: QuantState) -> None:
-        set_scales(self, "", tensors_of(state))
-        self.format = Format.of(state)
+        self.format = Format.of(quant_state)
+        set_scales(self, "", tensors_of(quant_state))
 
     @property
     def quant_state(self) -> QuantState:
         """Scales and description of the parameter, in the memory of the registered tensors."""
-        return state_of(scales_of(self, ""), self.format)
+        return self.format.state(scales_of(self, ""))
 
     def forward(self, quantized_param: Tensor) -> Tensor:
         """The parameter in its shape and dtype."""
+        scales = scales_of(self, "")
         if torch.compiler.is_compiling():
-            return self.dequantize(quantized_param)
-        held = (quantized_param, *scales_of(self, "").values())
-        return forwards.once(self, held, partial(self.dequantize, quantized_param))
-
-    def dequantize(self, packed: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The parameter in its shape, and in `dtype` or its own."""
-        absmax, nested = as_arguments(scales_of(self, ""), self.format)
-        shape, own_dtype, blocksize, quant_type, _ = self.format
-        return torch.ops.bnbops.dequantize_4bit(
-            packed, absmax, blocksize, quant_type, shape, dtype or own_dtype, **nested
-        )
-
-    def quantize(self, data: Tensor) -> tuple[Tensor, QuantState]:
-        """Floats as this parametrization would hold them."""
-        nested = self.nested_absmax is not None
-        return quantize_4bit(
-            data, None, None, self.format.blocksize, nested, self.format.quant_type, self.quant_storage
-        )
-
-    def packed(self, original: Tensor) -> Tensor:
-        """The codes that are held as bytes, in their storage dtype."""
-        return original.detach().view(-1).view(self.quant_storage)
+            return self.format.dequantize(quantized_param, scales)
+        compute = partial(self.format.dequantize, quantized_param, scales)
+        return forwards.once(self, (quantized_param, *scales.values()), compute)
 
 
 @lasting()
@@ -110,13 +76,10 @@ def replace_parameter_4bit(
         ValueError: a dtype or setting that quantization does not support.
     """
     parameter = _parameter(module, param_name)
-    packed, state = quantize_4bit(
-        parameter.data.contiguous(),
-        blocksize=blocksize,
-        compress_statistics=compress_statistics,
-        quant_type=quant_type,
+    weight = Params4bit(
+        parameter.data, blocksize=blocksize, compress_statistics=compress_statistics, quant_type=quant_type
     )
-    _replace(module, param_name, packed, state)
+    parametrize_4bit(module, param_name, weight._quantize_on(parameter.device))
 
 
 @lasting()
@@ -136,10 +99,8 @@ def replace_parameter_4bit_prequantized(
         TypeError: it is not a parameter, or was replaced already.
         ValueError: entries that do not describe the parameter.
     """
-    packed = _parameter(module, param_name).data.to(device).contiguous()
-    state = QuantState.from_dict(qs_dict, device=device)
-    check_state(packed, state)
-    _replace(module, param_name, packed, state)
+    packed = _parameter(module, param_name).data
+    parametrize_4bit(module, param_name, Params4bit.from_prequantized(packed, qs_dict, device=device))
 
 
 def _parameter(module: nn.Module, name: str) -> nn.Parameter:
@@ -156,12 +117,14 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter:
 
 def _bytes(packed: Tensor, format: Format) -> nn.Parameter:
     """The packed codes as uint8, which no cast of the module touches."""
-    return nn.Parameter(in_rows(packed.view(-1).view(torch.uint8), format), requires_grad=False)
+    return nn.Parameter(format.in_rows(packed.view(-1).view(torch.uint8)), requires_grad=False)
 
 
-def _replace(module: nn.Module, name: str, packed: Tensor, state: QuantState) -> None:
-    setattr(module, name, _bytes(packed, Format.of(state)))
-    parametrization = Bnb4bitParametrization(state, packed.dtype)
+@lasting()
+def parametrize_4bit(module: nn.Module, name: str, weight: Params4bit) -> None:
+    """Puts a quantized weight in the place of a float parameter; `module.<name>` dequantizes it from then on."""
+    setattr(module, name, _bytes(weight.data, Format.of(weight.quant_state)))
+    parametrization = Bnb4bitParametrization(weight.quant_state, weight.dtype)
     parametrize.register_parametrization(module, name, parametrization, unsafe=True)
     module.register_state_dict_post_hook(partial(_save_hook, name=name))
     module.register_load_state_dict_pre_hook(partial(_load_hook, name=name))
@@ -170,45 +133,101 @@ def _replace(module: nn.Module, name: str, packed: Tensor, state: QuantState) ->
     module.register_forward_hook(partial(_stop_hook, name=name), always_call=True)
 
 
+@dataclass(frozen=True)
+class ParametrizedWeight(QuantizedWeight):
+    """A parameter that is dequantized where it is read; made for each use, of a ParametrizationList and its first."""
+
+    holder: nn.Module
+    parametrization: Bnb4bitParametrization
+    is_quantized = True
+
+    @classmethod
+    def of(cls, holder: nn.Module) -> ParametrizedWeight | None:
+        """That of a ParametrizationList; None for other modules."""
+        if not isinstance(holder, parametrize.ParametrizationList) or not isinstance(holder[0], Bnb4bitParametrization):
+            return None
+        return cls(holder, holder[0])
+
+    @classmethod
+    def find(cls, module: nn.Module, name: str) -> ParametrizedWeight | None:
+        """That of a module's parameter; None for other parameters."""
+        return cls.of(module.parametrizations[name]) if parametrize.is_parametrized(module, name) else None
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return self.parametrization.format.shape
+
+    def tensors(self) -> dict[str, Tensor]:
+        scales = scales_of(self.parametrization, "")
+        return {"original": self.holder.original} | {f"0.{name}": scale for name, scale in scales.items()}
+
+    def held(self) -> Params4bit:
+        packed = self.holder.original.detach().view(-1).view(self.parametrization.quant_storage)
+        return Params4bit(packed, quant_state=self.parametrization.quant_state, quant_storage=packed.dtype)
+
+    def hold(self, weight: Params4bit) -> None:
+        self.replace(weight.to(self.holder.original.device), assign=True)
+
+    def _dequantized(self, dtype: torch.dtype | None) -> Tensor:
+        return self.parametrization.format.dequantize(self.holder.original, scales_of(self.parametrization, ""), dtype)
+
+    def _requantized(self, weight: Tensor) -> Params4bit:
+        new = self.quantized(weight)
+        new.quant_state.dtype = self.parametrization.format.dtype
+        return new
+
+    def quantized(self, data: Tensor) -> Params4bit:
+        """Floats in the format of this weight, but for their dtype."""
+        format, storage = self.parametrization.format, self.parametrization.quant_storage
+        nested = self.parametrization.nested_absmax is not None
+        return Params4bit.of_format(data, format, nested, storage, data.device)
+
+    @torch.no_grad()
+    def replace(self, new: Params4bit, assign: bool) -> None:
+        """Holds other codes and their scales: in place where the tensors fit, or with `assign` the given tensors
+        themselves."""
+        holder, parametrization = self.holder, self.parametrization
+        packed, format, tensors = new.data, Format.of(new.quant_state), tensors_of(new.quant_state)
+        held = scales_of(parametrization, "")
+        parametrization.quant_storage = packed.dtype
+        fits = format == parametrization.format and tensors.keys() == held.keys()
+        if fits and not assign and not holder.original.is_meta:
+            holder.original.copy_(_bytes(packed, format))
+            for role, tensor in tensors.items():
+                held[role].copy_(tensor)
+            return
+        if not assign:
+            packed, tensors = packed.clone(), {role: tensor.clone() for role, tensor in tensors.items()}
+        holder.original = _bytes(packed, format)
+        set_scales(parametrization, "", tensors)
+        parametrization.format = format
+
+
 # ---- hooks, inert once the parametrization has been removed ----------------------------------------------------
 
 
-def _find(module: nn.Module, name: str) -> tuple[int, Bnb4bitParametrization] | None:
-    """The parametrization and its place in the parameter's list."""
-    if not parametrize.is_parametrized(module, name):
-        return None
-    found = enumerate(module.parametrizations[name])
-    return next(((i, p) for i, p in found if isinstance(p, Bnb4bitParametrization)), None)
-
-
 def _start_hook(module: nn.Module, args: tuple[Any, ...], *, name: str) -> None:
-    if not torch.compiler.is_compiling() and (found := _find(module, name)) is not None:
-        forwards.begin(found[1])
+    if not torch.compiler.is_compiling() and (found := ParametrizedWeight.find(module, name)) is not None:
+        forwards.begin(found.parametrization)
 
 
 def _stop_hook(module: nn.Module, args: tuple[Any, ...], output: Any, *, name: str) -> None:
-    if not torch.compiler.is_compiling() and (found := _find(module, name)) is not None:
-        forwards.end(found[1])
-
-
-def _own_names(prefix: str, name: str, index: int) -> dict[str, str]:
-    """The state dict's keys of the tensors that are registered, by what they are."""
-    inner = f"{prefix}parametrizations.{name}."
-    return {"original": inner + "original"} | {role: f"{inner}{index}.{role}" for role in NAMES}
+    if not torch.compiler.is_compiling() and (found := ParametrizedWeight.find(module, name)) is not None:
+        forwards.end(found.parametrization)
 
 
 def _save_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *, name: str) -> None:
     """bitsandbytes' keys; without all of the data at hand (sharded, meta) the tensors by their own names."""
-    if (found := _find(module, name)) is None:
+    if (found := ParametrizedWeight.find(module, name)) is None:
         return
-    index, parametrization = found
-    names = _own_names(prefix, name, index)
-    original = state_dict.get(names["original"])
+    inner = f"{prefix}parametrizations.{name}."
+    original = state_dict.get(inner + "original")
     if original is None or type(original) not in (Tensor, nn.Parameter) or original.is_meta:
         return
-    for key in names.values():
-        state_dict.pop(key, None)
-    save(state_dict, prefix + name, parametrization.packed(original), parametrization.quant_state)
+    for each in found.tensors():
+        state_dict.pop(inner + each, None)
+    packed = original.detach().view(-1).view(found.parametrization.quant_storage)
+    state_dict.update(entries(prefix + name, packed, found.parametrization.quant_state))
 
 
 def _load_hook(
@@ -224,61 +243,30 @@ def _load_hook(
     name: str,
 ) -> None:
     """Takes bitsandbytes' keys or a float parameter, then shows torch the tensors by their own names."""
-    found = _find(module, name)
-    if found is None or f"{prefix}parametrizations.{name}.original" in state_dict:
+    found, inner = ParametrizedWeight.find(module, name), f"{prefix}parametrizations.{name}."
+    if found is None or inner + "original" in state_dict:
         return
-    index, parametrization = found
-    key, original = prefix + name, module.parametrizations[name]
+    key, original = prefix + name, found.holder.original
     statistics, data = take_statistics(state_dict, key), state_dict.pop(key, None)
     if data is None:
         missing_keys.append(key)
-    elif is_dtensor(original.original):
-        error_msgs.append(of_whole_layer(key, data, original.original))
+    elif is_dtensor(original):
+        error_msgs.append(of_whole_layer(key, data, original))
         return
     else:
         try:
-            packed, state = _loaded(data, statistics, parametrization, original.original)
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            found.replace(_read(found, data, statistics), local_metadata.get("assign_to_params_buffers", False))
+        except LOADING_ERRORS as error:
             error_msgs.append(f"{key}: {error}")
-        else:
-            replace(original, parametrization, packed, state, local_metadata.get("assign_to_params_buffers", False))
-    tensors = {"original": original.original} | scales_of(parametrization, "")
-    for role, own_name in _own_names(prefix, name, index).items():
-        if role in tensors:
-            state_dict[own_name] = tensors[role].data
+    state_dict.update({inner + each: tensor.data for each, tensor in found.tensors().items()})
 
 
-def _loaded(
-    data: Tensor, statistics: dict[str, Tensor], parametrization: Bnb4bitParametrization, original: nn.Parameter
-) -> tuple[Tensor, QuantState]:
-    format = parametrization.format
-    check_entry(data, statistics, format.shape)
-    device = data.device if original.is_meta else original.device
-    data = data.detach().to(device).contiguous()
-    if statistics:
-        state = QuantState.from_dict(statistics, device=device)
-        check_state(data, state)
-        if tuple(state.shape) != format.shape:
-            raise ValueError(f"the quantized parameter has shape {list(state.shape)}, not {list(format.shape)}")
-        return data, state
-    return parametrization.quantize(data)
-
-
-@torch.no_grad()
-def replace(
-    holder: nn.Module, parametrization: Bnb4bitParametrization, packed: Tensor, state: QuantState, assign: bool
-) -> None:
-    """Makes `holder`, a ParametrizationList, hold other codes and their scales: in place where the tensors fit, or with
-    `assign` the given tensors themselves."""
-    format, new, held = Format.of(state), tensors_of(state), scales_of(parametrization, "")
-    parametrization.quant_storage = packed.dtype
-    if format == parametrization.format and new.keys() == held.keys() and not assign and not holder.original.is_meta:
-        holder.original.copy_(_bytes(packed, format))
-        for role, tensor in new.items():
-            held[role].copy_(tensor)
-        return
-    if not assign:
-        packed, new = packed.clone(), {role: tensor.clone() for role, tensor in new.items()}
-    holder.original = _bytes(packed, format)
-    set_scales(parametrization, "", new)
-    parametrization.format = format
+def _read(found: ParametrizedWeight, data: Tensor, statistics: dict[str, Tensor]) -> Params4bit:
+    check_entry(data, statistics, found.weight_shape)
+    data = data.detach().to(data.device if found.holder.original.is_meta else found.holder.original.device)
+    if not statistics:
+        return found.quantized(data)
+    new = Params4bit.from_prequantized(data, statistics)
+    if (shape := tuple(new.quant_state.shape)) != found.weight_shape:
+        raise ValueError(f"the quantized parameter has shape {list(shape)}, not {list(found.weight_shape)}")
+    return new

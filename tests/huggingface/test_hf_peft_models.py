@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM
 import bnbops
 import bnbops.integrations.peft as integration
 from bnbops.integrations.transformers import BnbOpsConfig
-from bnbops.nn.convert.requantize import dequantized_weight
 from cases.hf import randomize, saved, tiny_gpt2, tiny_llama, tiny_mixtral, token_batch
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
@@ -98,7 +97,7 @@ def test_merge_and_unload_gives_quantized_layers(quant: str) -> None:
     model = randomize(get_peft_model(llama(quant), LoraConfig(**LORA)))
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, integration.LoraLinear)}
     expected = {
-        name: dequantized_weight(layer.base_layer, torch.float32) + layer.get_delta_weight("default")
+        name: layer.base_layer.dequantized(torch.float32) + layer.get_delta_weight("default")
         for name, layer in layers.items()
     }
     model.merge_adapter()
@@ -110,7 +109,7 @@ def test_merge_and_unload_gives_quantized_layers(quant: str) -> None:
     for name, weight in expected.items():
         layer = model.get_submodule(name.removeprefix("base_model.model."))
         assert type(layer) in (bnbops.nn.Linear4bit, bnbops.nn.Linear8bitLt)
-        change = dequantized_weight(layer, torch.float32) - weight
+        change = layer.dequantized(torch.float32) - weight
         assert change.norm() < (0.01 if quant == "int8" else 0.11) * weight.norm()
     fresh = llama(quant)
     fresh.load_state_dict(model.state_dict())
@@ -123,7 +122,7 @@ def test_merging_into_floats_loses_nothing(quant: str, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BnbOpsConfig(quant))
     model = randomize(get_peft_model(model, LoraConfig(**LORA)))
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    expected = dequantized_weight(layer.base_layer) + layer.get_delta_weight("default")
+    expected = layer.base_layer.dequantized() + layer.get_delta_weight("default")
     model.dequantize()
     out = logits(model)
     model = model.merge_and_unload()
@@ -218,10 +217,10 @@ def test_gpt2_whose_layers_were_transposed(tmp_path: Path) -> None:
     model = randomize(get_peft_model(model, config))
     layer = model.base_model.model.transformer.h[0].attn.c_attn
     assert isinstance(layer, integration.LoraLinear) and (layer.in_features, layer.out_features) == (64, 192)
-    expected = dequantized_weight(layer.base_layer) + layer.get_delta_weight("default")
+    expected = layer.base_layer.dequantized() + layer.get_delta_weight("default")
     out = logits(model)
     layer.merge()
-    assert (dequantized_weight(layer.base_layer) - expected).norm() < 0.11 * expected.norm()
+    assert (layer.base_layer.dequantized() - expected).norm() < 0.11 * expected.norm()
     layer.unmerge()
     assert torch.equal(logits(model), out)
     model.dequantize()
@@ -259,7 +258,7 @@ def test_experts_follow_target_parameters_as_float_ones_do(tmp_path: Path) -> No
         weights[f"model.layers.0.mlp.experts.{name}"] = getattr(model.model.layers[0].mlp.experts, name)
     for name in ("q", "k", "v", "o"):
         layer = model.get_submodule(f"model.layers.0.self_attn.{name}_proj")
-        weights[f"model.layers.0.self_attn.{name}_proj.weight"] = dequantized_weight(layer)
+        weights[f"model.layers.0.self_attn.{name}_proj.weight"] = layer.dequantized()
     dequantized.load_state_dict(weights)
     expected = logits(PeftModel.from_pretrained(dequantized, tmp_path))
     assert torch.allclose(logits(loaded), expected, atol=1e-4)

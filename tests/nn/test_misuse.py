@@ -19,7 +19,6 @@ from bnbops.nn import (
     LinearNF4,
     StableEmbedding,
 )
-from bnbops.nn.convert.requantize import dequantized_weight
 from bnbops.nn.parametrize import replace_parameter_4bit
 from cases.layers_4bit import differing
 
@@ -282,7 +281,7 @@ def test_bad_state_dicts(kind: str, what: str) -> None:
 )
 def test_state_dicts_of_another_class(source: str, target: str, message: str) -> None:
     module = made(target)
-    weight = dequantized_weight(module)
+    weight = module.dequantized()
     with pytest.raises(RuntimeError, match=message):
         module.load_state_dict(made(source).state_dict())
-    assert torch.equal(dequantized_weight(module), weight)
+    assert torch.equal(module.dequantized(), weight)

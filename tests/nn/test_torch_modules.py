@@ -13,7 +13,6 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 from bnbops.nn import Embedding4bit, Embedding8bit, Linear4bit, Linear8bitLt, LinearFP4, LinearNF4, quantize_
-from bnbops.nn.convert.requantize import dequantized_weight
 from bnbops.nn.parametrize import replace_parameter_4bit
 
 pytestmark = pytest.mark.every_torch
@@ -40,7 +39,7 @@ def floats(model: nn.Module) -> nn.Module:
     for name, module in list(model.named_modules()):
         if isinstance(module, Linear4bit | Linear8bitLt):
             plain = nn.Linear(module.in_features, module.out_features)
-            plain.load_state_dict({"weight": dequantized_weight(module, torch.float32), "bias": module.bias})
+            plain.load_state_dict({"weight": module.dequantized(torch.float32), "bias": module.bias})
             model.set_submodule(name, plain.train(module.training))
     return model
 
@@ -124,7 +123,7 @@ def test_kinds_of_encoder_layers(quant, options, x) -> None:
         new = LAYERS[quant](plain.in_features, plain.out_features, plain.bias is not None)
         new.load_state_dict(plain.state_dict())
         setattr(layer, name, new.to("cpu"))
-        getattr(expected, name).weight.data = dequantized_weight(getattr(layer, name), torch.float32)
+        getattr(expected, name).weight.data = getattr(layer, name).dequantized(torch.float32)
     with torch.no_grad():
         assert_near(layer(x), expected(x), quant)
 
@@ -292,13 +291,13 @@ def made(name: str) -> nn.Module:
 def test_functions_that_compute_with_a_weight(name, dtype) -> None:
     """As heads do that are tied to an embedding: F.linear(x, embedding.weight)."""
     module = made(name)
-    values = dequantized_weight(module, torch.float32 if dtype == torch.float64 else dtype).to(dtype)
+    values = module.dequantized(torch.float32 if dtype == torch.float64 else dtype).to(dtype)
     x = torch.randn(3, values.shape[1], dtype=dtype).requires_grad_()
     out = F.linear(x, module.weight)
     assert torch.equal(out, F.linear(x, values))
     assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in (out, F.linear(x, values))))
     rows = F.embedding(torch.tensor([[3, 1]]), module.weight)
-    assert torch.equal(rows, dequantized_weight(module)[torch.tensor([[3, 1]])])
+    assert torch.equal(rows, module.dequantized()[torch.tensor([[3, 1]])])
 
 
 @weight_of
@@ -315,7 +314,7 @@ def test_int8_codes_times_scales_are_values() -> None:
     """The formula that code for bitsandbytes has in many places."""
     module = made("int8")
     values = module.weight * module.SCB.view(-1, 1) / 127
-    torch.testing.assert_close(values, dequantized_weight(module))
+    torch.testing.assert_close(values, module.dequantized())
 
 
 def _fused(module: nn.Module) -> None:
@@ -391,7 +390,7 @@ def test_float_weights_are_any_tensors(name) -> None:
         assert torch.equal(module.weight + 1, torch.full(module.weight.shape, 3.0))
     module.requires_grad_(True)
     module.to("cpu")
-    assert (dequantized_weight(module, torch.float32) - 2).abs().max() < 0.01
+    assert (module.dequantized(torch.float32) - 2).abs().max() < 0.01
 
 
 def test_torch_ao_leaves_quantized_layers(x) -> None:

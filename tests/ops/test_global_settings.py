@@ -18,7 +18,6 @@ from torch import Tensor, nn
 import bnbops
 from bnbops import functional as F
 from bnbops.estimate import estimate
-from bnbops.nn.convert.requantize import dequantized_weight, requantized_weight
 from bnbops.nn.parametrize import replace_parameter_4bit
 from bnbops.testing import self_check
 from bnbops.testing.sample import integers, normal
@@ -80,7 +79,7 @@ def layers(name: str) -> Any:
     layer.load_state_dict(floats)
     layer.to("cpu")
     state = layer.state_dict()
-    results = [dequantized_weight(layer), requantized_weight(layer, normal(32, 64, seed=3)).data]
+    results = [layer.dequantized(), layer.requantized(normal(32, 64, seed=3)).data]
     for other in (fresh, quantized):
         other.load_state_dict(state)
         results.append(other.state_dict())

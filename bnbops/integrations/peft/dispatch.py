@@ -26,11 +26,9 @@ from bnbops.integrations.peft.layers import (
     LoraEmbedding,
     LoraLinear,
     ParamWrapper,
-    is_parametrized_4bit,
 )
-from bnbops.nn.convert.requantize import dequantized_weight, is_quantized
-from bnbops.nn.four_bit.module import Weight4bit
-from bnbops.nn.int8.module import Int8Module
+from bnbops.nn.parametrize import ParametrizedWeight
+from bnbops.nn.weights.module import QuantizedModule, is_quantized
 
 
 def _layer_class(base: nn.Module, parameter_name: str | None, linear: type, embedding: type | None) -> type | None:
@@ -39,14 +37,14 @@ def _layer_class(base: nn.Module, parameter_name: str | None, linear: type, embe
     Raises:
         ValueError: nothing fits.
     """
-    quantized = isinstance(base, Weight4bit | Int8Module)
+    quantized = isinstance(base, QuantizedModule)
     if parameter_name is not None:
         if quantized and parameter_name == "weight":
             raise ValueError(
                 f"target_parameters names the weight of a {type(base).__name__}, which is packed: name the module in "
                 "target_modules instead"
             )
-        return ParamWrapper if is_parametrized_4bit(base, parameter_name) else None
+        return ParamWrapper if ParametrizedWeight.find(base, parameter_name) else None
     if not quantized:
         return None
     found = linear if isinstance(base, nn.Linear) else embedding
@@ -126,7 +124,7 @@ def _parameters_4bit(model: nn.Module) -> list[tuple[str, str]]:
         (path.replace(".base_layer", ""), name)
         for path, module in model.named_modules()
         for name in getattr(module, "parametrizations", ())
-        if is_parametrized_4bit(module, name)
+        if ParametrizedWeight.find(module, name)
     ]
 
 
@@ -135,7 +133,7 @@ def _dequantizing(original: Callable[[nn.Module], Tensor]) -> Callable[[nn.Modul
 
     @functools.wraps(original)
     def dequantize_module_weight(module: nn.Module) -> Tensor:
-        return dequantized_weight(module) if is_quantized(module) else original(module)
+        return module.dequantized() if is_quantized(module) else original(module)
 
     return dequantize_module_weight
 

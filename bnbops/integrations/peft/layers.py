@@ -16,15 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from bnbops.nn.convert.requantize import check_finite, dequantized_weight, is_quantized, requantized_weight
-from bnbops.nn.parametrize import Bnb4bitParametrization, replace
-
-
-def is_parametrized_4bit(module: Any, name: str) -> bool:
-    """Whether a parameter is dequantized where it is read."""
-    return parametrize.is_parametrized(module, name) and isinstance(
-        module.parametrizations[name][0], Bnb4bitParametrization
-    )
+from bnbops.nn.kinds import quantized_weight
+from bnbops.nn.weights.module import QuantizedWeight
 
 
 class MergesQuantized:
@@ -35,6 +28,7 @@ class MergesQuantized:
     weight is kept, in its quantized format, and put back by `unmerge`.
     """
 
+    _name = "weight"  # of the parameter in the base layer
     _float_base: SimpleNamespace | None = None  # stands for the base layer while PEFT merges
     _original: Any = None  # the weight, and the bias, from before merging
 
@@ -57,7 +51,7 @@ class MergesQuantized:
             ValueError: the merged weight has NaN or infinite values; with `safe_merge` the message names the adapter.
             RuntimeError: other adapters were merged before the base layer was quantized; or its weight is sharded.
         """
-        if not self._is_quantized():
+        if self._weight() is None:
             super().merge(safe_merge, adapter_names)  # PEFT's copy; or the base layer was dequantized
             return
         names = check_adapters_to_merge(self, adapter_names)
@@ -86,7 +80,7 @@ class MergesQuantized:
         Raises:
             RuntimeError: adapters were merged before the base layer was quantized, so there is no such weight.
         """
-        if not self._is_quantized() or not self.merged:
+        if self._weight() is None or not self.merged:
             super().unmerge()
             return
         self._put(self._before_merging())
@@ -108,30 +102,33 @@ class MergesQuantized:
         finally:
             self._float_base = None
 
-    # ---- the weight of the base layer, as its module holds it ------------------------------------------------------
+    # ---- the weight of the base layer, and its bias ----------------------------------------------------------------
 
-    def _is_quantized(self) -> bool:
-        return is_quantized(self.get_base_layer())
+    def _weight(self) -> QuantizedWeight | None:
+        """None while it is a float one."""
+        return None if self._float_base is not None else quantized_weight(self.get_base_layer(), self._name)
+
+    def _bias(self) -> nn.Parameter | None:
+        """What is merged with the weight, besides."""
+        return getattr(self.get_base_layer(), "bias", None)
 
     def _held(self) -> Any:
-        base = self.get_base_layer()
-        return base.weight, None if getattr(base, "bias", None) is None else base.bias.data
+        return self._weight().held(), None if self._bias() is None else self._bias().data
 
     def _put(self, held: Any) -> None:
-        base, (weight, bias) = self.get_base_layer(), held
-        base.weight = weight.to(base.weight.device)  # the model may have been moved since
+        weight, bias = held
+        self._weight().hold(weight)
         if bias is not None:
-            base.bias.data = bias.to(base.bias.device)
+            self._bias().data = bias.to(self._bias().device)
 
     def _dequantized(self) -> SimpleNamespace:
-        base = self.get_base_layer()
-        bias = None if getattr(base, "bias", None) is None else nn.Parameter(base.bias.detach().clone())
-        return SimpleNamespace(weight=nn.Parameter(dequantized_weight(base, torch.float32)), bias=bias)
+        weight, bias = nn.Parameter(self._weight().dequantized(torch.float32)), self._bias()
+        bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        return SimpleNamespace(**{self._name: weight, "bias": bias})
 
     def _requantized(self, floats: SimpleNamespace) -> Any:
-        base = self.get_base_layer()
-        bias = None if floats.bias is None else floats.bias.data.to(base.bias.dtype)
-        return requantized_weight(base, floats.weight.data), bias
+        bias = None if floats.bias is None else floats.bias.data.to(self._bias().dtype)
+        return self._weight().requantized(getattr(floats, self._name).data), bias
 
 
 class _Lora(MergesQuantized):
@@ -155,7 +152,7 @@ class _Lora(MergesQuantized):
                 f"init_lora_weights={init!r} splits the weight of the base layer, which is quantized: initialize the "
                 "adapter on the float model, then quantize that"
             )
-        if init == "orthogonal" and self._is_quantized():  # the adapter gets the dtype of the weight
+        if init == "orthogonal" and self._weight() is not None:  # the adapter gets the dtype of the weight
             with self._as_float():
                 super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
             return
@@ -209,21 +206,20 @@ class ParamWrapper(_Lora, lora_layer.ParamWrapper):
     def get_param(self) -> Tensor:
         """As in PEFT, but while the parameter is quantized of its shape, dtype and device only: to read it would
         dequantize it."""
-        if not self._is_quantized():
+        if (weight := self._weight()) is None:
             return super().get_param()
-        holder, parametrization = self._parametrization()
-        empty = torch.empty((), dtype=parametrization.format.dtype, device=holder.original.device)
-        return empty.expand(parametrization.format.shape)
+        format = weight.parametrization.format
+        return torch.empty((), dtype=format.dtype, device=weight.holder.original.device).expand(format.shape)
 
     @contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
         """As in PEFT, whose own neither removes what it adds to a parametrization, nor is content with one read."""
         names = [name for name in active_adapters if name in self.lora_A]
-        if not names or not self._is_quantized():
+        if not names or self._weight() is None:
             with super()._activate_lora(active_adapters):
                 yield
             return
-        holder, _ = self._parametrization()
+        holder = self._weight().holder
         before = len(holder)
         holder.extend([self._delta(name) for name in names])
         try:
@@ -239,37 +235,12 @@ class ParamWrapper(_Lora, lora_layer.ParamWrapper):
             return lora_layer._LoraFactorsProxy(*self.get_delta_factors(name))
         return lora_layer._LoraParameterProxy(self.get_delta_weight(name))
 
-    # ---- the parameter, as its parametrization holds it ------------------------------------------------------------
+    @property
+    def _name(self) -> str:
+        return self.parameter_name
 
-    def _parametrization(self) -> tuple[parametrize.ParametrizationList, Bnb4bitParametrization]:
-        holder = self.get_base_layer().parametrizations[self.parameter_name]
-        return holder, holder[0]
-
-    def _is_quantized(self) -> bool:
-        return self._float_base is None and is_parametrized_4bit(self.get_base_layer(), self.parameter_name)
-
-    def _held(self) -> Any:
-        holder, parametrization = self._parametrization()
-        return parametrization.packed(holder.original), parametrization.quant_state
-
-    def _put(self, held: Any) -> None:
-        (holder, parametrization), (packed, state) = self._parametrization(), held
-        device = holder.original.device
-        state.to(device)
-        replace(holder, parametrization, packed.to(device), state, assign=True)
-
-    def _dequantized(self) -> SimpleNamespace:
-        holder, parametrization = self._parametrization()
-        weight = parametrization.dequantize(holder.original, torch.float32)
-        return SimpleNamespace(**{self.parameter_name: nn.Parameter(weight)})
-
-    def _requantized(self, floats: SimpleNamespace) -> Any:
-        _, parametrization = self._parametrization()
-        data = getattr(floats, self.parameter_name).data
-        check_finite(data)
-        packed, state = parametrization.quantize(data)
-        state.dtype = parametrization.format.dtype
-        return packed, state
+    def _bias(self) -> None:
+        """The parameter alone is merged."""
 
 
 class AdaLoraLinear(MergesQuantized, adalora.SVDLinear):

@@ -12,7 +12,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from bnbops.integrations.transformers.config import METHOD, BnbOpsConfig
 from bnbops.integrations.transformers.quantizer import BnbOpsHfQuantizer
-from bnbops.nn.convert.plan import Place, Rule
+from bnbops.nn.convert.places import Place
+from bnbops.nn.convert.plan import Reason
 
 _METHODS = ("bitsandbytes_4bit", "bitsandbytes_8bit")
 _turning = threading.Lock()
@@ -40,7 +41,7 @@ class BitsAndBytesHfQuantizer(BnbOpsHfQuantizer):
             experts=False,
         )
 
-    def _rule(self, model: nn.Module) -> Rule:
+    def _rule(self, model: nn.Module) -> Reason:
         """What bitsandbytes' quantizer leaves."""
         names = self.get_modules_to_not_convert(
             model, self.quantization_config.llm_int8_skip_modules, model._keep_in_fp32_modules

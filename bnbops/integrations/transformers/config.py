@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bnbops.nn.convert.format import QuantizationFormat
+from bnbops.nn.kinds import kind_of
+from bnbops.nn.weights.quantization import Quantization
 
 METHOD = "bnbops"
 
@@ -92,13 +93,13 @@ class BnbOpsConfig(QuantizationConfigMixin):
             self.skip = list(self.skip)
             if odd := [name for name in self.skip if not isinstance(name, str)]:
                 raise TypeError(f"skip must hold names or patterns of modules, got {odd[0]!r} in it")
-        self.format.check()
+        self.quantization.check()
 
     @property
-    def format(self) -> QuantizationFormat:
+    def quantization(self) -> Quantization:
         """What makes quantized layers."""
         options = (self.double_quant, self.blocksize, self.compute_dtype, self.quant_storage, float(self.threshold))
-        return QuantizationFormat(self.quant, *options)
+        return kind_of(self.quant)(self.quant, *options)
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds; `BnbOpsConfig(**to_dict())` is equal to this one."""

@@ -10,21 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from bnbops.dtensors import is_dtensor
-from bnbops.nn.convert.plan import Place
-from bnbops.nn.convert.replace import find, hold_quantized, quantize_weight
-from bnbops.nn.four_bit.module import Weight4bit
-from bnbops.nn.four_bit.scales import STATISTICS
-from bnbops.nn.int8.module import Int8Module
-from bnbops.nn.weights.freed_memory import give_back
+from bnbops.nn.convert.places import Place, find
+from bnbops.nn.convert.replace import holding, quantizing
+from bnbops.nn.kinds import KINDS, quantized_weight
+from bnbops.nn.weights.memory import give_back
+from bnbops.nn.weights.quantization import Quantization
 
 if TYPE_CHECKING:
     from bnbops.integrations.transformers.quantizer import BnbOpsHfQuantizer
-
-_STATISTICS_INT8 = ("SCB", "weight_format")
 
 
 class _Operation(ConversionOps):
@@ -44,7 +40,7 @@ class _Operation(ConversionOps):
         try:
             if is_dtensor(find(model, name).tensor):
                 raise ValueError("its weight is sharded, which is not supported while a model loads")
-            make(model, names, *arguments, self.quantizer.format)()
+            make(model, names, *arguments, self.quantizer.quantization)()
         except torch.OutOfMemoryError:
             raise
         except KeyError as error:
@@ -86,7 +82,7 @@ class Quantize(_Operation):
             if not self.quantizer.param_needs_quantization(model, name):
                 others[name] = value
             elif name in self.quantizer.quantized:
-                self._compare(model, name, self.quantizer.format.parameter(value).data)
+                self._compare(model, name, self.quantizer.quantization.parameter(value).data)
             elif value.shape != find(model, name).tensor.shape:
                 self.quantizer.leave(name)  # Transformers knows what to do about other shapes
                 others[name] = value
@@ -98,9 +94,9 @@ class Quantize(_Operation):
                 give_back(nbytes)
         return others
 
-    def _quantize(self, model: nn.Module, names: list[str], value: Tensor, format: Any) -> Any:
-        format.check_values(names[0], value)
-        return quantize_weight(model, names, value, format)
+    def _quantize(self, model: nn.Module, names: list[str], value: Tensor, quantization: Quantization) -> Any:
+        quantization.check_values(names[0], value)
+        return quantizing(model, names, value, quantization)
 
 
 class Deserialize(_Operation):
@@ -131,24 +127,26 @@ class Deserialize(_Operation):
         return {}
 
     @staticmethod
-    def _hold(model: nn.Module, names: list[str], place: Place, weight: Any, statistics: Any, format: Any) -> Any:
+    def _hold(
+        model: nn.Module, names: list[str], place: Place, weight: Any, statistics: Any, quantization: Quantization
+    ) -> Any:
         if place.kind is None:
             raise ValueError(f"it is quantized, but a {type(place.module).__name__} cannot hold a quantized weight")
         if weight is None:
             raise ValueError(f"there are scales ({', '.join(sorted(statistics))}), but no codes")
         if not statistics:
             raise ValueError(f"there are codes ({weight.dtype} {list(weight.shape)}), but no scales")
-        return hold_quantized(model, names, weight, statistics, format)
+        return holding(model, names, weight, statistics, quantization)
 
 
 def weight_converters(quantizer: BnbOpsHfQuantizer, model: nn.Module) -> list[WeightConverter]:
     """What loads quantized weights, by bitsandbytes' names."""
-    statistics = {"weight": [*(f"weight.{name}" for name in STATISTICS), *_STATISTICS_INT8]}
+    statistics = {"weight": [key for kind in KINDS for key in kind.keys("weight")]}
     for path, module in model.named_modules():
         for place in (Place(path, module, attribute) for attribute in module._parameters):
             if place.kind == "expert":
                 own = ".".join(place.name.split(".")[-2:])
-                statistics[own] = [f"{own}.{name}" for name in STATISTICS]
+                statistics[own] = [key for kind in KINDS if "expert" in kind.becomes for key in kind.keys(own)]
     return [WeightConverter([*names, own], own, [Deserialize(quantizer, own)]) for own, names in statistics.items()]
 
 
@@ -158,13 +156,6 @@ def _single(value: Any) -> Tensor:
 
 def _mark_initialized(place: Place) -> None:
     """Keeps Transformers from drawing anew what is quantized."""
-    module, name = place.module, place.attribute
-    if is_parametrized(module, name):
-        module = module.parametrizations[name]
-        tensors = [*module.parameters(), *module.buffers()]
-    elif isinstance(module, Weight4bit | Int8Module):
-        tensors = [tensor for key, tensor in [*module.named_parameters(), *module.named_buffers()] if key != "bias"]
-    else:
-        tensors = [place.tensor]  # a failure: it stays as it is
-    for tensor in tensors:
+    weight = quantized_weight(place.module, place.attribute)
+    for tensor in [place.tensor] if weight is None else weight.tensors().values():  # a failure: it stays as it is
         tensor._is_hf_initialized = True

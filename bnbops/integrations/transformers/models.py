@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,38 +10,25 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bnbops.nn.convert.replace import keep_calls
-from bnbops.nn.convert.requantize import dequantized_weight
-from bnbops.nn.four_bit.module import Weight4bit
-from bnbops.nn.int8.module import Int8Module
-from bnbops.nn.parametrize import Bnb4bitParametrization
+from bnbops.nn.kinds import KINDS, quantized_weights
+from bnbops.nn.parametrize import ParametrizedWeight
+from bnbops.nn.weights.module import QuantizedModule
 
 
 def number_of_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
     """`num_parameters` of a model in Transformers, where a quantized weight counts as the float one does."""
+    sizes: dict[int, int] = {}
+    for _, weight in quantized_weights(model):
+        codes, *scales = weight.tensors().values()
+        sizes |= {id(codes): math.prod(weight.weight_shape)} | dict.fromkeys(map(id, scales), 0)
     total, counted = 0, set()
     for module in model.modules():
         excluded = exclude_embeddings and isinstance(module, nn.Embedding)
-        for name, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in counted or _is_scale(module, name):
-                continue
+        for parameter in filter(None.__ne__, module._parameters.values()):
+            if id(parameter) not in counted and not excluded and (parameter.requires_grad or not only_trainable):
+                total += sizes.get(id(parameter), parameter.numel())
             counted.add(id(parameter))
-            if not excluded and (parameter.requires_grad or not only_trainable):
-                total += _float_numel(module, name, parameter)
     return total
-
-
-def _is_scale(module: nn.Module, name: str) -> bool:
-    if isinstance(module, Bnb4bitParametrization):
-        return True
-    return isinstance(module, Weight4bit | Int8Module) and name.startswith("weight_")
-
-
-def _float_numel(module: nn.Module, name: str, parameter: nn.Parameter) -> int:
-    if isinstance(module, Weight4bit) and name == "weight" and module.quant_state is not None:
-        return module.quant_state.shape.numel()
-    if isinstance(module, parametrize.ParametrizationList) and isinstance(module[0], Bnb4bitParametrization):
-        return module[0].quant_state.shape.numel()
-    return parameter.numel()
 
 
 def without_tied_copies(model: nn.Module) -> dict[str, Any] | None:
@@ -48,16 +36,12 @@ def without_tied_copies(model: nn.Module) -> dict[str, Any] | None:
     owners: dict[int, str] = {}
     copies = []
     for path, module in model.named_modules():
-        if isinstance(module, Weight4bit | Int8Module) and owners.setdefault(id(module.weight), path) != path:
-            copies.append(path)
+        if isinstance(module, QuantizedModule) and owners.setdefault(id(module.weight), path) != path:
+            copies.append(f"{path}.weight")
     if not copies:
         return None
-    entries = tuple(f"{path}.{name}" for path in copies for name in ("weight", "weight.", "SCB", "weight_format"))
-    return {
-        key: value
-        for key, value in model.state_dict().items()
-        if not any(key == entry or (entry.endswith(".") and key.startswith(entry)) for entry in entries)
-    }
+    left_out = {*copies, *(key for name in copies for kind in KINDS for key in kind.keys(name))}
+    return {key: value for key, value in model.state_dict().items() if key not in left_out}
 
 
 @torch.no_grad()
@@ -68,12 +52,12 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None) -> None:
     """
     weights: dict[int, nn.Parameter] = {}  # one for all who share a quantized one
     for path, module in list(model.named_modules()):
-        for name, chain in list(getattr(module, "parametrizations", {}).items()):
-            if any(isinstance(part, Bnb4bitParametrization) for part in chain):
+        for name in list(getattr(module, "parametrizations", ())):
+            if ParametrizedWeight.find(module, name) is not None:
                 weight = _parameter(getattr(module, name), dtype)
                 parametrize.remove_parametrizations(module, name, leave_parametrized=False)
                 setattr(module, name, weight)
-        if isinstance(module, Weight4bit | Int8Module):
+        if isinstance(module, QuantizedModule):
             if id(module.weight) not in weights:
                 weights[id(module.weight)] = _parameter(_floats(module), dtype)
             model.set_submodule(path, _float_layer(module, weights[id(module.weight)]))
@@ -83,9 +67,9 @@ def _parameter(weight: Tensor, dtype: torch.dtype | None) -> nn.Parameter:
     return nn.Parameter(weight.detach().to(weight.dtype if dtype is None else dtype))
 
 
-def _floats(module: Weight4bit | Int8Module) -> Tensor:
+def _floats(module: QuantizedModule) -> Tensor:
     """The weight as the float layer held it."""
-    weight = dequantized_weight(module)
+    weight = module.dequantized()
     return weight if _source_class(module) is None else weight.T.contiguous()
 
 

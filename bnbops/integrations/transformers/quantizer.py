@@ -17,10 +17,10 @@ from bnbops._library import cuda_library
 from bnbops.integrations.transformers.config import METHOD, BnbOpsConfig
 from bnbops.integrations.transformers.conversion import Deserialize, Quantize, weight_converters
 from bnbops.integrations.transformers.models import dequantize_, number_of_parameters, without_tied_copies
-from bnbops.nn.convert.format import QuantizationFormat
-from bnbops.nn.convert.plan import Rule, matches, places_by_tensor, plan_by_rule, skip_rule, with_prefixes
-from bnbops.nn.convert.replace import find
+from bnbops.nn.convert.places import find, places_by_tensor
+from bnbops.nn.convert.plan import Reason, matches, plan_by_rule, skip_rule, with_prefixes
 from bnbops.nn.convert.resizing import guard_resizing
+from bnbops.nn.weights.quantization import Quantization
 
 
 class BnbOpsHfQuantizer(HfQuantizer):
@@ -46,8 +46,8 @@ class BnbOpsHfQuantizer(HfQuantizer):
         return quantization_config
 
     @property
-    def format(self) -> QuantizationFormat:
-        return self.options.format
+    def quantization(self) -> Quantization:
+        return self.options.quantization
 
     # ---- before the model is made ------------------------------------------------------------------------------
 
@@ -82,7 +82,7 @@ class BnbOpsHfQuantizer(HfQuantizer):
             for names in shared:
                 place = find(model, names[0])
                 if place.kind and place.subject in plan.convert:
-                    self.format.check_weight(place)
+                    self.quantization.check_weight(place)
                     self._groups |= dict.fromkeys(names, names)
         if plan.unasked:
             reasons = "\n".join(f"  {name}: {plan.leave[name]}" for name in plan.unasked)
@@ -90,7 +90,7 @@ class BnbOpsHfQuantizer(HfQuantizer):
         if not self._groups:
             raise ValueError(f"there is nothing to quantize in this {type(model).__name__}:\n{plan}")
 
-    def _rule(self, model: nn.Module) -> Rule:
+    def _rule(self, model: nn.Module) -> Reason:
         """What is to be left: what `skip` says, and what Transformers keeps in fp32."""
         skipped, kept = skip_rule(model, self.options.skip), list(getattr(model, "_keep_in_fp32_modules", None) or [])
 
@@ -119,13 +119,7 @@ class BnbOpsHfQuantizer(HfQuantizer):
         quantized = param_name in self._groups
         if self.pre_quantized:
             quantized = param.dim() > 1 and find(model, param_name).kind in ("linear", "expert")
-        return self._quantized_element_size if quantized else param.element_size()
-
-    @property
-    def _quantized_element_size(self) -> float:
-        if self.options.quant == "int8":
-            return 1.0
-        return 0.5 + (1 if self.options.double_quant else 4) / self.options.blocksize
+        return self.quantization.bytes_per_element if quantized else param.element_size()
 
     def get_quantize_ops(self) -> Quantize:
         return Quantize(self)
@@ -153,7 +147,7 @@ class BnbOpsHfQuantizer(HfQuantizer):
             if tuple(conversion.source_patterns) not in self.merged and not _is_own(conversion)
         ]
         # PEFT and TRL look at these, to prepare the model for adapters.
-        model.is_loaded_in_8bit = self.options.quant == "int8"
+        model.is_loaded_in_8bit = self.quantization.bits == 8
         model.is_loaded_in_4bit = not model.is_loaded_in_8bit
         guard_resizing(model)
         model.num_parameters = partial(number_of_parameters, model)  # Transformers' wants bitsandbytes

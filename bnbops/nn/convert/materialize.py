@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from bnbops.lasting import lasting
-from bnbops.nn.convert.plan import Place, places_by_tensor
-from bnbops.nn.convert.sources import Source, empty
+from bnbops.nn.convert.places import Place, places_by_tensor
+from bnbops.nn.convert.sources import Source
+from bnbops.nn.weights.memory import empty
 
 Sources = dict[str, Source]
 Change = Callable[[], None]

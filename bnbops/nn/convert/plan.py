@@ -2,73 +2,25 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from bnbops.dtensors import is_dtensor
-from bnbops.facts import FORMATS_4BIT
-from bnbops.nn.four_bit.module import Weight4bit
-from bnbops.nn.int8.module import Int8Module
+from bnbops.nn.convert.places import CONV1D, Place, all_places, memory_of, places_by_tensor
+from bnbops.nn.kinds import kind_of
+from bnbops.nn.weights.module import QuantizedModule
+from bnbops.nn.weights.quantization import Quantization
 
-FORMATS = (*FORMATS_4BIT, "int8")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights that can be quantized
 SHARDED = "its weight is sharded (a DTensor): quantize the model first, then call fully_shard"
 
-_CONV1D = ("transformers.pytorch_utils", "Conv1D")
-
 Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
-Rule = Callable[["Place"], str | None]  # the reason to leave a weight
-
-
-class Place(NamedTuple):
-    """Where a tensor is registered; a shared one has several places."""
-
-    path: str  # of the module
-    module: nn.Module
-    attribute: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.path}.{self.attribute}" if self.path else self.attribute
-
-    @property
-    def tensor(self) -> Tensor | None:
-        return self.module._parameters.get(self.attribute)
-
-    @property
-    def kind(self) -> str | None:
-        """What `quantize_` may take the tensor for."""
-        if self.attribute == "weight" and (isinstance(self.module, nn.Linear) or is_conv1d(self.module)):
-            return "linear"
-        if self.attribute == "weight" and isinstance(self.module, nn.Embedding):
-            return "embedding"
-        # Only the name tells experts [E, out, in] from other 3-D parameters (convolutions, positions [1, time, width]).
-        named = "expert" in f"{self.name} {type(self.module).__name__}".lower()
-        own = not type(self.module).__module__.startswith("torch.nn.modules.")
-        three = isinstance(self.tensor, Tensor) and self.tensor.ndim == 3 and self.tensor.is_floating_point()
-        return "expert" if named and own and three else None
-
-    @property
-    def transposed(self) -> bool:
-        """Whether it is `[in, out]`; linear layers hold `[out, in]`."""
-        return self.kind == "linear" and is_conv1d(self.module)
-
-    @property
-    def subject(self) -> str:
-        """What is converted: the module, or the expert parameter alone."""
-        return self.name if self.kind == "expert" else self.path
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is Transformers' linear layer of GPT-2, whose weight is transposed."""
-    return any((base.__module__, base.__qualname__) == _CONV1D for base in type(module).__mro__)
+Reason = Callable[[Place], str | None]  # to leave a weight
 
 
 @dataclass(frozen=True)
@@ -109,11 +61,12 @@ def quantization_plan(
     return plan_by_rule(model, quant, skip_rule(model, skip), embeddings, experts)
 
 
-def plan_by_rule(model: nn.Module, quant: str, asked: Rule, embeddings: bool, experts: bool) -> QuantizationPlan:
+def plan_by_rule(model: nn.Module, quant: str, asked: Reason, embeddings: bool, experts: bool) -> QuantizationPlan:
     """As `quantization_plan`; `asked` has the reasons why weights are to be left."""
-    kinds = {"linear", *(["embedding"] if embeddings else []), *(["expert"] if experts else [])}
-    candidates = [place for place in _places(model) if place.kind in kinds]
-    obstacles = {place: asked(place) or _obstacle(place, quant) for place in candidates}
+    kind = kind_of(quant)
+    wanted = {"linear", *(["embedding"] if embeddings else []), *(["expert"] if experts else [])}
+    candidates = [place for place in all_places(model) if place.kind in wanted]
+    obstacles = {place: asked(place) or _obstacle(place, kind) for place in candidates}
     shared = places_by_tensor(model)
 
     convert: dict[str, str] = {}
@@ -129,42 +82,15 @@ def plan_by_rule(model: nn.Module, quant: str, asked: Rule, embeddings: bool, ex
         elif tied is not None:
             leave[place.subject] = f"shares its weight with {tied.subject if tied.kind else tied.name}"
         else:
-            convert[place.subject] = _class_name(place, quant)
-    expected = {place.subject for place in candidates if asked(place) or _is_quantized(place.module)}
+            convert[place.subject] = kind.becomes[place.kind]
+    expected = {place.subject for place in candidates if asked(place) or isinstance(place.module, QuantizedModule)}
     return QuantizationPlan(convert, leave, tuple(name for name in leave if name not in expected))
-
-
-def places_by_tensor(model: nn.Module) -> dict[object, list[Place]]:
-    """All places of each parameter."""
-    places: dict[object, list[Place]] = defaultdict(list)
-    for place in _places(model):
-        if place.tensor is not None:
-            places[memory_of(place.tensor)].append(place)
-    return places
-
-
-def memory_of(tensor: Tensor) -> object:
-    """The same for parameters that are one, or that begin at the same place in memory."""
-    if type(tensor) is not nn.Parameter or tensor.numel() == 0:
-        return id(tensor)
-    if tensor.is_meta:
-        return tensor.untyped_storage()._cdata, tensor.storage_offset()
-    return tensor.device, tensor.data_ptr()
-
-
-def _places(model: nn.Module) -> Iterator[Place]:
-    """Every registered parameter under all its names; linear layers and embeddings without a weight parameter, too."""
-    for path, module in model.named_modules(remove_duplicate=False):
-        weighted = isinstance(module, nn.Linear | nn.Embedding)
-        for attribute in dict.fromkeys([*(["weight"] if weighted else []), *module._parameters]):
-            yield Place(path, module, attribute)
 
 
 def check_model(model: nn.Module, quant: str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a module, got {type(model).__name__}")
-    if quant not in FORMATS:
-        raise ValueError(f"quant must be one of {', '.join(FORMATS)}, got {quant!r}")
+    kind_of(quant)
     if isinstance(model, nn.Linear | nn.Embedding):
         raise ValueError(
             f"the model is itself a {type(model).__name__}, which nothing holds that could hold another one instead: "
@@ -175,7 +101,7 @@ def check_model(model: nn.Module, quant: str) -> None:
 # ---- reasons to leave a weight -------------------------------------------------------------------------------------
 
 
-def skip_rule(model: nn.Module, skip: Skip | None) -> Rule:
+def skip_rule(model: nn.Module, skip: Skip | None) -> Reason:
     """The reasons that `skip` gives."""
     if skip is None:
         heads = _output_embeddings(model)
@@ -187,7 +113,7 @@ def skip_rule(model: nn.Module, skip: Skip | None) -> Rule:
     if callable(skip):
         return lambda place: "skip says so" if skip(place.subject, place.module) else None
     patterns = [skip] if isinstance(skip, str) else list(skip)
-    names = [name for place in _places(model) for name in with_prefixes(place.name)]
+    names = [name for place in all_places(model) for name in with_prefixes(place.name)]
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"skip holds names and patterns, or is a function; got {pattern!r} in it")
@@ -223,24 +149,20 @@ def _output_embeddings(model: nn.Module) -> set[nn.Module]:
     return heads - {None}
 
 
-def _is_quantized(module: nn.Module) -> bool:
-    return isinstance(module, Weight4bit | Int8Module)
-
-
-def _obstacle(place: Place, quant: str) -> str | None:
+def _obstacle(place: Place, kind: type[Quantization]) -> str | None:
     """Why a weight cannot be converted, regarded alone."""
     module, tensor = place.module, place.tensor
-    if _is_quantized(module):
+    if isinstance(module, QuantizedModule):
         return "it is quantized already"
     if tensor is not None and is_dtensor(tensor):
         return SHARDED
     if place.kind == "expert":
-        if quant == "int8":
-            return "there is no int8 form of 3-D parameters"
+        if "expert" not in kind.becomes:
+            return f"there is no {kind.formats[0]} form of 3-D parameters"
         if is_parametrized(module, place.attribute):
             return "it is parametrized"
     else:
-        if (reason := _module_obstacle(module)) is not None:
+        if (reason := _module_obstacle(place)) is not None:
             return reason
     if type(tensor) is not nn.Parameter:
         return f"its weight is a {type(tensor).__name__}"
@@ -253,14 +175,12 @@ def _obstacle(place: Place, quant: str) -> str | None:
     return None
 
 
-def _module_obstacle(module: nn.Module) -> str | None:
-    plain = "Embedding" if isinstance(module, nn.Embedding) else "Conv1D" if is_conv1d(module) else "Linear"
+def _module_obstacle(place: Place) -> str | None:
+    module = place.module
+    plain = "Embedding" if isinstance(module, nn.Embedding) else "Conv1D" if place.is_conv1d else "Linear"
     if is_parametrized(module):
         return "it is parametrized"
-    if (
-        type(module) not in (nn.Linear, nn.Embedding)
-        and (type(module).__module__, type(module).__qualname__) != _CONV1D
-    ):
+    if type(module) not in (nn.Linear, nn.Embedding) and (type(module).__module__, type(module).__qualname__) != CONV1D:
         return f"it is a {type(module).__name__}, not a plain {plain}"
     if "forward" in vars(module):
         return "its forward has been replaced"
@@ -279,11 +199,3 @@ def _fits(other: Place, place: Place) -> bool:
     same = a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
     kinds = {other.kind, place.kind}
     return same and kinds <= {"linear", "embedding"} and other.transposed == place.transposed
-
-
-def _class_name(place: Place, quant: str) -> str:
-    if place.kind == "expert":
-        return "a 4-bit parametrization"
-    if place.kind == "linear":
-        return "Linear8bitLt" if quant == "int8" else "Linear4bit"
-    return "Embedding8bit" if quant == "int8" else "Embedding4bit"

@@ -9,13 +9,15 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from bnbops.nn.convert.format import QuantizationFormat
 from bnbops.nn.convert.materialize import Change, Sources, check_sources, load_others, read
-from bnbops.nn.convert.plan import SHARDED, QuantizationPlan, Skip, places_by_tensor, quantization_plan
-from bnbops.nn.convert.replace import find, quantize_weight
-from bnbops.nn.convert.requantize import is_quantized
+from bnbops.nn.convert.places import find, places_by_tensor
+from bnbops.nn.convert.plan import SHARDED, QuantizationPlan, Skip, quantization_plan
+from bnbops.nn.convert.replace import quantizing
 from bnbops.nn.convert.resizing import guard_resizing
 from bnbops.nn.convert.sources import open_state
+from bnbops.nn.kinds import kind_of
+from bnbops.nn.weights.module import is_quantized
+from bnbops.nn.weights.quantization import Quantization
 
 State = Mapping[str, Tensor] | str | os.PathLike[str]
 
@@ -84,16 +86,17 @@ def quantize_(
     call goes on with the rest. With `state` the model is as it was.
     """
     plan = quantization_plan(model, quant, skip=skip, embeddings=embeddings, experts=experts)
-    format = QuantizationFormat(quant, double_quant, blocksize, compute_dtype, quant_storage, float(threshold))
+    options = (double_quant, blocksize, compute_dtype, quant_storage, float(threshold))
+    quantization = kind_of(quant)(quant, *options)
     sources = None if state is None else open_state(state)
     device = None if device is None else torch.device(device)
-    names = _check(model, plan, format, sources)
+    names = _check(model, plan, quantization, sources)
 
     changes: list[Change] = []
     if sources is not None:
         changes += load_others(model, sources, {name for group in names for name in group}, device)
     for group in _with_progress(names, quant, progress):
-        change = quantize_weight(model, group, _read(model, group, format, sources, device), format)
+        change = quantizing(model, group, _read(model, group, quantization, sources, device), quantization)
         if sources is None:
             change()  # at once, which frees the float weight
             del change
@@ -107,11 +110,11 @@ def quantize_(
 
 
 def _check(
-    model: nn.Module, plan: QuantizationPlan, format: QuantizationFormat, sources: Sources | None
+    model: nn.Module, plan: QuantizationPlan, quantization: Quantization, sources: Sources | None
 ) -> list[list[str]]:
     """Finds out what may go wrong. Returns the names of the weights to convert: names, since to hold a weight would
     keep its memory; a list for each, since a shared one has several."""
-    format.check()
+    quantization.check()
     if sharded := [name for name, reason in plan.leave.items() if reason == SHARDED]:
         raise ValueError(f"{', '.join(sharded)}: {SHARDED}")
     if sources is not None:
@@ -119,9 +122,9 @@ def _check(
     shared = places_by_tensor(model).values()
     groups = [places for places in shared if places[0].kind and places[0].subject in plan.convert]
     for place, *_ in groups:
-        format.check_weight(place)
+        quantization.check_weight(place)
         if sources is None and not place.tensor.is_meta:
-            format.check_values(place.name, place.tensor)
+            quantization.check_values(place.name, place.tensor)
     if plan.unasked:
         reasons = "\n".join(f"  {name}: {plan.leave[name]}" for name in plan.unasked)
         warnings.warn(f"quantize_ leaves these as they are:\n{reasons}", stacklevel=3)
@@ -131,7 +134,7 @@ def _check(
 def _read(
     model: nn.Module,
     names: list[str],
-    format: QuantizationFormat,
+    quantization: Quantization,
     sources: Sources | None,
     device: torch.device | None,
 ) -> Tensor:
@@ -140,7 +143,7 @@ def _read(
     if sources is None:
         return tensor.data if device is None else tensor.data.to(device)
     data = read(names, sources, tensor, device, transient=True)
-    format.check_values(names[0], data)
+    quantization.check_values(names[0], data)
     return data
 
 

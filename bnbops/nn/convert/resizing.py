@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from bnbops.nn.convert.requantize import is_quantized
+from bnbops.nn.weights.module import is_quantized
 
 
 def guard_resizing(model: nn.Module) -> None:
@@ -29,12 +29,12 @@ def resize_token_embeddings(
     for name, module in self.named_modules():
         if module not in tables or not is_quantized(module):
             continue
-        rows = module._shape[0] if new_num_tokens is None else new_num_tokens
+        rows = module.weight_shape[0] if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of:
             rows += -rows % pad_to_multiple_of
-        if rows != module._shape[0]:
+        if rows != module.weight_shape[0]:
             raise RuntimeError(
-                f"{name} is quantized ({type(module).__name__}) and has {module._shape[0]} rows, so it cannot be "
+                f"{name} is quantized ({type(module).__name__}) and has {module.weight_shape[0]} rows, so it cannot be "
                 f"resized to {rows}: resize the float model and quantize it then, or leave embeddings and head in "
                 "floating point (embeddings=False, and skip has the head by default)"
             )

@@ -5,15 +5,16 @@ from __future__ import annotations
 import ctypes
 import json
 import math
-import mmap
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from bnbops.nn.weights.memory import empty
 
 _SAFETENSORS_DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -29,24 +30,6 @@ class Source(NamedTuple):
     shape: tuple[int, ...]
     read: Callable[[bool], Tensor]
     fresh: bool
-
-
-def empty(shape: Sequence[int], dtype: torch.dtype, transient: bool) -> Tensor:
-    """An uninitialised tensor. A transient one returns its memory to the system when it is gone.
-
-    malloc would keep it, as a hole that another tensor of the same size does not fit into once that is to be aligned.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    if not transient or size == 0:
-        return torch.empty(shape, dtype=dtype, device="cpu")  # whatever torch's default is
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
-
-
-def as_float16(weight: Tensor) -> Tensor:
-    """What int8 weights are quantized from; a copy of a weight on the CPU is a transient one."""
-    if weight.is_cpu and weight.dtype != torch.float16:
-        return empty(weight.shape, torch.float16, transient=True).copy_(weight)
-    return weight.to(torch.float16)
 
 
 def open_state(state: Mapping[str, Tensor] | str | os.PathLike[str]) -> dict[str, Source]:

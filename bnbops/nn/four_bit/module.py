@@ -1,4 +1,4 @@
-"""What modules with a 4-bit weight share: quantization, casts and state dicts of the tensors that hold it."""
+"""What modules with a 4-bit weight share: how it gets there, casts, and its entries in state dicts."""
 
 from __future__ import annotations
 
@@ -13,44 +13,37 @@ from bnbops.default_device import traceable_weight
 from bnbops.dtensors import is_dtensor
 from bnbops.functional.quant_state import QuantState
 from bnbops.lasting import lasting
-from bnbops.nn.four_bit.parameter import Params4bit
-from bnbops.nn.four_bit.scales import (
-    BUFFER,
+from bnbops.nn.four_bit.entries import STATISTICS, check_entry, entries, keys_of, take_statistics
+from bnbops.nn.four_bit.format import (
     NAMES,
-    PARAMETERS,
     Format,
-    as_arguments,
-    check_entry,
     check_settings,
     check_state,
-    entries_of,
-    in_rows,
     packed_bytes,
-    register_scales,
-    save,
     scales_of,
     set_scales,
-    state_of,
-    take_statistics,
+    share_scales,
     tensors_of,
 )
-from bnbops.nn.weights.codes import check_name, check_size, no_reset
+from bnbops.nn.four_bit.parameter import Params4bit
+from bnbops.nn.weights.codes import check_name
+from bnbops.nn.weights.module import LOADING_ERRORS, QuantizedModule, of_quantized_layer, of_whole_layer
 from bnbops.nn.weights.parameter import sparing_integers
-from bnbops.nn.weights.plain_state import of_quantized_layer, of_whole_layer
-from bnbops.nn.weights.tied import entries_before, hold, others, saved_as
+from bnbops.nn.weights.tied import entries_before, hold, others
 
 _PREFIX = "weight_"
 
 
-class Weight4bit(nn.Module):
-    """Mixed into a module class before the one that makes its float `weight`.
+class Module4bit(QuantizedModule):
+    """A module with a 4-bit `weight`.
 
-    Quantized, a module has its weight in plain tensors (`bnbops.nn.four_bit.scales`): `weight`, packed, a Params4bit
-    unless something has replaced it (FSDP does), and its scales, `weight_absmax` and, doubly quantized,
-    `weight_nested_absmax`, `weight_nested_offset` and `weight_nested_code`. They are all that `forward` reads.
-    `weight.quant_state` and `quant_state` show the same tensors.
+    Quantized, a module has it in plain tensors (`bnbops.nn.four_bit.format`): `weight`, packed, a Params4bit unless
+    something has replaced it (FSDP does), and its scales, `weight_absmax` and, doubly quantized,
+    `weight_nested_absmax`, `weight_nested_offset` and `weight_nested_code`. `weight.quant_state` and `quant_state`
+    show the same tensors.
     """
 
+    _scale_names = tuple(_PREFIX + name for name in NAMES)
     _format: Format | None = None  # None: the weight is not quantized
 
     def _make_4bit(
@@ -60,7 +53,7 @@ class Weight4bit(nn.Module):
         self._shape = tuple(self.weight.shape)
         check_settings(self._shape, blocksize, quant_type, quant_storage)
         self.quant_storage = quant_storage
-        register_scales(self, _PREFIX)
+        set_scales(self, _PREFIX, {})
         self.weight = Params4bit(
             self.weight.data,
             blocksize=blocksize,
@@ -83,7 +76,7 @@ class Weight4bit(nn.Module):
                 f"the weight of this {type(self).__name__} is sharded: call unshard() on the module that fully_shard "
                 "was given, which gathers weight and scales, and reshard() afterwards"
             )
-        return state_of(scales_of(self, _PREFIX), self._format)
+        return self._format.state(scales_of(self, _PREFIX))
 
     @quant_state.setter
     def quant_state(self, state: QuantState) -> None:
@@ -92,15 +85,19 @@ class Weight4bit(nn.Module):
         self._set_scales(state)
         self._link()
 
-    def reset_parameters(self) -> None:
-        """Draws a float weight anew.
+    @property
+    def is_quantized(self) -> bool:
+        return self._format is not None
 
-        Raises:
-            RuntimeError: the weight is quantized.
-        """
-        if self._format is not None:
-            raise RuntimeError(no_reset(self))
-        super().reset_parameters()
+    def _dequantized(self, dtype: torch.dtype | None) -> Tensor:
+        weight, *_ = self._arguments()
+        return self._format.dequantize(weight, scales_of(self, _PREFIX), dtype)
+
+    def _requantized(self, weight: Tensor) -> Params4bit:
+        nested = self.weight_nested_absmax is not None
+        new = Params4bit.of_format(weight, self._format, nested, self.quant_storage, self.weight.device)
+        new.quant_state.dtype = self._format.dtype
+        return new
 
     def _arguments(self) -> tuple[Tensor, Tensor, int, str, dict[str, Any]]:
         """The weight, absmax, blocksize, quant_type and the nested arguments of an operator."""
@@ -116,7 +113,7 @@ class Weight4bit(nn.Module):
                 f"{weight.dtype}: choose quant_storage=torch.uint8, which neither casts of a sharded model nor "
                 "FSDP's mixed precision touch, or their dtype"
             )
-        absmax, nested = as_arguments(scales_of(self, _PREFIX), self._format)
+        absmax, nested = self._format.arguments(scales_of(self, _PREFIX))
         return weight, absmax, self._format.blocksize, self._format.quant_type, nested
 
     def _describe_4bit(self) -> str:
@@ -154,7 +151,7 @@ class Weight4bit(nn.Module):
         if param.is_floating_point() and tuple(param.shape) == self._shape:
             new = held._float(param.data, param.requires_grad)
         elif param.nbytes != packed_bytes(self._shape):
-            check_size(self, param.shape, f"weight ({param.dtype})")
+            self._check_size(param.shape, f"weight ({param.dtype})")
             return param
         elif held.bnb_quantized:
             new = held._with(param.data)
@@ -166,7 +163,7 @@ class Weight4bit(nn.Module):
     def _adopt(self, weight: Params4bit) -> None:
         """Takes the scales that the weight brings along; a tied weight's from the module that has them."""
         owner = weight.module
-        tied = isinstance(owner, Weight4bit) and owner is not self and owner._parameters.get("weight") is weight
+        tied = isinstance(owner, Module4bit) and owner is not self and owner._parameters.get("weight") is weight
         if not tied:
             weight.module = self
         if tied and owner._format is not None:
@@ -184,7 +181,7 @@ class Weight4bit(nn.Module):
             self.register_parameter("weight", weight)
 
     def _check_shape(self, state: QuantState) -> None:
-        check_size(self, state.shape, "quantized weight")
+        self._check_size(state.shape, "quantized weight")
 
     def _set_scales(self, state: QuantState | None) -> None:
         """Registers new scales, here and in the modules that share the weight."""
@@ -195,12 +192,10 @@ class Weight4bit(nn.Module):
             other._share_scales(self)
             other._link()
 
-    def _share_scales(self, owner: Weight4bit) -> None:
+    def _share_scales(self, owner: Module4bit) -> None:
         """Registers what another module has."""
         self._format = owner._format
-        for name in PARAMETERS:
-            self._parameters[_PREFIX + name] = owner._parameters[_PREFIX + name]
-        self._buffers[_PREFIX + BUFFER] = owner._buffers[_PREFIX + BUFFER]
+        share_scales(self, _PREFIX, owner)
 
     def _link(self) -> None:
         """Lets a Params4bit show what the module holds."""
@@ -211,7 +206,7 @@ class Weight4bit(nn.Module):
             weight.module = self
         hold(weight, self)
         if self._format is not None and weight.bnb_quantized:
-            weight.data = in_rows(weight.data, self._format)
+            weight.data = self._format.in_rows(weight.data)
             self.quant_storage = weight.dtype
             with lasting():
                 weight.quant_state = self.quant_state
@@ -237,86 +232,53 @@ class Weight4bit(nn.Module):
 
     # ---- state dicts -------------------------------------------------------------------------------------------
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """bitsandbytes' keys; without all of the data at hand (sharded, meta) the tensors by their own names."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        weight = self._parameters["weight"]
-        if self._format is None or not isinstance(weight, Params4bit) or weight.is_meta:
-            return
-        for name in NAMES:
-            destination.pop(prefix + _PREFIX + name, None)
-        state, key = weight.quant_state, prefix + "weight"
-        first = saved_as(weight, destination, key)
-        if first == key:
-            save(destination, key, weight, state)
-            return
-        # Tied: the same tensors under both names, so that savers which leave out duplicates leave out all of them.
-        for name in ("", *(f".{entry}" for entry in entries_of(state))):
-            destination[key + name] = destination[first + name]
+    def _is_whole(self) -> bool:
+        return isinstance(self.weight, Params4bit) and not self.weight.is_meta
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Takes bitsandbytes' keys, a float weight, or the tensors by their own names."""
-        key, rest = prefix + "weight", (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        assign = local_metadata.get("assign_to_params_buffers", False)
-        own_names = {prefix + _PREFIX + name for name in NAMES}
-        statistics = take_statistics(state_dict, key) if isinstance(self.weight, Params4bit) else {}
+    def _entries(self, key: str, keep_vars: bool) -> dict[str, Tensor]:
+        return entries(key, self.weight, self.weight.quant_state)
+
+    def _entries_again(self, key: str, first: str, state_dict: dict[str, Any]) -> dict[str, Tensor]:
+        """The same tensors, so that savers which leave out duplicates leave out all of them."""
+        names = [key, *keys_of(key, self.weight.quant_state)]
+        return {name: state_dict[first + name.removeprefix(key)] for name in names}
+
+    def _take(
+        self, state_dict: dict[str, Any], key: str, assign: bool, missing_keys: list[str]
+    ) -> tuple[Params4bit | None, list[str] | None]:
+        held = self.weight
+        statistics = take_statistics(state_dict, key) if isinstance(held, Params4bit) else {}
         if statistics:  # they count: torch's set_model_state_dict adds what the module has, by its own names
-            state_dict = {name: value for name, value in state_dict.items() if name not in own_names}
-        by_own_names = prefix + _PREFIX + "absmax" in state_dict or not isinstance(self.weight, Params4bit)
-        stays_float = self._format is None and not statistics and not assign
-        if by_own_names and (misfit := self._misfit(state_dict, key)) is not None:
-            error_msgs.append(misfit)
-            return
-        if by_own_names or stays_float:
-            super()._load_from_state_dict(state_dict, prefix, *rest)
-            self._link()
-            return
-        weight = state_dict.pop(key, None)
-        entries = [] if self._format is None else entries_of(self.quant_state)
-        entries = entries_before(self.weight, missing_keys, entries)
-        if statistics and not assign:
-            self._materialize(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *rest)  # the others; misses the ones of the weight
-        missing_keys[:] = [name for name in missing_keys if name != key and name not in own_names]
-        if weight is None:
+            for name in NAMES:
+                state_dict.pop(f"{key}_{name}", None)
+        if key + "_absmax" in state_dict or not isinstance(held, Params4bit):
+            self._check_own_names(state_dict, key)
+            return None, None
+        if self._format is None and not statistics and not assign:
+            return None, None
+        absent = [] if self._format is None else keys_of("", self.quant_state)
+        absent = entries_before(held, missing_keys, absent)
+        if key not in state_dict:
             # Of a tied weight the statistics that are there are only those that a saver has not left out.
-            found = () if others(self.weight, self) else statistics
-            missing_keys += [key, *(f"{key}.{name}" for name in entries if name not in found)]
-            return
+            found = () if others(held, self) else [f".{name}" for name in statistics]
+            return None, [key, *(key + name for name in absent if name not in found)]
         try:
-            self._load_weight(weight, statistics, assign)
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            error_msgs.append(f"{key}: {error}")
+            return self._read(state_dict.pop(key), statistics, assign), []
+        except LOADING_ERRORS as error:
+            raise ValueError(f"{key}: {error}") from None
 
-    def _misfit(self, state_dict: dict[str, Any], key: str) -> str | None:
-        """Why the weight cannot be loaded by its own name: torch would cast it to other codes."""
+    def _check_own_names(self, state_dict: dict[str, Any], key: str) -> None:
+        """Refuses a weight that cannot be loaded by its own name: torch would cast it to other codes."""
         weight, held = state_dict.get(key), self.weight
         if not isinstance(weight, Tensor):
-            return None
+            return
         if self._format is None:
-            return of_quantized_layer(key) if key + "_absmax" in state_dict else None
-        if weight.dtype != held.dtype or take_statistics(dict(state_dict), key):
-            return of_whole_layer(key, weight, held)
-        return None
+            if key + "_absmax" in state_dict:
+                raise ValueError(of_quantized_layer(key))
+        elif weight.dtype != held.dtype or any(f"{key}.{name}" in state_dict for name in STATISTICS):
+            raise ValueError(of_whole_layer(key, weight, held))
 
-    def _materialize(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Where the weight gets data, the other parameters on the meta device do, too."""
-        for name, parameter in self._parameters.items():
-            value = state_dict.get(prefix + name)
-            if parameter is not None and parameter.is_meta and value is not None:
-                empty = torch.empty_like(parameter, device=value.device)
-                self._parameters[name] = nn.Parameter(empty, parameter.requires_grad)
-
-    def _load_weight(self, data: Tensor, statistics: dict[str, Tensor], assign: bool) -> None:
+    def _read(self, data: Tensor, statistics: dict[str, Tensor], assign: bool) -> Params4bit:
         """Packed codes with what describes them, or floats, which a quantized module quantizes. `assign` takes the
         tensors themselves, on their device."""
         check_entry(data, statistics, self._shape)
@@ -325,17 +287,15 @@ class Weight4bit(nn.Module):
         if statistics:
             new = Params4bit.from_prequantized(data, statistics, device=device)
             self._check_shape(new.quant_state)
-            self._replace_weight(new, assign)
-            return
+            return new
         new = weight._float(data)
-        if self._format is None:
-            self.weight = new
-        else:
-            self._replace_weight(new.to(device), assign)
+        return new if self._format is None else new.to(device)
+
+    def _loaded_by_torch(self, before: nn.Parameter) -> None:
+        self._link()
 
     @torch.no_grad()
-    def _replace_weight(self, new: Params4bit, assign: bool) -> None:
-        """In place where the tensors fit, or at least the parameter, which may be tied; never so for `assign`."""
+    def _replace(self, new: Params4bit, assign: bool) -> None:
         weight = self.weight
         if assign:
             self.weight = new
@@ -345,7 +305,7 @@ class Weight4bit(nn.Module):
         tensors, held = tensors_of(new.quant_state), scales_of(self, _PREFIX)
         fits = Format.of(new.quant_state) == self._format and tensors.keys() == held.keys()
         if fits and weight.dtype == new.dtype and not weight.is_meta:
-            weight.copy_(in_rows(new.data, self._format))
+            weight.copy_(self._format.in_rows(new.data))
             for name, tensor in tensors.items():
                 held[name].copy_(tensor)
             return

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from bnbops.functional.four_bit import quantize_4bit, scale_arguments
 from bnbops.functional.quant_state import QuantState
 from bnbops.lasting import lasting
-from bnbops.nn.four_bit.scales import Format, check_state, packed_bytes, state_of, tensors_of
+from bnbops.nn.four_bit.format import Format, check_state, packed_bytes, tensors_of
 from bnbops.nn.weights.codes import codes_as_they_are
-from bnbops.nn.weights.freed_memory import give_back
+from bnbops.nn.weights.memory import give_back
 from bnbops.nn.weights.parameter import QuantizedParameter
 
 # What the constructor takes beside the data, and what `__dict__` holds.
@@ -69,7 +69,8 @@ def _rebuild(
     """An unpickled parameter; `scales` are None if it has none, and in pickles of the time before attributes lost their
     `quant_state`."""
     if scales is not None:
-        attributes |= {"quant_state": state_of(*scales)}
+        tensors, format = scales
+        attributes |= {"quant_state": format.state(tensors)}
     return cls(data, requires_grad, **attributes)
 
 
@@ -173,6 +174,14 @@ class Params4bit(QuantizedParameter):
         )
         self._tell_module()
         return self
+
+    @classmethod
+    def of_format(
+        cls, data: Tensor, format: Format, nested: bool, quant_storage: torch.dtype, device: torch.device
+    ) -> Params4bit:
+        """Floats in the format of a weight that there is already, but for its dtype; `nested`: double quantization."""
+        settings = {"blocksize": format.blocksize, "compress_statistics": nested, "quant_type": format.quant_type}
+        return cls(data, quant_storage=quant_storage, **settings)._quantize_on(device)
 
     absmax = _of_state("absmax")
     code = _of_state("code")

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bnbops.nn.four_bit.scales import take_statistics
+from bnbops.nn.four_bit.entries import take_statistics
 from bnbops.nn.weights.finite import are_scales
 
 

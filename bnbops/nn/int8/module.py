@@ -14,21 +14,21 @@ from bnbops.functional.quant_state import NO_NUMBERS
 from bnbops.lasting import lasting
 from bnbops.nn.int8.entries import check_scales, take_entries
 from bnbops.nn.int8.parameter import Int8Params, quantize_rows
-from bnbops.nn.weights.codes import check_name, check_size, no_reset
+from bnbops.nn.weights.codes import check_name
+from bnbops.nn.weights.module import QuantizedModule, of_quantized_layer, of_whole_layer
 from bnbops.nn.weights.parameter import sparing_integers
-from bnbops.nn.weights.plain_state import of_quantized_layer, of_whole_layer
 from bnbops.nn.weights.scale_bits import from_bits, to_bits
-from bnbops.nn.weights.tied import hold, others, saved_as
+from bnbops.nn.weights.tied import hold, others
 
 
-class Int8Module(nn.Module):
+class Int8Module(QuantizedModule):
     """A module with an int8 `weight` and, as a parameter of its own, `weight_scale`: the scales of its rows.
 
-    Both are plain tensors to whatever walks the parameters of a model. `weight_scale` holds the bits of the fp32 scales
-    as int32, so that no cast changes them; it is None before quantization. The state dict is bitsandbytes': "weight",
-    "SCB" and "weight_format"; a sharded module saves "weight" and "weight_scale", and any module loads them.
+    `weight_scale` holds the bits of the fp32 scales as int32, so that no cast changes them; it is None before
+    quantization. The entries of a state dict are "weight", "SCB" and "weight_format".
     """
 
+    _scale_names = ("weight_scale",)
     weight: nn.Parameter
     weight_scale: nn.Parameter | None
 
@@ -42,6 +42,17 @@ class Int8Module(nn.Module):
             self.weight.has_fp16_weights = True  # Transformers makes an Int8Params with the attributes of this one
         else:
             self.weight = Int8Params(self.weight.data, requires_grad=False)
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.weight.dtype == torch.int8
+
+    def _dequantized(self, dtype: torch.dtype | None) -> Tensor:
+        weight = torch.ops.bnbops.int8_vectorwise_dequant(*self._quantized_weight())
+        return weight if dtype is None else weight.to(dtype)
+
+    def _requantized(self, weight: Tensor) -> Int8Params:
+        return Int8Params(weight, requires_grad=False).to(self.weight.device)
 
     def _scales_of(self, weight: Tensor) -> Tensor | None:
         """Of the weight that this module holds, in the form that the operators take; None before quantization."""
@@ -94,7 +105,7 @@ class Int8Module(nn.Module):
                 raise ValueError(f"the weight has {rows} rows, but its SCB has {scales} scales")
         held = self._parameters.get("weight")
         if name == "weight" and isinstance(held, Int8Params) and type(param) in (nn.Parameter, Int8Params):
-            check_size(self, param.shape, "weight" if param.is_floating_point() else "quantized weight")
+            self._check_size(param.shape, "weight" if param.is_floating_point() else "quantized weight")
         super().register_parameter(name, param)
         if name == "weight" and isinstance(param, Int8Params):
             self.weight_scale = None
@@ -145,117 +156,101 @@ class Int8Module(nn.Module):
             self._restore_weight(has_fp16_weights, scales)
         return self
 
-    def reset_parameters(self) -> None:
-        """Draws a float weight anew.
-
-        Raises:
-            RuntimeError: the weight is quantized.
-        """
-        if self.weight.dtype == torch.int8:
-            raise RuntimeError(no_reset(self))
-        super().reset_parameters()
-
     # ---- state dicts -----------------------------------------------------------------------------------------------
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.weight_scale is not None and is_dtensor(self.weight_scale):
-            return  # torch's functions for sharded state dicts know parameters by their own names only
-        destination.pop(prefix + "weight_scale", None)
-        if self.SCB is not None:
-            # A copy beside an Int8Params, which has them as int32: torch.save refuses memory of two dtypes. And in the
-            # second of tied modules: Transformers refuses tensors that share memory, but for the ones that it ties.
-            key = prefix + "weight"
-            copied = keep_vars or saved_as(self.weight, destination, key) != key
-            destination[prefix + "SCB"] = self.SCB.clone() if copied else self.SCB
-            destination[prefix + "weight_format"] = self.weight_format
+    def _is_whole(self) -> bool:
+        return self.weight_scale is None or not is_dtensor(self.weight_scale)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _entries(self, key: str, keep_vars: bool) -> dict[str, Tensor]:
+        """Scales are a copy beside an Int8Params, which has them as int32: torch.save refuses memory of two dtypes."""
+        prefix, scales = key.removesuffix("weight"), self.SCB
+        if scales is None:
+            return {}
+        return {prefix + "SCB": scales.clone() if keep_vars else scales, prefix + "weight_format": self.weight_format}
+
+    def _entries_again(self, key: str, first: str, state_dict: dict[str, Any]) -> dict[str, Tensor]:
+        """Copies: Transformers refuses tensors that share memory, but for the ones that it ties."""
+        return self._entries(key, keep_vars=True)
+
+    def _take(
+        self, state_dict: dict[str, Any], key: str, assign: bool, missing_keys: list[str]
+    ) -> tuple[Int8Params | None, list[str] | None]:
         self._adopt_scales()
-        try:
-            state_dict = self._with_parameters(state_dict, prefix)
-        except ValueError as error:
-            error_msgs.append(str(error))
-            return
-        held, has_fp16_weights = isinstance(self.weight, Int8Params), getattr(self.weight, "has_fp16_weights", False)
-        if prefix + "weight_scale" in state_dict and self.weight_scale is None:
-            self._make_room()
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if prefix + "weight_scale" in missing_keys:
-            missing_keys.remove(prefix + "weight_scale")
-            missing_keys += [] if self._is_tied() else [prefix + "SCB"]  # tied: savers of duplicates may have left it
-        if held:
-            self._restore_weight(has_fp16_weights)
-
-    def _is_tied(self) -> bool:
-        return isinstance(self.weight, Int8Params) and len(others(self.weight, self)) > 0
-
-    def _make_room(self) -> None:
-        """For codes and scales; in the parameter that is there, which other modules may share."""
-        with lasting(self.weight):
-            codes = torch.empty_like(self.weight, dtype=torch.int8, requires_grad=False)
-            scales = torch.empty(codes.shape[0], dtype=torch.float32, device=codes.device)
-        room = Int8Params(codes, SCB=scales)
-        if isinstance(self.weight, Int8Params):
-            self.weight._become(room.data, room._scales)
-            self._adopt_scales()
-        else:
-            self.weight = room
-
-    def _with_parameters(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
-        """A state dict with this module's parameters instead of bitsandbytes' entries. Float weights for a module that
-        is quantized are quantized.
-
-        Raises:
-            ValueError: entries that do not fit each other or the module.
-        """
-        state_dict, key = dict(state_dict), prefix + "weight"
+        prefix = key.removesuffix("weight")
         weight, scales = take_entries(state_dict, prefix)
-        bits = state_dict.get(prefix + "weight_scale")
+        bits = state_dict.get(key + "_scale")
         if weight is None:
             if scales is not None and not self._is_tied():
                 raise ValueError(f"{prefix}SCB came without {key}, whose scales they are")
-            return state_dict
-        if not isinstance(self.weight, Int8Params) and is_dtensor(self.weight) and not self.has_fp16_weights:
+            if self.weight_scale is None:
+                return None, None
+            unknown = bits is None and not self._is_tied()  # tied: savers of duplicates may have left it out
+            return None, [key, *([prefix + "SCB"] if unknown else [])]
+        plain = isinstance(self.weight, Int8Params) or self.has_fp16_weights
+        sharded = not plain and is_dtensor(self.weight)
+        if sharded:
             if self.weight_scale is None and weight.dtype == torch.int8:
                 raise ValueError(of_quantized_layer(key))
             if self.weight_scale is not None and (bits is None or scales is not None or weight.dtype != torch.int8):
                 raise ValueError(of_whole_layer(key, weight, self.weight))
-        if scales is None and weight.dtype == torch.int8 and bits is not None:
+        if scales is None and bits is not None and (weight.dtype == torch.int8 or not self.is_quantized):
             scales = from_bits(bits)
         if weight.shape != self.weight.shape:
             shapes = f"{list(weight.shape)} in the state dict, {list(self.weight.shape)} in the module"
             raise ValueError(f"size mismatch for {key}: {shapes}")
+        if weight.is_floating_point() and scales is None and not self.is_quantized:
+            return None, None
+        weight, scales = self._checked(key, weight, scales)
+        if sharded:
+            return None, None
+        state_dict.pop(key), state_dict.pop(key + "_scale", None)
+        return Int8Params(weight, SCB=scales.view(-1)), []
+
+    def _checked(self, key: str, weight: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Codes and scales that this module can take. Floats are quantized."""
+        name, into = key.removesuffix("weight") + "SCB", ""
+        if not self.is_quantized:
+            into = f"Loading a quantized checkpoint into non-quantized {type(self).__name__}: "
         if weight.is_floating_point() and scales is None:
-            if self.weight.dtype != torch.int8:
-                return state_dict
             try:
                 weight, scales = quantize_rows(weight)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from None
-        into = f"Loading a quantized checkpoint into non-quantized {type(self).__name__}: "
-        into = "" if self.weight.dtype == torch.int8 else into
         if weight.dtype != torch.int8 or scales is None:
             found = f"{weight.dtype} {'without' if scales is None else 'with'} SCB"
             raise ValueError(
-                f"{into}{key} must be int8 with its scales in {prefix}SCB, or a float tensor alone; it is {found}"
+                f"{into}{key} must be int8 with its scales in {name}, or a float tensor alone; it is {found}"
                 + ("" if scales is None else f"; {NO_NUMBERS}")
             )
-        check_scales(scales, weight.shape[0], f"{prefix}SCB")
+        check_scales(scales, weight.shape[0], name)
         if self.has_fp16_weights and into:
             raise ValueError(
                 f"{into}{key} is int8, but the module is to train a float weight: has_fp16_weights must be False"
             )
-        state_dict[key], state_dict[prefix + "weight_scale"] = weight, to_bits(scales).view(-1)
-        return state_dict
+        return weight, scales
+
+    def _is_tied(self) -> bool:
+        return isinstance(self.weight, Int8Params) and len(others(self.weight, self)) > 0
+
+    def _loaded_by_torch(self, before: nn.Parameter) -> None:
+        if isinstance(before, Int8Params):
+            self._restore_weight(before.has_fp16_weights)
+
+    @torch.no_grad()
+    def _replace(self, new: Int8Params, assign: bool) -> None:
+        weight = self.weight
+        if assign:
+            self.weight = new
+            return
+        if self.is_quantized and self.weight_scale is not None and not weight.is_meta:
+            weight.copy_(new.data)
+            self.weight_scale.copy_(to_bits(new.SCB))
+            return
+        device = new.device if weight.is_meta else weight.device
+        with lasting(weight):
+            codes, scales = (tensor.to(device, copy=True) for tensor in (new.data, new.SCB))  # not the caller's
+        if isinstance(weight, Int8Params) and torch._has_compatible_shallow_copy_type(weight, codes):
+            weight._become(codes, scales)
+            self._adopt_scales()
+        else:
+            self.weight = Int8Params(codes, SCB=scales)

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from bnbops.functional.products_int8 import quantize_weight
 from bnbops.lasting import lasting
-from bnbops.nn.convert.sources import as_float16
 from bnbops.nn.weights.finite import is_finite
-from bnbops.nn.weights.freed_memory import give_back
+from bnbops.nn.weights.memory import as_float16, give_back
 from bnbops.nn.weights.parameter import QuantizedParameter
 from bnbops.nn.weights.scale_bits import from_bits
 

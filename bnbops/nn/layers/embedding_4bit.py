@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbops.nn.four_bit.module import Weight4bit
+from bnbops.nn.four_bit.module import Module4bit
 from bnbops.nn.layers.frozen_table import FrozenTable
 from bnbops.nn.layers.nested import over_nested
 from bnbops.nn.weights.codes import codes_as_they_are
 
 
-class Embedding4bit(Weight4bit, FrozenTable):
+class Embedding4bit(Module4bit, FrozenTable):
     """`torch.nn.Embedding` whose weight `.to(device)` quantizes to 4 bits.
 
     Rows are looked up and dequantized one by one, never the whole table; any `embedding_dim` serves. Everything else

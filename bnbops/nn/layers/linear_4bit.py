@@ -9,12 +9,12 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from bnbops.nn.four_bit.module import Weight4bit
+from bnbops.nn.four_bit.module import Module4bit
 from bnbops.nn.layers.nested import over_nested
 from bnbops.nn.weights.codes import codes_as_they_are
 
 
-class Linear4bit(Weight4bit, nn.Linear):
+class Linear4bit(Module4bit, nn.Linear):
     """`torch.nn.Linear` whose weight `.to(device)` quantizes to 4 bits.
 
     A drop-in for a trained layer: load its float state dict, then move the layer (`.to("cpu")` counts). The packed

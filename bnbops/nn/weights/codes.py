@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -120,27 +119,6 @@ def check_name(name: str, param: nn.Parameter | None) -> None:
         raise RuntimeError(
             f"{_described(param)} cannot be registered as {name}, for the weight to be computed from it: prune or "
             "parametrize before quantization"
-        )
-
-
-def no_reset(module: nn.Module) -> str:
-    """The error that a quantized module has no `reset_parameters`."""
-    return (
-        f"the weight of this {type(module).__name__} is quantized, so it cannot be drawn anew: load a state dict, "
-        "assign a weight, or make a new layer"
-    )
-
-
-def check_size(module: nn.Module, shape: Sequence[int], what: str) -> None:
-    """Refuses a weight of another size.
-
-    Raises:
-        ValueError: it says so.
-    """
-    if tuple(shape) != module._shape:
-        raise ValueError(
-            f"the {what} has shape {list(shape)}, but this {type(module).__name__} needs {list(module._shape)}: make a "
-            "new layer for it, or resize before quantization"
         )
 
 

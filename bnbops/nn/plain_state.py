@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bnbops.nn.four_bit.scales import NAMES, of_entries
-from bnbops.nn.weights.scale_bits import to_bits
+from bnbops.nn.kinds import KINDS
 
 
 def plain_state_dict(model: nn.Module) -> dict[str, Any]:
@@ -35,23 +34,5 @@ def registered(name: str, read: Callable[[str], Tensor]) -> Tensor | None:
         KeyError: from `read`, which gives an entry by its name.
     """
     path, found, own = name.rpartition("weight_")
-    if found and own == "scale":
-        return to_bits(read(f"{path}SCB")).view(-1)
-    return of_entries(f"{path}weight", read)[own] if found and own in NAMES else None
-
-
-def of_whole_layer(key: str, weight: Tensor, held: Tensor) -> str:
-    """The error that `weight` is in a format that a sharded layer cannot take."""
-    return (
-        f"{key}: expected a {held.dtype} tensor, and its scales, by the names that sharded layers give them, got "
-        f"{weight.dtype} or the entries of a whole layer: load those into a model that is quantized and not sharded, "
-        "and use bnbops.nn.plain_state_dict of it"
-    )
-
-
-def of_quantized_layer(key: str) -> str:
-    """The error that a layer which is not quantized cannot take quantized tensors by their own names."""
-    return (
-        f"{key} is quantized, but this layer is not: quantize before fully_shard (bnbops.nn.quantize_ also does it on "
-        "the meta device)"
-    )
+    tensors = (kind.registered(f"{path}weight", own, read) for kind in KINDS)
+    return next((tensor for tensor in tensors if tensor is not None), None) if found else None

@@ -1,0 +1,195 @@
+"""What may be asked of every quantized weight, whatever its kind, and what the modules that hold one share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from bnbops.dtensors import is_dtensor
+from bnbops.nn.weights.finite import is_finite
+from bnbops.nn.weights.parameter import QuantizedParameter
+from bnbops.nn.weights.tied import saved_as
+
+LOADING_ERRORS = (AttributeError, KeyError, TypeError, ValueError, RuntimeError)  # of entries that do not fit
+
+
+class QuantizedWeight:
+    """A weight that is held as codes and scales: by a module of ours (`QuantizedModule`), or by a parametrization.
+
+    is_quantized: whether it is in 4 or 8 bits (not one that stays a float, or is to be quantized yet).
+    weight_shape: that of the float weight.
+    tensors(): what is registered of it, the codes first, by the names that the module which registers it uses.
+    held(): a parameter that has the codes, and what they mean.
+    hold(parameter): takes the tensors of another one of the same kind and shape, on the device of the former.
+    """
+
+    is_quantized: bool
+    weight_shape: tuple[int, ...]
+
+    def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight in its shape.
+
+        Args:
+            dtype: by default that of the weight before it was quantized; fp32 for 8 bits, which do not keep it.
+
+        Raises:
+            RuntimeError: the weight is sharded, and not gathered at the moment.
+        """
+        if is_dtensor(next(iter(self.tensors().values()))):
+            raise RuntimeError(
+                f"the weight of this {type(self).__name__} is sharded: call unshard() on the module that fully_shard "
+                "was given, and reshard() afterwards; to merge adapters, load the model into one process"
+            )
+        return self._dequantized(dtype)
+
+    @torch.no_grad()
+    def requantized(self, weight: Tensor) -> QuantizedParameter:
+        """A float weight as it would be held here: of the same format and on the same device. Nothing is changed.
+
+        Raises:
+            ValueError: a weight with values that are NaN or infinite (8 bits: or beyond 65504).
+        """
+        if not is_finite(weight):
+            raise ValueError("the weight has NaN or infinite values, so it cannot be quantized")
+        return self._requantized(weight)
+
+
+class QuantizedModule(QuantizedWeight, nn.Module):
+    """Mixed into a module class before the one that makes its float `weight`.
+
+    The weight and its scales are plain tensors to whatever walks the parameters of a model, and all that `forward`
+    reads. State dicts have bitsandbytes' entries; those of sharded modules the tensors by the names that are
+    registered. Any module loads either, or a float weight, which is quantized if the module is.
+
+    What a kind of weights defines:
+
+    _scale_names: what a quantized module registers beside "weight".
+    _is_whole(): whether all of the data are at hand, as bitsandbytes' entries need them (neither sharded nor meta).
+    _entries(key, keep_vars): the entries of the weight, which is called `key`.
+    _entries_again(key, first, state_dict): the same of one that another module has saved there before, as `first`.
+    _take(state_dict, key, assign, missing_keys): removes from a state dict what is to become the weight, and returns
+        that, or None, where there is no weight, or torch is to load it by the names that are registered; and what is
+        missing of a weight's entries, or None, where torch is to say it. Raises ValueError.
+    _replace(new, assign): makes the module hold what `_take` has returned, in place where the tensors fit, or at least
+        the parameter, which may be tied; never so for `assign`.
+    _loaded_by_torch(before): called if that was None, and if the weight was `before`.
+    """
+
+    _scale_names: ClassVar[tuple[str, ...]]
+    _shape: tuple[int, ...]
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {name: getattr(self, name) for name in ("weight", *self._scale_names)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def held(self) -> QuantizedParameter:
+        return self.weight
+
+    def hold(self, weight: QuantizedParameter) -> None:
+        self.weight = weight.to(self.weight.device)
+
+    def reset_parameters(self) -> None:
+        """Draws a float weight anew.
+
+        Raises:
+            RuntimeError: the weight is quantized.
+        """
+        if self.is_quantized:
+            raise RuntimeError(
+                f"the weight of this {type(self).__name__} is quantized, so it cannot be drawn anew: load a state "
+                "dict, assign a weight, or make a new layer"
+            )
+        super().reset_parameters()
+
+    def _check_size(self, shape: Sequence[int], what: str) -> None:
+        if tuple(shape) != self._shape:
+            raise ValueError(
+                f"the {what} has shape {list(shape)}, but this {type(self).__name__} needs {list(self._shape)}: make a "
+                "new layer for it, or resize before quantization"
+            )
+
+    # ---- state dicts -----------------------------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self._is_whole():
+            return
+        key = prefix + "weight"
+        for name in self._scale_names:
+            destination.pop(prefix + name, None)
+        if not self.is_quantized:
+            return
+        first = saved_as(self.weight, destination, key)
+        again = first != key
+        destination.update(self._entries_again(key, first, destination) if again else self._entries(key, keep_vars))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key, assign = prefix + "weight", local_metadata.get("assign_to_params_buffers", False)
+        state_dict, before = dict(state_dict), self.weight
+        try:
+            new, absent = self._take(state_dict, key, assign, missing_keys)
+        except ValueError as error:
+            error_msgs.append(str(error))
+            return
+        if new is not None and not assign:
+            self._materialize(state_dict, prefix)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if absent is not None:
+            own = {key, *(prefix + name for name in self._scale_names)}
+            missing_keys[:] = [name for name in missing_keys if name not in own]
+            missing_keys += absent
+        if new is None:
+            self._loaded_by_torch(before)
+            return
+        try:
+            self._replace(new, assign)
+        except LOADING_ERRORS as error:
+            error_msgs.append(f"{key}: {error}")
+
+    def _materialize(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Where the weight gets data, the other parameters on the meta device do, too."""
+        for name, parameter in self._parameters.items():
+            value = state_dict.get(prefix + name)
+            if parameter is not None and parameter.is_meta and isinstance(value, Tensor):
+                empty = torch.empty_like(parameter, device=value.device)
+                self._parameters[name] = nn.Parameter(empty, parameter.requires_grad)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether the module is one of ours, and its weight is quantized."""
+    return isinstance(module, QuantizedModule) and module.is_quantized
+
+
+def of_whole_layer(key: str, weight: Tensor, held: Tensor) -> str:
+    """The error that `weight` is in a format that a sharded layer cannot take."""
+    return (
+        f"{key}: expected a {held.dtype} tensor, and its scales, by the names that sharded layers give them, got "
+        f"{weight.dtype} or the entries of a whole layer: load those into a model that is quantized and not sharded, "
+        "and use bnbops.nn.plain_state_dict of it"
+    )
+
+
+def of_quantized_layer(key: str) -> str:
+    """The error that a layer which is not quantized cannot take quantized tensors by their own names."""
+    return (
+        f"{key} is quantized, but this layer is not: quantize before fully_shard (bnbops.nn.quantize_ also does it on "
+        "the meta device)"
+    )
