@@ -375,10 +375,10 @@ BAD_STATES = {
 @pytest.mark.parametrize("damage", BAD_STATES)
 @pytest.mark.parametrize("target", ["fresh", "quantized"])
 def test_bad_states_are_refused(damage, target):
-    """In one error that names the weight, which stays what it was."""
+    """In one error that names the weight, which stays what it was, as does the bias of a quantized layer."""
     change, message = BAD_STATES[damage]
-    state, layer = linear(bias=False).state_dict(), TARGETS[target]()
-    layer.bias = None
+    state, layer = linear(bias=target == "quantized").state_dict(), TARGETS[target]()
+    layer.bias = layer.bias if target == "quantized" else None
     before = copies(layer.state_dict())
     change(state)
     text = error_of(layer, state)

@@ -317,6 +317,13 @@ def test_int8_codes_times_scales_are_values() -> None:
     torch.testing.assert_close(values, module.dequantized())
 
 
+def test_packed_codes_times_scales_are_no_values() -> None:
+    """Not even where bytes of the dtype of int8 codes hold them."""
+    module = LinearNF4(DIM, 32, quant_storage=torch.int8).to("cpu")
+    with pytest.raises(RuntimeError, match="holds codes, which mul would take for values"):
+        module.weight * torch.ones(32, 1)
+
+
 def _fused(module: nn.Module) -> None:
     fuse_linear_bn_eval(module.eval(), nn.BatchNorm1d(module.weight.shape[0]).eval())
 

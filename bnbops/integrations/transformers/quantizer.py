@@ -147,8 +147,7 @@ class BnbOpsHfQuantizer(HfQuantizer):
             if tuple(conversion.source_patterns) not in self.merged and not _is_own(conversion)
         ]
         # PEFT and TRL look at these, to prepare the model for adapters.
-        model.is_loaded_in_8bit = self.quantization.bits == 8
-        model.is_loaded_in_4bit = not model.is_loaded_in_8bit
+        model.is_loaded_in_8bit, model.is_loaded_in_4bit = (self.quantization.bits == bits for bits in (8, 4))
         guard_resizing(model)
         model.num_parameters = partial(number_of_parameters, model)  # Transformers' wants bitsandbytes
         return model

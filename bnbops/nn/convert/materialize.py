@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bnbops.lasting import lasting
 from bnbops.nn.convert.places import Place, places_by_tensor
 from bnbops.nn.convert.sources import Source
+from bnbops.nn.kinds import KINDS
 from bnbops.nn.weights.memory import empty
 
 Sources = dict[str, Source]
@@ -143,7 +144,7 @@ def _advice(unsaved: set[str], unexpected: list[str]) -> str:
             f". State dicts do not have {_list(sorted(unsaved))}: add it to the state, or make it on another device "
             "than meta (as accelerate's init_empty_weights does)"
         )
-    if any(".quant_state." in name or name.rpartition(".")[2] == "SCB" for name in unexpected):
+    if any(name.endswith(tuple(kind.keys(""))) for name in unexpected for kind in KINDS):
         return (
             ". It is quantized already: call quantize_ without state on the model, on the meta device, then "
             "model.load_state_dict(..., assign=True)"

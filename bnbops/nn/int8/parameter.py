@@ -69,6 +69,7 @@ class Int8Params(QuantizedParameter):
         self.SCB = scales if data.dtype == torch.int8 else None
         return self
 
+    _scaled = True
     _values_by = "bnbops.functional.int8_vectorwise_dequant(weight.data, weight.SCB)"
 
     @property

@@ -46,6 +46,7 @@ class CodesParameter(nn.Parameter):
     """
 
     _values_by = ""  # the call that gives the values, for messages
+    _scaled = False  # whether codes times their scales are the values
 
     @property
     def _holds_codes(self) -> bool:
@@ -130,12 +131,12 @@ def _refusal(weight: CodesParameter, what: str) -> str:
 
 
 def _refuse_reading(func: Any, args: tuple[Any, ...]) -> None:
-    """int8 codes times float scales are values; other arithmetic with codes means nothing."""
+    """Codes that are numbers, times float scales, are values; other arithmetic with codes means nothing."""
     name = getattr(func, "__name__", "").strip("_")
     if name not in _READING or (weight := next((each for each in args if _holds_codes(each)), None)) is None:
         return
     integers = any(isinstance(each, Tensor) and each is not weight and not each.is_floating_point() for each in args)
-    if weight.dtype != torch.int8 or name not in _PRODUCTS or integers:
+    if not weight._scaled or name not in _PRODUCTS or integers:
         raise RuntimeError(
             f"{_described(weight)} holds codes, which {name} would take for values: get the values by "
             f"{weight._values_by}, or the codes by weight.data"
