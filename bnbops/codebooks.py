@@ -1,4 +1,4 @@
-"""The quantization maps of 256 and of 16 entries: the one place where a code gets its value.
+"""The quantization maps of 256 entries: the one place where an 8-bit code gets its value.
 
 Every rounding is spelled out, so a map has the same bits on every machine (`torch.linspace` has not). The C++ library
 takes its tables from here too: the build runs this file (`python codebooks.py --header`), which is why it imports
@@ -14,7 +14,7 @@ import sys
 import torch
 from torch import Tensor
 
-__all__ = ["create_4bit_map", "create_dynamic_map", "create_fp8_map", "create_linear_map", "create_normal_map"]
+__all__ = ["create_dynamic_map", "create_fp8_map", "create_linear_map", "create_normal_map"]
 
 ENTRIES = 256
 
@@ -159,50 +159,6 @@ def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -
     return values / values.max()
 
 
-# Quantiles of the normal distribution, scaled to [-1, 1]: 8 of the positive half, 7 of the negative one, and zero.
-_NF4 = [
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-]
-# A sign bit (the code's highest), two bits of exponent and one of fraction; not sorted by value.
-_FP4 = [0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0]
-# The quantiles that minimize the expected absolute error in blocks of 64.
-_AF4 = [
-    *(-1.0, -0.69441008, -0.51243739, -0.3736951, -0.25607552, -0.14982478, -0.04934812, 0.0),
-    *(0.04273164, 0.12934483, 0.21961274, 0.31675666, 0.42563882, 0.55496234, 0.72424863, 1.0),
-]
-_MAPS_4BIT = {
-    "nf4": _NF4,
-    "fp4": _FP4 + [0.0 - x for x in _FP4],  # code 8 is +0.0, too
-    "int4": [float(x) for x in (*range(7, -1, -1), *range(0, -8, -1))],
-    "af4": _AF4[::-1],
-}
-
-
-def create_4bit_map(quant_type: str) -> Tensor:
-    """The values of the 16 codes of a 4-bit type, divided by the largest.
-
-    Args:
-        quant_type: "nf4" (NormalFloat), "fp4" (a 4-bit float), "int4" or "af4" (AbnormalFloat, for blocks of 64).
-
-    Returns:
-        fp32 tensor of 16 values in [-1, 1], in the order of their codes: ascending for NF4, descending for INT4 and
-        AF4, by bits for FP4.
-
-    Raises:
-        NotImplementedError: no such type.
-
-    Source: Dettmers et al., "QLoRA" (arXiv:2305.14314), section 3 and appendix E (NF4); Yoshida, "NF4 Isn't
-    Information Theoretically Optimal (and that's Good)" (arXiv:2306.06965) (AF4).
-    """
-    if quant_type not in _MAPS_4BIT:
-        raise NotImplementedError(f"4-bit types are {', '.join(_MAPS_4BIT)}; got {quant_type!r}")
-    values = torch.tensor(_MAPS_4BIT[quant_type], dtype=torch.float32, device="cpu")
-    return values / values.abs().max()
-
-
 def cpp_header() -> str:
     """The maps that C++ needs, as hexadecimal float literals (`csrc/` includes the result as `codebooks.h`)."""
 
@@ -217,8 +173,6 @@ def cpp_header() -> str:
             "namespace bnbops {",
             table("kDynamicSigned", create_dynamic_map(signed=True)),
             table("kDynamicUnsigned", create_dynamic_map(signed=False)),
-            table("kNF4", create_4bit_map("nf4")),
-            table("kFP4", create_4bit_map("fp4")),
             "}  // namespace bnbops",
             "",
         ]

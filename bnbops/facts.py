@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,26 @@ class Rule:
         return tuple(state.name for state in self.states)
 
 
+@dataclass(frozen=True)
+class Format4bit:
+    """What the codes of a 4-bit weight mean."""
+
+    name: str
+    values: tuple[float, ...]  # fp32, of the 16 codes; a block's scale multiplies them
+    high_nibble_first: bool  # the even one of a byte's two elements is in its upper half
+    smallest_block: int
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Numbers of elements that may share a scale."""
+        return tuple(2**k for k in range(31) if self.smallest_block <= 2**k <= _facts["largest_block_4bit"])
+
+    def codes(self, packed: Tensor) -> Tensor:
+        """The codes of bytes, in the order of their elements: flat uint8, two for each byte."""
+        halves = [packed >> 4, packed & 15]
+        return torch.stack(halves if self.high_nibble_first else halves[::-1], dim=-1).flatten()
+
+
 def _option(name: str, type: str, below: float | None, range: str, **low: float | None) -> Option:
     lowest = low["from"]
     return Option(name, type, -math.inf if lowest is None else lowest, math.inf if below is None else below, range)
@@ -123,15 +144,16 @@ STATE_BLOCK: int = _facts["state_block"]
 """Elements of an 8-bit state that share a scale."""
 NORM_HISTORY: int = _facts["norm_history"]
 """Norms of gradients that percentile clipping looks back on."""
-FORMATS_4BIT: tuple[str, ...] = tuple(_facts["formats_4bit"])
-BLOCKS_4BIT: tuple[int, ...] = tuple(
-    2**k for k in range(31) if _facts["smallest_block_4bit"] <= 2**k <= _facts["largest_block_4bit"]
-)
-"""Elements of a 4-bit weight that may share a scale."""
+FORMATS: Mapping[str, Format4bit] = {
+    name: Format4bit(name, **facts | {"values": tuple(map(float, facts["values"]))})
+    for name, facts in _facts["formats_4bit"].items()
+}
+"""Of 4-bit weights, by name: what `quant_type` may be."""
+FORMATS_4BIT: tuple[str, ...] = tuple(FORMATS)
 MOST_INT8_PRODUCTS: int = _facts["most_int8_products"]
 """Of two int8, whose sum an int32 holds for certain."""
 
 
-def in_words(values: tuple[str, ...]) -> str:
+def in_words(values: Iterable[str]) -> str:
     """ "'nf4' or 'fp4'"."""
     return " or ".join(map(repr, values))

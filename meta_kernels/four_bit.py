@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bnbops.codebooks import ENTRIES
-from bnbops.facts import BLOCKS_4BIT, FORMATS_4BIT, in_words
+from bnbops.facts import FORMATS, in_words
 
 from . import checks as C
 from .checks import Arguments, Problem, Row, blocks, fake, row
@@ -18,10 +18,16 @@ from .checks import Arguments, Problem, Row, blocks, fake, row
 
 _STORAGE = (torch.uint8, torch.int8, torch.float32, torch.bfloat16, torch.float16)
 _NESTED = ("nested_absmax", "nested_code", "nested_offset")
-_BOUNDS = f"{BLOCKS_4BIT[0]} to {BLOCKS_4BIT[-1]}"
+
+
+def _blocksize(a: Arguments, x: int) -> Problem:
+    sizes = FORMATS[a.quant_type].blocks
+    return x not in sizes and f"must be a power of two from {sizes[0]} to {sizes[-1]}, got {x}"
+
+
 _type = (
-    row("quant_type", C.must(lambda a, x: x in FORMATS_4BIT, f"must be {in_words(FORMATS_4BIT)}, got '{{x}}'")),
-    row("blocksize", C.must(lambda a, x: x in BLOCKS_4BIT, f"must be a power of two from {_BOUNDS}, got {{x}}")),
+    row("quant_type", C.must(lambda a, x: x in FORMATS, f"must be {in_words(FORMATS)}, got '{{x}}'")),
+    row("blocksize", _blocksize),
 )
 _not_negative = C.must(lambda a, x: all(size >= 0 for size in x), "must not have negative sizes, got {x}")
 _scales = C.one_for_each_block(

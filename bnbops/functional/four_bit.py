@@ -7,25 +7,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbops.codebooks import create_4bit_map
-from bnbops.facts import BLOCKS_4BIT, FORMATS_4BIT, in_words
+from bnbops.facts import FORMATS, in_words
 from bnbops.functional.blockwise import quantize_blockwise
 from bnbops.functional.quant_state import QuantState
 from bnbops.lasting import lasting
 
 _BLOCKSIZE = 64  # by default
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# What no weight can be in, but `get_4bit_type` knows. AF4: the quantiles that minimize the expected absolute error in
+# blocks of 64.
+_OTHER_TYPES = {
+    "int4": [x / 7 for x in (*range(7, -1, -1), *range(0, -8, -1))],
+    "af4": [
+        *(1.0, 0.72424863, 0.55496234, 0.42563882, 0.31675666, 0.21961274, 0.12934483, 0.04273164),
+        *(0.0, -0.04934812, -0.14982478, -0.25607552, -0.3736951, -0.51243739, -0.69441008, -1.0),
+    ],
+}
 with lasting():  # at import: no tracer sees the making
-    _MAPS = {name: create_4bit_map(name) for name in ("nf4", "fp4", "int4", "af4")}
+    _MAPS = {
+        name: torch.tensor(values, dtype=torch.float32, device="cpu")
+        for name, values in (_OTHER_TYPES | {format.name: format.values for format in FORMATS.values()}).items()
+    }
 
 
 def _check(function: str, dtype: torch.dtype | None, blocksize: int | None, quant_type: str | None) -> None:
     if dtype not in _FLOAT_DTYPES:
         raise ValueError(f"{function} takes float32, bfloat16 or float16 tensors, got {dtype}")
-    if blocksize not in BLOCKS_4BIT:
-        raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKS_4BIT))}; got {blocksize}")
-    if quant_type not in QuantState.valid_quant_types:
-        raise ValueError(f"quant_type must be {in_words(FORMATS_4BIT)}, got {quant_type!r}")
+    if quant_type not in FORMATS:
+        raise ValueError(f"quant_type must be {in_words(FORMATS)}, got {quant_type!r}")
+    if blocksize not in (blocks := FORMATS[quant_type].blocks):
+        raise ValueError(f"blocksize must be one of {', '.join(map(str, blocks))}; got {blocksize}")
 
 
 def in_own_order(packed: Tensor) -> tuple[Tensor, bool]:
@@ -55,20 +66,22 @@ def get_4bit_type(typename: str, device: torch.device | str | None = None, block
     """The values of a 4-bit type's 16 codes, in [-1, 1].
 
     Args:
-        typename: "nf4", "fp4", "int4" or "af4".
+        typename: "nf4" (NormalFloat), "fp4" (a 4-bit float), "int4" or "af4" (AbnormalFloat).
         device: of the result; torch's default device by default.
         blocksize: "af4" is defined for 64 alone; the others do not depend on it.
 
     Returns:
-        fp32 tensor of 16 values, in the order of their codes.
+        fp32 tensor of 16 values, in the order of their codes: ascending for NF4, descending for INT4 and AF4, by bits
+        for FP4.
 
     Raises:
         NotImplementedError: no such type, or "af4" with another blocksize.
 
-    Source: see `bnbops.codebooks.create_4bit_map`.
+    Source: Dettmers et al., "QLoRA" (arXiv:2305.14314), section 3 and appendix E (NF4); Yoshida, "NF4 Isn't
+    Information Theoretically Optimal (and that's Good)" (arXiv:2306.06965) (AF4).
     """
     if typename not in _MAPS:
-        create_4bit_map(typename)  # refuses it
+        raise NotImplementedError(f"4-bit types are {', '.join(_MAPS)}; got {typename!r}")
     if typename == "af4" and blocksize != 64:
         raise NotImplementedError(f"af4 is made for blocks of 64, got {blocksize}")
     device = torch.get_default_device() if device is None else device

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbops.codebooks import create_4bit_map
+from bnbops.facts import FORMATS
 from bnbops.nn.weights.scale_bits import from_bits
 from bnbops.testing.expect import absmax_of, blocked, expect, expect_nearest, normalise
 
 
-def _unpacked(packed: Tensor) -> Tensor:
-    """The codes of all elements, and of the padding behind an odd number of them."""
-    packed = packed.reshape(-1).view(torch.uint8)
-    return torch.stack([packed >> 4, packed & 15], dim=1).flatten()
+def _codes(packed: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
+    """The codes of all elements, and of the padding behind an odd number of them; and what the 16 codes stand for."""
+    format = FORMATS[quant_type]
+    values = torch.tensor(format.values, dtype=torch.float32, device=packed.device)
+    return format.codes(packed.reshape(-1).view(torch.uint8)), values
 
 
 def _weight(before: dict[str, Any], packed: str = "weight", dtype: torch.dtype = torch.float32) -> Tensor:
@@ -29,8 +30,8 @@ def _weight(before: dict[str, Any], packed: str = "weight", dtype: torch.dtype =
     else:
         absmax = from_bits(absmax)
     numel = torch.Size(before["shape"]).numel()
-    code = create_4bit_map(before["quant_type"]).to(absmax.device)[_unpacked(before[packed])[:numel].long()]
-    return (code * absmax.repeat_interleave(size)[:numel]).to(dtype).view(before["shape"])
+    codes, values = _codes(before[packed], before["quant_type"])
+    return (values[codes[:numel].long()] * absmax.repeat_interleave(size)[:numel]).to(dtype).view(before["shape"])
 
 
 def _quantize(before: dict[str, Any], result: tuple[Tensor, Tensor], _after: dict[str, Any]) -> None:
@@ -38,9 +39,9 @@ def _quantize(before: dict[str, Any], result: tuple[Tensor, Tensor], _after: dic
     blocks = blocked(A, before["blocksize"])
     expect(packed.shape[1:] == (1,) and packed.dtype == before["quant_storage"], "codes of the wrong shape or dtype")
     expect(torch.equal(absmax.double(), absmax_of(blocks)), "absmax wrong")
-    code = create_4bit_map(before["quant_type"]).to(A.device)
+    codes, values = _codes(packed, before["quant_type"])
     padded = torch.nn.functional.pad(normalise(blocks).flatten()[: A.numel()], (0, A.numel() % 2))
-    expect_nearest(_unpacked(packed), padded, code, "codes")
+    expect_nearest(codes, padded, values, "codes")
 
 
 def _dequantize(before: dict[str, Any], result: Tensor, _after: dict[str, Any]) -> None:

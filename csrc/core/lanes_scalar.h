@@ -1,6 +1,7 @@
 // One lane: plain C++ for any machine, and the meaning of every operation that the SIMD lanes have.
 #pragma once
 
+#include "core/nibbles.h"
 #include "core/portable.h"
 
 BNBOPS_NAMESPACE_BEGIN
@@ -61,9 +62,10 @@ struct ScalarLanes {
   BNBOPS_HD static void store_codes(const Int (&k)[4], uint8_t* codes) {
     for (int i = 0; i < 4; ++i) codes[i] = static_cast<uint8_t>(k[i]);
   }
-  // Four vectors of 4-bit codes, two to a byte, the first one in the upper half.
-  BNBOPS_HD static void store_nibbles(const Int (&k)[4], uint8_t* bytes) {
-    for (int i = 0; i < 2; ++i) bytes[i] = static_cast<uint8_t>(k[2 * i] << 4 | k[2 * i + 1]);
+  // Four vectors of 4-bit codes, two to a byte.
+  BNBOPS_HD static void store_nibbles(const Int (&k)[4], Nibbles nibbles, uint8_t* bytes) {
+    const int first = nibble_shift(nibbles, 0), second = nibble_shift(nibbles, 1);
+    for (int i = 0; i < 2; ++i) bytes[i] = static_cast<uint8_t>(k[2 * i] << first | k[2 * i + 1] << second);
   }
 
 #if !defined(__CUDACC__)
@@ -84,20 +86,24 @@ struct ScalarLanes {
   struct Codebook4bit {
     static constexpr int kPerByte = 2;
     const float* values;
-    explicit Codebook4bit(const float* table) : values(table) {}
+    Nibbles nibbles;
+    Codebook4bit(const float* table, Nibbles order) : values(table), nibbles(order) {}
     // The values of the codes in the lowest 4 bits.
     BNBOPS_HD Float lookup(Int codes) const { return values[codes & 15]; }
     BNBOPS_HD void decode(const uint8_t* codes, float scale, Float (&out)[4]) const {
-      for (int i = 0; i < 4; ++i) out[i] = lookup(codes[i / 2] >> (i % 2 ? 0 : 4)) * scale;
+      for (int i = 0; i < 4; ++i) out[i] = lookup(codes[i / 2] >> nibble_shift(nibbles, i % 2)) * scale;
     }
   };
 
   // The same for values of 16 bits. Codes of kWidth bytes become a vector of values.
   struct HalfCodebook4bit {
     const uint16_t* values;
-    explicit HalfCodebook4bit(const uint16_t* table) : values(table) {}
+    Nibbles nibbles;
+    HalfCodebook4bit(const uint16_t* table, Nibbles order) : values(table), nibbles(order) {}
     BNBOPS_HD Int decode(const uint8_t* source) const {
-      return static_cast<Int>(values[*source >> 4] | static_cast<uint32_t>(values[*source & 15]) << 16);
+      const uint16_t first = values[*source >> nibble_shift(nibbles, 0) & 15];
+      const uint16_t second = values[*source >> nibble_shift(nibbles, 1) & 15];
+      return static_cast<Int>(first | static_cast<uint32_t>(second) << 16);
     }
   };
 

@@ -12,7 +12,7 @@ BNBOPS_NAMESPACE_BEGIN
 
 using cpu::TileJob;
 
-constexpr int64_t kChunk32 = 32;  // elements decoded at a time; a multiple of it makes a block
+using cpu::kChunk32;
 
 // A chunk comes in interleaved order: four of its first 16 elements, four of its last 16, the next four of its first...
 inline __m512i interleaved(__m512i chunk) {
@@ -24,14 +24,17 @@ class TileDecoder {
   explicit TileDecoder(const Weight4bit& weight)
       : weight_(weight),
         log2_blocksize_(__builtin_ctzll(weight.blocksize)),
-        values_(_mm512_loadu_ps(codebook_of(weight.quant_type))) {
+        values_(_mm512_loadu_ps(kFormats4bit[weight.format].values)) {
     alignas(64) uint16_t shifts[32];  // qwords 2i and 2i + 1 take their four codes from bit 16i on
-    for (int word = 0; word < 32; ++word) shifts[word] = static_cast<uint16_t>(16 * (word / 8) + 4 * ((word % 4) ^ 1));
+    for (int word = 0; word < 32; ++word) {
+      const int shift = nibble_shift(kFormats4bit[weight.format].nibbles, word % 4);
+      shifts[word] = static_cast<uint16_t>(16 * (word / 8) + shift);
+    }
     shifts_ = _mm512_load_si512(shifts);
   }
 
   // The 16 values of an element's block, twice: an index then needs no masking, since only its lowest 5 bits count.
-  __m512i table_at(int64_t element) const { return table_of(weight_.absmax[element >> log2_blocksize_]); }
+  __m512i table_at(int64_t element) const { return table_of(weight_.scales.absmax[element >> log2_blocksize_]); }
   bool begins_block(int64_t element) const { return (element & (weight_.blocksize - 1)) == 0; }
 
   // The chunk that begins at an element.
@@ -43,7 +46,7 @@ class TileDecoder {
   template <class Visit>
   void for_chunks_of(int64_t first, int64_t n, const Visit& visit) const {
     const uint8_t* codes = weight_.codes + first / 2;
-    const float* absmax = weight_.absmax + (first >> log2_blocksize_);
+    const float* absmax = weight_.scales.absmax + (first >> log2_blocksize_);
     const int64_t chunks = n / kChunk32, run = std::min(n, weight_.blocksize) / kChunk32;
     for (int64_t block = 0; block < chunks; block += run) {
       const __m512i table = table_of(*absmax++);

@@ -36,8 +36,8 @@ struct Kernels {
   // 4-bit weights. `quantize` works on blocks.
   void (*quantize_4bit)(const QuantizeJob&, int64_t first, int64_t last);
   void (*dequantize_4bit)(const Weight4bit&, int64_t first, int64_t numel, void* out, DType dtype, bool past_caches);
-  void (*scales_4bit)(const Weight4bit&, int64_t first_block, int64_t n, float* scales);
-  void (*order_for_codes)(const void* x, DType dtype, int64_t n, int64_t padded, float* to);
+  void (*scales_4bit)(const Scales4bit&, int64_t first_block, int64_t n, float* to);
+  void (*order_for_codes)(const void* x, DType dtype, int format, int64_t n, int64_t padded, float* to);
   void (*linear_4bit)(const Linear4bitJob&, int64_t first_feature, int64_t last_feature);
   // Sums of squares, one for each piece (norm_math.h).
   void (*squares)(const void* values, DType dtype, int64_t numel, int64_t first, int64_t last, double* sums);

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "core/nibbles.h"
 #include "core/portable.h"
 
 BNBOPS_NAMESPACE_BEGIN
@@ -109,9 +110,10 @@ struct Avx2Lanes {
     const Int bytes = _mm256_packus_epi16(_mm256_packs_epi32(k[0], k[1]), _mm256_packs_epi32(k[2], k[3]));
     _mm256_storeu_si256(reinterpret_cast<Int*>(codes), in_order(bytes));
   }
-  BNBOPS_HD static void store_nibbles(const Int (&k)[4], uint8_t* bytes) {
+  BNBOPS_HD static void store_nibbles(const Int (&k)[4], Nibbles nibbles, uint8_t* bytes) {
     const Int codes = _mm256_packus_epi16(_mm256_packs_epi32(k[0], k[1]), _mm256_packs_epi32(k[2], k[3]));
-    const Int pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x0110));  // 16 * first + second
+    const short factors = nibbles == Nibbles::kHighFirst ? 0x0110 : 0x1001;  // 16 * first + second, or the reverse
+    const Int pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(factors));
     const Int halves = _mm256_packus_epi16(pairs, pairs);
     const __m128i first = _mm256_castsi256_si128(halves), second = _mm256_extracti128_si256(halves, 1);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), _mm_unpacklo_epi16(first, second));
@@ -135,13 +137,17 @@ struct Avx2Lanes {
   struct Codebook4bit {
     static constexpr int kPerByte = 2;
     Float low, high;
-    explicit Codebook4bit(const float* table) : low(load(table)), high(load(table + 8)) {}
+    Int shifts;  // of element i in lane i
+    Codebook4bit(const float* table, Nibbles nibbles)
+        : low(load(table)),
+          high(load(table + 8)),
+          shifts(
+              _mm256_xor_si256(_mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28), splat_int(nibble_shift(nibbles, 0)))) {}
     BNBOPS_HD Float lookup(Int codes) const {
       const Float fourth_bit = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));
       return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes), _mm256_permutevar8x32_ps(high, codes), fourth_bit);
     }
     BNBOPS_HD void decode(const uint8_t* source, float scale, Float (&out)[4]) const {
-      const Int shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
       for (int v = 0; v < 4; ++v) {
         int32_t codes;
         memcpy(&codes, source + 4 * v, sizeof(codes));
@@ -156,7 +162,8 @@ struct Avx2Lanes {
 
   struct HalfCodebook4bit {
     __m128i low, high;  // bytes of the values
-    explicit HalfCodebook4bit(const uint16_t* table) {
+    Nibbles nibbles;
+    HalfCodebook4bit(const uint16_t* table, Nibbles order) : nibbles(order) {
       const auto* words = reinterpret_cast<const __m128i*>(table);
       const __m128i first = _mm_loadu_si128(words), second = _mm_loadu_si128(words + 1), byte = _mm_set1_epi16(0xFF);
       low = _mm_packus_epi16(_mm_and_si128(first, byte), _mm_and_si128(second, byte));
@@ -164,7 +171,9 @@ struct Avx2Lanes {
     }
     BNBOPS_HD Int decode(const uint8_t* source) const {
       const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(source));
-      const __m128i pairs = _mm_unpacklo_epi8(_mm_srli_epi16(codes, 4), codes);
+      const __m128i upper = _mm_srli_epi16(codes, 4);
+      const __m128i pairs =
+          nibbles == Nibbles::kHighFirst ? _mm_unpacklo_epi8(upper, codes) : _mm_unpacklo_epi8(codes, upper);
       const __m128i index = _mm_and_si128(pairs, _mm_set1_epi8(15));
       const __m128i lows = _mm_shuffle_epi8(low, index), highs = _mm_shuffle_epi8(high, index);
       return _mm256_set_m128i(_mm_unpackhi_epi8(lows, highs), _mm_unpacklo_epi8(lows, highs));
@@ -174,7 +183,7 @@ struct Avx2Lanes {
   struct Spread {
     Int index;
     BNBOPS_HD explicit Spread(int dwords)
-        : index(dwords == 4 ? _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1) : splat_int(0)) {}
+        : index(_mm256_srlv_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), splat_int(__builtin_ctz(dwords)))) {}
     BNBOPS_HD Float operator()(const float* scales) const { return _mm256_permutevar8x32_ps(load(scales), index); }
   };
 

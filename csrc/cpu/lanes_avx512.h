@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "core/nibbles.h"
 #include "core/portable.h"
 
 BNBOPS_NAMESPACE_BEGIN
@@ -114,9 +115,10 @@ struct Avx512Lanes {
     const Int bytes = _mm512_packus_epi16(_mm512_packs_epi32(k[0], k[1]), _mm512_packs_epi32(k[2], k[3]));
     _mm512_storeu_si512(codes, transposed(bytes));
   }
-  BNBOPS_HD static void store_nibbles(const Int (&k)[4], uint8_t* bytes) {
+  BNBOPS_HD static void store_nibbles(const Int (&k)[4], Nibbles nibbles, uint8_t* bytes) {
     const Int codes = _mm512_packus_epi16(_mm512_packs_epi32(k[0], k[1]), _mm512_packs_epi32(k[2], k[3]));
-    const Int pairs = _mm512_maddubs_epi16(codes, _mm512_set1_epi16(0x0110));  // 16 * first + second
+    const short factors = nibbles == Nibbles::kHighFirst ? 0x0110 : 0x1001;  // 16 * first + second, or the reverse
+    const Int pairs = _mm512_maddubs_epi16(codes, _mm512_set1_epi16(factors));
     const __m256i order = _mm256_setr_epi16(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);  // transposed()
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes),
                         _mm256_permutexvar_epi16(order, _mm512_cvtepi16_epi8(pairs)));
@@ -170,10 +172,11 @@ struct Avx512Lanes {
   struct Codebook4bit {
     static constexpr int kPerByte = 2;
     Float values;
-    Int shifts;  // by byte; the lowest one of dword i gets the bits from 4 * (i ^ 1) on
-    explicit Codebook4bit(const float* table)
+    Int shifts;  // by byte; the lowest one of dword i gets the bits of element i and those above
+    Codebook4bit(const float* table, Nibbles nibbles)
         : values(_mm512_loadu_ps(table)),
-          shifts(_mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 36, 32, 44, 40, 52, 48, 60, 56)) {}
+          shifts(_mm512_xor_si512(_mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60),
+                                  splat_int(nibble_shift(nibbles, 0)))) {}
     BNBOPS_HD Float lookup(Int codes) const { return _mm512_permutexvar_ps(codes, values); }
     BNBOPS_HD void decode(const uint8_t* source, float scale, Float (&out)[4]) const {
       for (int v = 0; v < 4; ++v) {
@@ -187,10 +190,11 @@ struct Avx512Lanes {
   struct HalfCodebook4bit {
     Int values;  // twice: an index then needs no masking, since only its lowest 5 bits count
     Int shifts;  // by word; qwords i and i + 4 take their four codes from bit 16i on
-    explicit HalfCodebook4bit(const uint16_t* table)
+    HalfCodebook4bit(const uint16_t* table, Nibbles nibbles)
         : values(_mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)))),
-          shifts(_mm512_add_epi16(_mm512_set1_epi64(0x0008'000C'0000'0004),
-                                  _mm512_setr_epi64(0, k16, 2 * k16, 3 * k16, 0, k16, 2 * k16, 3 * k16))) {}
+          shifts(_mm512_add_epi16(
+              _mm512_set1_epi64(nibbles == Nibbles::kHighFirst ? 0x0008'000C'0000'0004 : 0x000C'0008'0004'0000),
+              _mm512_setr_epi64(0, k16, 2 * k16, 3 * k16, 0, k16, 2 * k16, 3 * k16))) {}
     BNBOPS_HD Int decode(const uint8_t* source) const {
       int64_t codes[2];
       memcpy(codes, source, sizeof(codes));
@@ -206,9 +210,7 @@ struct Avx512Lanes {
     Int index;
     BNBOPS_HD explicit Spread(int dwords)
         : index(_mm512_srlv_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                  splat_int(dwords == 4   ? 2
-                                            : dwords == 8 ? 3
-                                                          : 4))) {}
+                                  splat_int(__builtin_ctz(dwords)))) {}
     BNBOPS_HD Float operator()(const float* scales) const { return _mm512_permutexvar_ps(index, load(scales)); }
   };
 

@@ -32,7 +32,8 @@ Tensor dense(const Matrix4bit& matrix, const Tensor& like) {
 bool has_whole_blocks(const Matrix4bit& matrix) { return matrix.in_features % matrix.weight.blocksize == 0; }
 
 bool takes_tiles(const Tensor& activations, const Matrix4bit& matrix) {
-  return activations.scalar_type() == ScalarType::BFloat16 && has_whole_blocks(matrix) && isa().tiles != nullptr;
+  return activations.scalar_type() == ScalarType::BFloat16 && has_whole_blocks(matrix) &&
+         matrix.weight.blocksize >= kChunk32 && isa().tiles != nullptr;
 }
 
 // x is contiguous.
@@ -42,7 +43,7 @@ void few_rows_linear(const Tensor& x, const Matrix4bit& matrix, const void* bias
   const Scratch<float> ordered = make_scratch<float>(rows * stride);
   for (int64_t row = 0; row < rows; ++row) {
     const auto* from = data_of<uint8_t>(x) + row * features * static_cast<int64_t>(x.element_size());
-    kernels.order_for_codes(from, dtype_of(x), features, stride, ordered.get() + row * stride);
+    kernels.order_for_codes(from, dtype_of(x), matrix.weight.format, features, stride, ordered.get() + row * stride);
   }
   const Linear4bitJob job{matrix.weight, matrix.first, features, matrix.out_features,    rows,
                           ordered.get(), stride,       bias,     out.mutable_data_ptr(), dtype_of(out)};
@@ -55,8 +56,8 @@ Weight4bit alone(const Matrix4bit& matrix, Tensor& scales) {
   Weight4bit weight = matrix.weight;
   const int64_t first = matrix.first / weight.blocksize;
   weight.codes += matrix.first / 2;
-  if (weight.absmax != nullptr) {
-    weight.absmax += first;
+  if (weight.scales.absmax != nullptr) {
+    weight.scales.absmax += first;
     return weight;
   }
   const int64_t blocks = matrix.out_features * matrix.in_features / weight.blocksize;
@@ -64,9 +65,9 @@ Weight4bit alone(const Matrix4bit& matrix, Tensor& scales) {
   auto* to = static_cast<float*>(scales.mutable_data_ptr());
   const Kernels& kernels = *isa().kernels;
   torch::stable::parallel_for(0, blocks, kGrain, [&](int64_t begin, int64_t end) {
-    kernels.scales_4bit(matrix.weight, first + begin, end - begin, to + begin);
+    kernels.scales_4bit(matrix.weight.scales, first + begin, end - begin, to + begin);
   });
-  weight.absmax = to;
+  weight.scales.absmax = to;
   return weight;
 }
 

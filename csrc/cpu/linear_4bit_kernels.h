@@ -16,16 +16,17 @@ constexpr int kCodesPerDword = 8;
 template <class Lanes>
 constexpr int kDwordsGroup = kCodesPerDword * Lanes::kWidth;  // elements of a vector of codes
 
-// Shifting a dword of codes to the right by 4 * t brings the code of its element t ^ 1 to the bottom. So activations
-// come in an order for which no code need move to another lane: of each group of kLanes dwords, first element 1 of
-// every dword, then element 0, 3, 2, ...
+// Shifting a dword of codes to the right by 4 * t brings a code to the bottom: that of its element t ^ 1 if high
+// nibbles are the first ones. So activations come in an order for which no code need move to another lane: of each
+// group of kLanes dwords, first element 1 of every dword, then element 0, 3, 2, ...
 // One row of n elements, as fp32; zeros after it, up to `padded`, a multiple of a group.
 template <class Lanes>
-void order_for_codes(const void* x, DType dtype, int64_t n, int64_t padded, float* to) {
+void order_for_codes(const void* x, DType dtype, int format, int64_t n, int64_t padded, float* to) {
+  const Nibbles nibbles = kFormats4bit[format].nibbles;
   for (int64_t group = 0; group < padded; group += kDwordsGroup<Lanes>) {
     for (int position = 0; position < kCodesPerDword; ++position) {
       for (int64_t dword = 0; dword < Lanes::kWidth; ++dword) {
-        const int64_t i = group + dword * kCodesPerDword + (position ^ 1);
+        const int64_t i = group + dword * kCodesPerDword + nibble_shift(nibbles, position) / 4;
         *to++ = i < n ? load_as<ScalarLanes>(x, dtype, i) : 0.0F;
       }
     }
@@ -100,9 +101,10 @@ void linear_4bit_rows(const Linear4bitJob& job, int64_t first_feature, int64_t l
   constexpr int64_t kPiece = kPiece4bit<kRows>;
   const int64_t blocksize = job.weight.blocksize;
   const int log2_blocksize = __builtin_ctzll(blocksize);
-  const typename Lanes::Codebook4bit codebook(codebook_of(job.weight.quant_type));
+  const Format4bit& format = kFormats4bit[job.weight.format];
+  const typename Lanes::Codebook4bit codebook(format.values, format.nibbles);
   const typename Lanes::Spread spread(static_cast<int>(blocksize / kCodesPerDword));
-  alignas(64) float scales[kPiece / 32 + Lanes::kWidth] = {};
+  alignas(64) float scales[kPiece / kSmallestBlock4bit + Lanes::kWidth] = {};
   const float* x = job.x + first_row * job.x_stride;
   for (int64_t block = first_feature; block < last_feature; block += kFeatureBlock) {
     const int64_t features = std::min(kFeatureBlock, last_feature - block);
@@ -112,7 +114,7 @@ void linear_4bit_rows(const Linear4bitJob& job, int64_t first_feature, int64_t l
       const int64_t n = std::min(kPiece, job.in_features - k);
       for (int64_t f = 0; f < features; ++f) {
         const int64_t element = job.first + (block + f) * job.in_features + k;
-        scales_of_blocks<Lanes>(job.weight, element / blocksize, (n + blocksize - 1) / blocksize, scales);
+        scales_of_blocks<Lanes>(job.weight.scales, element / blocksize, (n + blocksize - 1) / blocksize, scales);
         multiply_piece<Lanes, kRows>(codebook, spread, job.weight.codes + element / 2, scales, log2_blocksize, x + k,
                                      job.x_stride, n, sums[f]);
       }

@@ -6,7 +6,9 @@
 
 namespace bnbops::cpu {
 
-// The weight is a matrix [out_features, in_features], whose rows consist of whole blocks.
+constexpr int64_t kChunk32 = 32;  // elements decoded at a time: of one block
+
+// The weight is a matrix [out_features, in_features], whose rows consist of whole blocks of whole chunks.
 struct TileJob {
   Weight4bit weight;  // with fp32 scales
   int64_t out_features, in_features, rows;

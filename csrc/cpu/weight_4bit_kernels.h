@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "cpu/blockwise_kernels.h"
-#include "formats/codecs_4bit.h"
+#include "formats/all.h"
 
 BNBOPS_NAMESPACE_BEGIN
 
@@ -22,12 +22,13 @@ BNBOPS_HD uint32_t largest_bits_of_block(const QuantizeJob& job, int64_t block) 
 // alone, an encoding would wait for its scale. (The job is a copy, which no store can change, as far as C++ knows.)
 template <class Lanes, DType kType>
 void quantize_4bit_from(const QuantizeJob job, int64_t first, int64_t last) {
-  const EncoderTables4bit<Lanes> tables(encoder_of(job.quant_type));
+  const Format4bit& format = kFormats4bit[job.format];
+  const EncoderTables4bit<Lanes> tables(format.encoder);
   const auto encode = [&](const auto& load, float inverse_absmax, uint8_t* codes) {
     const auto inverse = Lanes::splat(inverse_absmax);
     typename Lanes::Int k[4];
     for (int v = 0; v < 4; ++v) k[v] = encode_4bit(load(v * Lanes::kWidth), inverse, tables);
-    Lanes::store_nibbles(k, codes);
+    Lanes::store_nibbles(k, format.nibbles, codes);
   };
   const auto any_block = [&](int64_t block) {
     quantize_blocks<Lanes>(job, block, block + 1, true, [&](const float* x, int64_t n, float inverse, int64_t i) {
@@ -65,32 +66,31 @@ void quantize_4bit(const QuantizeJob& job, int64_t first, int64_t last) {
 
 // Scales of blocks [first, first + n).
 template <class Lanes>
-void scales_of_blocks(const Weight4bit& weight, int64_t first, int64_t n, float* scales) {
-  if (weight.absmax != nullptr) {
-    Lanes::copy(scales, weight.absmax + first, n * sizeof(float));
+void scales_of_blocks(const Scales4bit& scales, int64_t first, int64_t n, float* to) {
+  if (scales.absmax != nullptr) {
+    Lanes::copy(to, scales.absmax + first, n * sizeof(float));
     return;
   }
   for (int64_t i = 0; i < n;) {
-    const int64_t outer = (first + i) / weight.nested_blocksize;
-    const int64_t end = std::min(n, (outer + 1) * weight.nested_blocksize - first);
-    const float absmax = weight.nested_absmax[outer];
+    const int64_t outer = (first + i) / scales.nested_block;
+    const int64_t end = std::min(n, (outer + 1) * scales.nested_block - first);
+    const float absmax = scales.nested_absmax[outer];
     for (; i < end; ++i) {
-      const float entry = weight.nested_codebook[weight.nested_codes[first + i]];
-      scales[i] = nested_scale(entry, absmax, *weight.nested_offset);
+      to[i] = nested_scale(scales.nested_table[scales.nested_codes[first + i]], absmax, *scales.nested_offset);
     }
   }
 }
 
 // Values of n codes of a block. As 16 bits, a block has but 16 of them: they are rounded once and then looked up.
 template <class Lanes>
-BNBOPS_HD void decode_4bit(const Weight4bit& weight, const typename Lanes::Codebook4bit& codebook, const uint8_t* codes,
+BNBOPS_HD void decode_4bit(const Format4bit& format, const typename Lanes::Codebook4bit& codebook, const uint8_t* codes,
                            int64_t n, float scale, void* out, DType dtype) {
   if (dtype == DType::kFloat32) return decode<Lanes>(codebook, codes, n, scale, out, dtype);
-  uint16_t values[kCodebook4bit] = {};
-  for (int i = 0; i < kCodebook4bit; i += Lanes::kWidth) {
-    store_as<Lanes>(values, dtype, i, Lanes::mul(Lanes::load(codebook_of(weight.quant_type) + i), Lanes::splat(scale)));
+  uint16_t values[kCodes4bit] = {};
+  for (int i = 0; i < kCodes4bit; i += Lanes::kWidth) {
+    store_as<Lanes>(values, dtype, i, Lanes::mul(Lanes::load(format.values + i), Lanes::splat(scale)));
   }
-  const typename Lanes::HalfCodebook4bit halves(values);
+  const typename Lanes::HalfCodebook4bit halves(values, format.nibbles);
   decode_groups<Lanes, 2>(codes, n, out, sizeof(uint16_t), [&](const uint8_t* from, uint8_t* to) {
     Lanes::store_int(to, halves.decode(from));
     Lanes::store_int(to + kGroup<Lanes>, halves.decode(from + Lanes::kWidth));
@@ -99,23 +99,24 @@ BNBOPS_HD void decode_4bit(const Weight4bit& weight, const typename Lanes::Codeb
 
 template <class Lanes>
 void dequantize_elements(const Weight4bit& weight, int64_t first, int64_t numel, void* out, DType dtype) {
-  const typename Lanes::Codebook4bit codebook(codebook_of(weight.quant_type));
+  const Format4bit& format = kFormats4bit[weight.format];
+  const typename Lanes::Codebook4bit codebook(format.values, format.nibbles);
   const int64_t end = first + numel;
   const int log2_blocksize = __builtin_ctzll(weight.blocksize);
   auto* to = static_cast<uint8_t*>(out);
   for (int64_t i = first; i < end;) {
     const int64_t block = i >> log2_blocksize, size = size_of(dtype);
-    const float scale = scale_of_block(weight, block);
-    if (i % 2 == 1) {  // in the lower half of a byte
+    const float scale = scale_of_block(weight.scales, block);
+    if (i % 2 == 1) {  // the second one of a byte
       uint8_t pair[2 * sizeof(float)];
-      decode_4bit<Lanes>(weight, codebook, weight.codes + i / 2, 2, scale, pair, dtype);
+      decode_4bit<Lanes>(format, codebook, weight.codes + i / 2, 2, scale, pair, dtype);
       memcpy(to, pair + size, size);
       to += size;
       ++i;
       continue;
     }
     const int64_t n = std::min(end, (block + 1) * weight.blocksize) - i;
-    decode_4bit<Lanes>(weight, codebook, weight.codes + i / 2, n, scale, to, dtype);
+    decode_4bit<Lanes>(format, codebook, weight.codes + i / 2, n, scale, to, dtype);
     to += n * size;
     i += n;
   }

@@ -1,38 +1,48 @@
 // From the packed codes of a 4-bit weight to fp32 values, for all kernels that read one.
 //
-// Eight codes are a word of four bytes. Blocks are of 32 elements or more, so the eight from a multiple of eight on
-// share a scale, which scale_of_block (codecs_4bit.h) reads or computes.
+// Eight codes are a word of four bytes. Blocks are of eight elements or more, so the eight from a multiple of eight on
+// share a scale, which scale_of_block (formats/scale.h) reads or computes.
 #pragma once
+
+#include <type_traits>
 
 #include "cuda/elements.h"
 #include "cuda/threads.h"
-#include "formats/codecs_4bit.h"
+#include "formats/all.h"
+#include "ops/jobs.h"
 
 namespace bnbops::cuda {
 
 struct Codebook4bit {
-  float value[kCodebook4bit];
+  float value[kCodes4bit];
 };
 
-constexpr Codebook4bit make_codebook(const float* values) {
-  Codebook4bit codebook{};
-  for (int i = 0; i < kCodebook4bit; ++i) codebook.value[i] = values[i];
-  return codebook;
-}
+// A copy for devices.
+static __device__ const auto kDeviceFormats4bit = kFormats4bit;
 
-// By QuantType.
-static __device__ const Codebook4bit kCodebooks4bit[2] = {make_codebook(kNF4), make_codebook(kFP4)};
+// Calls visit(nibbles), a constant, with the order of a format's codes: kernels whose loops depend on it have an
+// instance for each order that some format has.
+template <class Visit>
+void with_nibbles_of(int format, const Visit& visit) {
+  constexpr bool kSome = !every_format_4bit([](const Format4bit& f) { return f.nibbles == Nibbles::kHighFirst; });
+  if constexpr (kSome) {
+    if (kFormats4bit[format].nibbles == Nibbles::kLowFirst) {
+      return visit(std::integral_constant<Nibbles, Nibbles::kLowFirst>{});
+    }
+  }
+  visit(std::integral_constant<Nibbles, Nibbles::kHighFirst>{});
+}
 
 // To shared memory; a barrier must follow. The 16 entries lie in 16 banks, so a warp's look-ups never conflict.
-BNBOPS_DEVICE void copy_codebook(QuantType type, Codebook4bit& to) {
-  if (threadIdx.x < kCodebook4bit) to.value[threadIdx.x] = kCodebooks4bit[static_cast<int>(type)].value[threadIdx.x];
+BNBOPS_DEVICE void copy_codebook(int format, Codebook4bit& to) {
+  if (threadIdx.x < kCodes4bit) to.value[threadIdx.x] = kDeviceFormats4bit[format].values[threadIdx.x];
 }
 
-// Likewise the codebook of nested scales, and has the weight look there.
-BNBOPS_DEVICE void copy_nested_codebook(Weight4bit& weight, float (&to)[kCodebookSize]) {
-  if (weight.absmax != nullptr) return;
-  for (unsigned i = threadIdx.x; i < kCodebookSize; i += blockDim.x) to[i] = weight.nested_codebook[i];
-  weight.nested_codebook = to;
+// Likewise the table of nested scales, and has the weight look there.
+BNBOPS_DEVICE void copy_nested_table(Weight4bit& weight, float (&to)[kCodebookSize]) {
+  if (weight.scales.absmax != nullptr) return;
+  for (unsigned i = threadIdx.x; i < kCodebookSize; i += blockDim.x) to[i] = weight.scales.nested_table[i];
+  weight.scales.nested_table = to;
 }
 
 // Block sizes are powers of two.
@@ -55,15 +65,29 @@ BNBOPS_DEVICE uint32_t load_packed(const uint8_t* codes, int64_t first, int64_t 
   return packed;
 }
 
-// Code i of a word: that of an even element is in the upper half of its byte.
-BNBOPS_DEVICE uint32_t code_4bit(uint32_t packed, int i) { return packed >> ((i ^ 1) * 4) & 15U; }
+// The code of element i of a word.
+template <Nibbles kNibbles>
+BNBOPS_DEVICE uint32_t code_4bit(uint32_t packed, int i) {
+  return packed >> nibble_shift(kNibbles, i) & 15U;
+}
 
+template <Nibbles kNibbles>
 BNBOPS_DEVICE void decode_packed(uint32_t packed, const Codebook4bit& codebook, float scale, float (&x)[kOctet]) {
 #pragma unroll
-  for (int i = 0; i < kOctet; ++i) x[i] = codebook.value[code_4bit(packed, i)] * scale;
+  for (int i = 0; i < kOctet; ++i) x[i] = codebook.value[code_4bit<kNibbles>(packed, i)] * scale;
 }
 
 // ---- two codes at a time ---------------------------------------------------------------------------------------
+
+// The values of the two elements of a byte.
+struct Pair4bit {
+  float first, second;
+};
+
+BNBOPS_DEVICE Pair4bit pair_of_byte(int format, unsigned byte) {
+  const Format4bit& of = kDeviceFormats4bit[format];
+  return {of.values[byte >> nibble_shift(of.nibbles, 0) & 15U], of.values[byte >> nibble_shift(of.nibbles, 1) & 15U]};
+}
 
 template <int kCount>
 struct alignas(kCount * sizeof(uint32_t)) Words {
@@ -101,18 +125,18 @@ class PairTable {
 };
 
 // The scales of elements from `first` on, which 32 bits count from there.
-class Scales {
+class ScaleReader {
  public:
-  BNBOPS_DEVICE Scales(const Weight4bit& weight, int64_t first)
-      : weight_(weight),
+  BNBOPS_DEVICE ScaleReader(const Weight4bit& weight, int64_t first)
+      : scales_(weight.scales),
         log_blocksize_(log_of_blocksize(weight)),
         block_(first >> log_blocksize_),
-        absmax_(weight.absmax == nullptr ? nullptr : weight.absmax + block_),
+        absmax_(weight.scales.absmax == nullptr ? nullptr : weight.scales.absmax + block_),
         rest_(static_cast<unsigned>(first & (weight.blocksize - 1))) {}
 
   BNBOPS_DEVICE StoredScale load(unsigned element) const {
     if (absmax_ != nullptr) return {absmax_[block(element)], 0};
-    return load_scale(weight_, block_ + block(element));
+    return load_scale(scales_, block_ + block(element));
   }
 
   // Of several elements, by one choice between the kinds of scales.
@@ -123,14 +147,14 @@ class Scales {
       for (int i = 0; i < kCount; ++i) scale[i] = absmax_[block(elements[i])];
     } else {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) scale[i] = scale_of_block(weight_, block_ + block(elements[i]));
+      for (int i = 0; i < kCount; ++i) scale[i] = scale_of_block(scales_, block_ + block(elements[i]));
     }
   }
 
  private:
   BNBOPS_DEVICE unsigned block(unsigned element) const { return (rest_ + element) >> log_blocksize_; }
 
-  const Weight4bit& weight_;
+  const Scales4bit& scales_;
   int log_blocksize_;
   int64_t block_;
   const float* absmax_;

@@ -38,9 +38,9 @@ class WholeOctets {
  public:
   using Index = int;
   using Table = PairTable<2>;
-  static BNBOPS_DEVICE void fill(Table& table, QuantType type) {
-    const float* entry = kCodebooks4bit[static_cast<int>(type)].value;
-    table.fill({{bits_of(entry[threadIdx.x >> 4]), bits_of(entry[threadIdx.x & 15])}});
+  static BNBOPS_DEVICE void fill(Table& table, int format) {
+    const Pair4bit pair = pair_of_byte(format, threadIdx.x);
+    table.fill({{bits_of(pair.first), bits_of(pair.second)}});
   }
 
   BNBOPS_DEVICE WholeOctets(const Linear4bitJob& job, const Part& part, const Table& table)
@@ -88,17 +88,18 @@ class WholeOctets {
   const int features_;
   const char* const table_;
   const uint8_t* const codes_;
-  const Scales scales_;
+  const ScaleReader scales_;
   unsigned first_[kFeatures];  // elements, from the part's first one on
   uint32_t ahead_[kFeatures];
 };
 
 // A part of any weight: an octet may begin within a byte, and end in another block or at the end of its row.
+template <Nibbles kNibbles>
 class AnyOctets {
  public:
   using Index = int64_t;
   using Table = Codebook4bit;
-  static BNBOPS_DEVICE void fill(Table& table, QuantType type) { copy_codebook(type, table); }
+  static BNBOPS_DEVICE void fill(Table& table, int format) { copy_codebook(format, table); }
 
   BNBOPS_DEVICE AnyOctets(const Linear4bitJob& job, const Part& part, const Table& table)
       : job_(job), part_(part), table_(table) {}
@@ -120,15 +121,15 @@ class AnyOctets {
   BNBOPS_DEVICE float load(int64_t first, int64_t count, float (&w)[kOctet]) const {
     const Weight4bit& weight = job_.weight;
     if (first % kOctet == 0 && count >= kOctet) {
-      decode_packed(load_packed(weight.codes, first, count), table_, 1.0F, w);
-      return scale_of_block(weight, block_of(weight, first));
+      decode_packed<kNibbles>(load_packed(weight.codes, first, count), table_, 1.0F, w);
+      return scale_of_block(weight.scales, block_of(weight, first));
     }
 #pragma unroll
     for (int i = 0; i < kOctet; ++i) {
       const int64_t at = first + i;
-      w[i] = i < count
-                 ? table_.value[code_4bit(weight.codes[at / 2], at % 2)] * scale_of_block(weight, block_of(weight, at))
-                 : 0.0F;
+      w[i] = i < count ? table_.value[code_4bit<kNibbles>(weight.codes[at / 2], at % 2)] *
+                             scale_of_block(weight.scales, block_of(weight, at))
+                       : 0.0F;
     }
     return 1.0F;
   }
@@ -180,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, kGemvResident) gemv_kernel(Linear4bi
   for (int64_t row = part.row_begin; row < part.row_end; row += kRows) {
     const int rows = part.row_end - row < kRows ? static_cast<int>(part.row_end - row) : kRows;
     weights.begin(threadIdx.x * kOctet);
-    if (!filled) Weights::fill(table, job.weight.quant_type);
+    if (!filled) Weights::fill(table, job.weight.format);
     filled = true;
     __syncthreads();  // the table is there, and the last sums have been read
     Sums sum = {};
@@ -218,7 +219,11 @@ cudaError_t linear_4bit_gemv(const Linear4bitJob& job, cudaStream_t stream) {
   if (job.grouping.rows == 0 || job.out_features == 0) return cudaSuccess;
   const bool whole = job.in_features % kOctet == 0 && job.in_features < (1 << 24) &&
                      reinterpret_cast<uintptr_t>(job.weight.codes) % sizeof(uint32_t) == 0;
-  whole ? launch<WholeOctets>(job, stream) : launch<AnyOctets>(job, stream);
+  if (whole) {
+    launch<WholeOctets>(job, stream);
+  } else {
+    with_nibbles_of(job.weight.format, [&](auto nibbles) { launch<AnyOctets<decltype(nibbles)::value>>(job, stream); });
+  }
   return cudaGetLastError();
 }
 

@@ -34,10 +34,9 @@ constexpr int kShort = 32, kLong = 64;
 constexpr float kEntryFactor = 1.125F;
 
 template <DType kDType>
-BNBOPS_DEVICE void fill(PairTable<1>& pairs, QuantType type) {
-  const float* entry = kCodebooks4bit[static_cast<int>(type)].value;
-  const unsigned byte = threadIdx.x;
-  pairs.fill({{pack_halves(kDType, entry[byte >> 4] * kEntryFactor, entry[byte & 15] * kEntryFactor)}});
+BNBOPS_DEVICE void fill(PairTable<1>& pairs, int format) {
+  const Pair4bit pair = pair_of_byte(format, threadIdx.x);
+  pairs.fill({{pack_halves(kDType, pair.first * kEntryFactor, pair.second * kEntryFactor)}});
 }
 
 // Warps take turns over the segments of k. A lane is number g in a column of eight, and number t in a row of four.
@@ -139,7 +138,7 @@ class Product {
                                       Sums& sum) const {
     uint32_t pair[kHeights][kWords * 4][2];  // along k; of features g and g + 8
     float scale[kHeights][2];
-    const float own_scale = scale_of(job_.weight, weights.scale);
+    const float own_scale = scale_of(job_.weight.scales, weights.scale);
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
       scale[i / 2][i % 2] = __shfl_sync(kAllLanes, own_scale, i * 8 + g_);
@@ -176,7 +175,7 @@ class Product {
 
   const Linear4bitJob& job_;
   const char* const pairs_;
-  const Scales scales_;
+  const ScaleReader scales_;
   const uint8_t* const codes_;
   const int warp_, lane_, g_, features_;
   int last_;    // feature: others are computed as it is, and not stored
@@ -234,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, Product<kDType, kSegment, kHeights, 
     typename Product::Sums sum = {};
     product.multiply(row, rows, sum, [&] {
       if (has_pairs) return;
-      fill<kDType>(pairs, job.weight.quant_type);
+      fill<kDType>(pairs, job.weight.format);
       __syncthreads();
       has_pairs = true;
     });
@@ -278,7 +277,8 @@ void launch_for_rows(const Linear4bitJob& job, cudaStream_t stream) {
 bool takes_tensor_cores(const Linear4bitJob& job) {
   const bool aligned = reinterpret_cast<uintptr_t>(job.weight.codes) % sizeof(uint32_t) == 0;
   // The kernel counts the elements of a part with 32 bits.
-  return job.dtype != DType::kFloat32 && job.in_features % kShort == 0 && job.in_features < (1 << 24) && aligned;
+  return job.dtype != DType::kFloat32 && job.in_features % kShort == 0 && job.in_features < (1 << 24) && aligned &&
+         job.weight.blocksize >= kShort;
 }
 
 cudaError_t linear_4bit_tensor_cores(const Linear4bitJob& job, cudaStream_t stream) {

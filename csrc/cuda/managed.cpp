@@ -1,6 +1,6 @@
 // Unified memory for torch's pluggable allocators (torch.cuda.memory.CUDAPluggableAllocator): the driver moves its
-// pages to the host where the GPU's memory runs short, and back when a kernel reads them. bnbops/optim/paging/unified.py asks
-// for it.
+// pages to the host where the GPU's memory runs short, and back when a kernel reads them.
+// bnbops/optim/paging/unified.py asks for it.
 #include "cuda/runtime.h"
 
 // By their names: torch and Python look these functions up in the library.

@@ -7,10 +7,6 @@
 namespace bnbops::cuda {
 namespace {
 
-// By QuantType. In shared memory each of an encoder's tables has an entry in each of the 32 banks: a warp's look-ups
-// never conflict.
-static __device__ const Encoder4bit kEncoders4bit[2] = {kEncodeNF4, kEncodeFP4};
-
 BNBOPS_DEVICE void store_packed(uint8_t* codes, int64_t first, int64_t count, uint32_t packed) {
   uint8_t* to = codes + first / 2;
   if (count >= kOctet && is_aligned<uint32_t>(to)) return store_vector(to, packed);
@@ -20,17 +16,17 @@ BNBOPS_DEVICE void store_packed(uint8_t* codes, int64_t first, int64_t count, ui
   }
 }
 
-template <int kGroup>
+template <int kGroup, Nibbles kNibbles>
 __global__ void __launch_bounds__(kThreads, kResident) quantize_4bit_kernel(QuantizeJob job) {
-  __shared__ Encoder4bit encoder;
-  copy_table(kEncoders4bit[static_cast<int>(job.quant_type)], encoder);
+  __shared__ Encoder4bit encoder;  // each of its tables has an entry in each of the 32 banks: look-ups never conflict
+  copy_table(kDeviceFormats4bit[job.format].encoder, encoder);
   __syncthreads();
   const EncoderTables4bit<ScalarLanes> tables(encoder);
   quantize_blocks<kGroup>(job, [&](const float (&x)[kOctet], float inverse, int64_t at, int64_t count) {
     uint32_t packed = 0;
 #pragma unroll
     for (int i = 0; i < kOctet; ++i) {
-      packed |= static_cast<uint32_t>(encode_4bit<ScalarLanes>(x[i], inverse, tables)) << ((i ^ 1) * 4);
+      packed |= static_cast<uint32_t>(encode_4bit<ScalarLanes>(x[i], inverse, tables)) << nibble_shift(kNibbles, i);
     }
     store_packed(job.codes, at, count, packed);
   });
@@ -38,14 +34,15 @@ __global__ void __launch_bounds__(kThreads, kResident) quantize_4bit_kernel(Quan
 
 // Eight elements of a row that begins at any element: their codes may begin within a byte, and they may lie in two
 // blocks.
+template <Nibbles kNibbles>
 BNBOPS_DEVICE void decode_askew(const Weight4bit& weight, const Codebook4bit& codebook, int64_t first, int64_t count,
                                 float (&x)[kOctet]) {
 #pragma unroll
   for (int i = 0; i < kOctet; ++i) {
     if (i >= count) continue;
     const int64_t element = first + i;
-    const uint32_t code = weight.codes[element / 2] >> (element % 2 == 0 ? 4 : 0) & 15U;
-    x[i] = codebook.value[code] * scale_of_block(weight, block_of(weight, element));
+    const uint32_t code = code_4bit<kNibbles>(weight.codes[element / 2], static_cast<int>(element % 2));
+    x[i] = codebook.value[code] * scale_of_block(weight.scales, block_of(weight, element));
   }
 }
 
@@ -54,6 +51,7 @@ constexpr int64_t kPiece = kWarp * kOctets * kOctet;  // elements of a row that 
 
 // A warp writes the piece of the row that begins at element `row` of the weight and at `to` of the result; the piece
 // begins `begin` elements into the row.
+template <Nibbles kNibbles>
 BNBOPS_DEVICE void decode_piece(const LookUpJob& job, const Codebook4bit& codebook, int64_t row, int64_t to,
                                 int64_t begin) {
   const Weight4bit& weight = job.weight;
@@ -62,7 +60,7 @@ BNBOPS_DEVICE void decode_piece(const LookUpJob& job, const Codebook4bit& codebo
   float x[kOctet] = {};
   if (row % kOctet != 0) {
     for (int64_t i = at; i < begin + kPiece && i < job.width; i += kStride) {
-      decode_askew(weight, codebook, row + i, job.width - i, x);
+      decode_askew<kNibbles>(weight, codebook, row + i, job.width - i, x);
       store_octet(job.out, job.dtype, to + i, job.width - i, x);
     }
     return;
@@ -73,28 +71,29 @@ BNBOPS_DEVICE void decode_piece(const LookUpJob& job, const Codebook4bit& codebo
   for (int k = 0; k < kOctets; ++k) {
     const int64_t i = at + k * kStride;
     packed[k] = load_packed(weight.codes, row + i, job.width - i);
-    scale[k] = i < job.width ? scale_of_block(weight, block_of(weight, row + i)) : 0.0F;
+    scale[k] = i < job.width ? scale_of_block(weight.scales, block_of(weight, row + i)) : 0.0F;
   }
 #pragma unroll
   for (int k = 0; k < kOctets; ++k) {
     const int64_t i = at + k * kStride;
-    decode_packed(packed[k], codebook, scale[k], x);
+    decode_packed<kNibbles>(packed[k], codebook, scale[k], x);
     store_octet(job.out, job.dtype, to + i, job.width - i, x);
   }
 }
 
+template <Nibbles kNibbles>
 __global__ void __launch_bounds__(kThreads, kResident) look_up_kernel(LookUpJob job, int64_t pieces) {
   __shared__ Codebook4bit codebook;
-  __shared__ float nested_codebook[kCodebookSize];
-  copy_codebook(job.weight.quant_type, codebook);
-  copy_nested_codebook(job.weight, nested_codebook);
+  __shared__ float nested_table[kCodebookSize];
+  copy_codebook(job.weight.format, codebook);
+  copy_nested_table(job.weight, nested_table);
   __syncthreads();
   constexpr int kWarps = kThreads / kWarp;
   const int64_t step = int64_t{gridDim.x} * kWarps;
   for (int64_t i = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp; i < job.count * pieces; i += step) {
     const int64_t row = i / pieces, index = job.index(row);
     DEVICE_ASSERT(index >= 0 && index < job.rows, "bnbops::embedding_4bit: an index is out of range");
-    decode_piece(job, codebook, index * job.width, row * job.width, (i - row * pieces) * kPiece);
+    decode_piece<kNibbles>(job, codebook, index * job.width, row * job.width, (i - row * pieces) * kPiece);
   }
 }
 
@@ -102,8 +101,11 @@ __global__ void __launch_bounds__(kThreads, kResident) look_up_kernel(LookUpJob 
 
 cudaError_t quantize_4bit(const QuantizeJob& job, cudaStream_t stream) {
   if (job.numel == 0) return cudaSuccess;
-  with_groups(job, [&](auto group, dim3 grid) {
-    LAUNCH((quantize_4bit_kernel<decltype(group)::value>), grid, dim3(kThreads), 0, stream, job);
+  with_nibbles_of(job.format, [&](auto nibbles) {
+    with_groups(job, [&](auto group, dim3 grid) {
+      LAUNCH((quantize_4bit_kernel<decltype(group)::value, decltype(nibbles)::value>), grid, dim3(kThreads), 0, stream,
+             job);
+    });
   });
   return cudaGetLastError();
 }
@@ -111,8 +113,10 @@ cudaError_t quantize_4bit(const QuantizeJob& job, cudaStream_t stream) {
 cudaError_t look_up_4bit(const LookUpJob& job, cudaStream_t stream) {
   if (job.count == 0 || job.width == 0) return cudaSuccess;
   const int64_t pieces = divide_up(job.width, kPiece);
-  LAUNCH(look_up_kernel, grid_of(divide_up(job.count * pieces, kThreads / kWarp)), dim3(kThreads), 0, stream, job,
-         pieces);
+  with_nibbles_of(job.weight.format, [&](auto nibbles) {
+    LAUNCH((look_up_kernel<decltype(nibbles)::value>), grid_of(divide_up(job.count * pieces, kThreads / kWarp)),
+           dim3(kThreads), 0, stream, job, pieces);
+  });
   return cudaGetLastError();
 }
 

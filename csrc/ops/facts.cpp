@@ -6,25 +6,27 @@
 #include <sstream>
 
 #include "codecs/all.h"
+#include "formats/all.h"
 #include "ops/int8/int8.h"
 #include "ops/norms/norm_math.h"
-#include "ops/weight_4bit/weight_4bit.h"
 #include "rules/all.h"
 
 namespace bnbops {
 namespace {
+
+std::string number_text(double value) {  // null where there is no bound
+  if (!(std::fabs(value) < std::numeric_limits<double>::max())) return "null";
+  std::ostringstream digits;
+  digits << std::setprecision(17) << value;
+  return digits.str();
+}
 
 // The members of a JSON object, one by one.
 class Object {
  public:
   Object& text(const char* key, const std::string& value) { return json(key, '"' + value + '"'); }
   Object& flag(const char* key, bool value) { return json(key, value ? "true" : "false"); }
-  Object& number(const char* key, double value) {  // null where there is no bound
-    if (!(std::fabs(value) < std::numeric_limits<double>::max())) return json(key, "null");
-    std::ostringstream digits;
-    digits << std::setprecision(17) << value;
-    return json(key, digits.str());
-  }
+  Object& number(const char* key, double value) { return json(key, number_text(value)); }
   Object& json(const char* key, const std::string& value) {
     members_ += (members_.empty() ? "\"" : ", \"") + std::string(key) + "\": " + value;
     return *this;
@@ -84,16 +86,24 @@ std::string codec_facts() {
       .end();
 }
 
+std::string format_facts(const Format4bit& format) {
+  return Object()
+      .json("values", list(format.values, number_text))
+      .flag("high_nibble_first", format.nibbles == Nibbles::kHighFirst)
+      .number("smallest_block", static_cast<double>(format.smallest_block))
+      .end();
+}
+
 }  // namespace
 
 std::string facts() {
-  Object rules, codecs, roles;
+  Object rules, codecs, roles, formats;
   for_each_rule(AllRules{}, [&](auto rule, int) { rules.json(rule.kName, rule_facts<decltype(rule)>()); });
-  const auto quoted = [](const char* name) { return '"' + std::string(name) + '"'; };
   for_each_codec(AllCodecs{}, [&](auto codec, int) { codecs.json(codec.kName, codec_facts<decltype(codec)>()); });
   for (const Role role : kCodedRoles) {
     roles.json(name_of(role), Object().flag("signed", has_sign(role)).flag("divisor", is_divisor(role)).end());
   }
+  for (const Format4bit& format : kFormats4bit) formats.json(format.name, format_facts(format));
   return Object()
       .json("rules", rules.end())
       .json("codecs", codecs.end())
@@ -102,8 +112,7 @@ std::string facts() {
       .text("uncoded", kUncodedName)
       .number("state_block", kStateBlock)
       .number("norm_history", kNormHistory)
-      .json("formats_4bit", list(kFormats4bit, quoted))
-      .number("smallest_block_4bit", kSmallestBlock4bit)
+      .json("formats_4bit", formats.end())
       .number("largest_block_4bit", kLargestBlock4bit)
       .number("most_int8_products", kMaxInt8Products)
       .end();

@@ -2,12 +2,9 @@
 #pragma once
 
 #include "core/dtype.h"
+#include "formats/scale.h"
 
 namespace bnbops {
-
-// Which codebook 4-bit codes have, and its name.
-enum class QuantType : uint8_t { kNF4, kFP4 };
-constexpr const char* kFormats4bit[] = {"nf4", "fp4"};
 
 struct QuantizeJob {
   const void* values;
@@ -16,7 +13,7 @@ struct QuantizeJob {
   uint8_t* codes;
   float* absmax;
   int64_t numel, blocksize;
-  QuantType quant_type{};  // of 4-bit codes
+  int format = 0;  // of 4-bit codes, an index of kFormats4bit
 };
 
 struct DequantizeJob {
@@ -28,16 +25,12 @@ struct DequantizeJob {
   int64_t numel, blocksize;
 };
 
-// A 4-bit weight: two codes a byte, numbered in logical order. Scales are fp32, or codes of doubly quantized ones.
+// A 4-bit weight: two codes a byte, numbered in logical order.
 struct Weight4bit {
   const uint8_t* codes;
-  const float* absmax;           // null if the scales are nested:
-  const uint8_t* nested_codes;   // scale b is nested_codebook[nested_codes[b]] * nested_absmax[b / nested_blocksize]
-  const float* nested_codebook;  //   + *nested_offset
-  const float* nested_absmax;
-  const float* nested_offset;
-  int64_t blocksize, nested_blocksize;
-  QuantType quant_type;
+  Scales4bit scales;
+  int64_t blocksize;
+  int format;  // an index of kFormats4bit
 };
 
 // Rows of a 4-bit weight [rows, width]: those that the indices name, one after another.

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from bnbops.facts import FORMATS
 from reference import quantize as ref8
 from reference import quantize_4bit as ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TYPES = ["nf4", "fp4"]
+TYPES = [*FORMATS]
 
 quantize, dequantize = torch.ops.bnbops.quantize_4bit, torch.ops.bnbops.dequantize_4bit
 types = pytest.mark.parametrize("quant_type", TYPES)

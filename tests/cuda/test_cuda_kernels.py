@@ -39,9 +39,11 @@ def test_just_what_ran_is_known(kernels):
     """This page's own test."""
     with backends.use("cuda_on_cpu"):
         packed, state = quantize_nf4(torch.ones(64))
-        assert {kernels.names[address] for address in kernels.take_launched()} == {"quantize_4bit_kernel<8>"}
+        assert {kernels.names[address] for address in kernels.take_launched()} == {
+            "quantize_4bit_kernel<8, (Nibbles)1>"
+        }
         dequantize_4bit(packed, state)
-    assert {kernels.names[address] for address in kernels.take_launched()} == {"look_up_kernel"}
+    assert {kernels.names[address] for address in kernels.take_launched()} == {"look_up_kernel<(Nibbles)1>"}
     assert kernels.take_launched() == set()
 
 

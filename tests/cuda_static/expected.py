@@ -112,10 +112,10 @@ def _weight_4bit() -> list[Way]:
         moved = size + CODE / 2 + BLOCK_64
         peers = f"bitsandbytes {moved:.2f}"
         need = {"LDG.128": LOAD[size], "~from_bfloat16": 8 * (dtype == "bf16"), "STG": 1}
-        ways.append(Way(f"quantize_4bit, {dtype}", "quantize_4bit_kernel<8>", need, 8, moved, 12, peers))
+        ways.append(Way(f"quantize_4bit, {dtype}", "quantize_4bit_kernel<8, (Nibbles)1>", need, 8, moved, 12, peers))
         packs = {"F2FP.BF16": 8 * (dtype == "bf16")}
         need = {**packs, "STG.128": 2 * LOAD[size], "~decode_askew": 0, "~nested": 0}
-        ways.append(Way(f"dequantize_4bit, {dtype}", "look_up_kernel", need, 16, moved, 21, peers))
+        ways.append(Way(f"dequantize_4bit, {dtype}", "look_up_kernel<(Nibbles)1>", need, 16, moved, 21, peers))
     return ways
 
 

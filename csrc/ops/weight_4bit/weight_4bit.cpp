@@ -1,5 +1,7 @@
 #include "ops/weight_4bit/weight_4bit.h"
 
+#include "formats/all.h"
+
 namespace bnbops {
 namespace {
 
@@ -10,11 +12,10 @@ std::string text_of(const std::vector<int64_t>& shape) {
 }
 
 void check_type(const char* op, int64_t blocksize, const std::string& quant_type) {
-  quant_type_of(op, quant_type);
+  const int64_t smallest = kFormats4bit[format_of(op, quant_type)].smallest_block;
   const bool power_of_two = blocksize > 0 && (blocksize & (blocksize - 1)) == 0;
-  BNBOPS_CHECK(power_of_two && blocksize >= kSmallestBlock4bit && blocksize <= kLargestBlock4bit, "bnbops::", op,
-               ": blocksize must be a power of two from ", kSmallestBlock4bit, " to ", kLargestBlock4bit, ", got ",
-               blocksize);
+  BNBOPS_CHECK(power_of_two && blocksize >= smallest && blocksize <= kLargestBlock4bit, "bnbops::", op,
+               ": blocksize must be a power of two from ", smallest, " to ", kLargestBlock4bit, ", got ", blocksize);
 }
 
 void check_result_dtype(const char* op, ScalarType dtype) {
@@ -115,11 +116,11 @@ void Weight4bitArguments::check(size_t dims) const {
                nested_blocks);
 }
 
-QuantType quant_type_of(const char* op, const std::string& name) {
+int format_of(const char* op, const std::string& name) {
   std::string known;
-  for (const auto& format : kFormats4bit) {
-    if (name == format) return static_cast<QuantType>(&format - kFormats4bit);
-    known += (known.empty() ? "'" : " or '") + std::string(format) + "'";
+  for (const Format4bit& format : kFormats4bit) {
+    if (name == format.name) return static_cast<int>(&format - kFormats4bit.data());
+    known += (known.empty() ? "'" : " or '") + std::string(format.name) + "'";
   }
   fail("bnbops::", op, ": quant_type must be ", known, ", got '", name, "'");
 }

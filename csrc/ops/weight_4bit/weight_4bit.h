@@ -10,9 +10,6 @@
 
 namespace bnbops {
 
-// Elements that share a scale: a power of two.
-constexpr int64_t kSmallestBlock4bit = 32, kLargestBlock4bit = 4096;
-
 constexpr const char* kNestedSchema =
     "*, Tensor? nested_absmax=None, Tensor? nested_code=None, Tensor? nested_offset=None, int nested_blocksize=256";
 
@@ -31,8 +28,8 @@ struct Weight4bitArguments {
   void check(size_t dims) const;  // dims: how many the shape must have, 0 for any
 };
 
-// Whose name it is, one of kFormats4bit; throws if it is none's.
-QuantType quant_type_of(const char* op, const std::string& name);
+// Whose name it is: an index of kFormats4bit; throws if it is none's.
+int format_of(const char* op, const std::string& name);
 
 // Bytes of an element that holds packed codes.
 int64_t storage_size(ScalarType quant_storage);

@@ -31,7 +31,7 @@ struct Weight4bitOperators {
     Tensor codes = torch::stable::new_empty(A, {bytes / storage_size(quant_storage), 1}, quant_storage);
     Tensor absmax = torch::stable::new_empty(A, {divide_up(A.numel(), blocksize)}, ScalarType::Float);
     device.quantize({values.const_data_ptr(), dtype_of(values), nullptr, mutable_data<uint8_t>(codes),
-                     mutable_data<float>(absmax), A.numel(), blocksize, quant_type_of("quantize_4bit", quant_type)});
+                     mutable_data<float>(absmax), A.numel(), blocksize, format_of("quantize_4bit", quant_type)});
     return {codes, absmax};
   }
 

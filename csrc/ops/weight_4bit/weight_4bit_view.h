@@ -11,15 +11,16 @@ inline Weight4bit kernel_view(const Weight4bitArguments& arguments) {
   Weight4bit weight{};
   weight.codes = data_of<uint8_t>(arguments.weight);
   weight.blocksize = arguments.blocksize;
-  weight.quant_type = quant_type_of(arguments.op, arguments.quant_type);
+  weight.format = format_of(arguments.op, arguments.quant_type);
   if (arguments.nested_absmax) {
-    weight.nested_codes = data_of<uint8_t>(arguments.absmax);
-    weight.nested_codebook = data_of<float>(*arguments.nested_code);
-    weight.nested_absmax = data_of<float>(*arguments.nested_absmax);
-    weight.nested_offset = data_of<float>(*arguments.nested_offset);
-    weight.nested_blocksize = arguments.nested_blocksize;
+    weight.scales = {nullptr,
+                     data_of<uint8_t>(arguments.absmax),
+                     data_of<float>(*arguments.nested_code),
+                     data_of<float>(*arguments.nested_absmax),
+                     data_of<float>(*arguments.nested_offset),
+                     arguments.nested_blocksize};
   } else {
-    weight.absmax = data_of<float>(arguments.absmax);
+    weight.scales.absmax = data_of<float>(arguments.absmax);
   }
   return weight;
 }
