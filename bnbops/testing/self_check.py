@@ -6,7 +6,6 @@ The computations here are short and slow; the tests have finer ones.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,6 +18,7 @@ from bnbops._library import ISAS
 from bnbops.facts import CODECS, DEFAULT_CODEC, ROLES, RULES, Codec, Rule, State
 from bnbops.testing.coded import decoded, expect_coded
 from bnbops.testing.expect import Difference, absmax_of, blocked, expect, expect_close, expect_nearest, normalise
+from bnbops.testing.references.rules import UPDATES
 from bnbops.testing.sample import tensor
 from bnbops.testing.samples import SAMPLED, Sample, operator, samples
 from bnbops.testing.self_check_4bit import REFERENCES_4BIT
@@ -42,7 +42,7 @@ def _isas(_before: dict[str, Any], result: list[str], _after: dict[str, Any]) ->
 
 def _facts(_before: dict[str, Any], result: str, _after: dict[str, Any]) -> None:
     rules = json.loads(result)["rules"]
-    expect(sorted(rules) == sorted(_DIRECTIONS), f"rules {list(rules)} instead of {list(_DIRECTIONS)}")
+    expect(sorted(rules) == sorted(UPDATES), f"rules {list(rules)} instead of {list(UPDATES)}")
 
 
 def _quantize(before: dict[str, Any], result: tuple[Tensor, Tensor], _after: dict[str, Any]) -> None:
@@ -69,94 +69,6 @@ def _dequantize_out(before: dict[str, Any], _result: None, after: dict[str, Any]
 
 
 # ---- optimizer steps -------------------------------------------------------------------------------------------
-#
-# Update rules in float64: from (param, grad, states, step, options) to the direction and the new states, and what a
-# step along it makes of the parameter. docs/operators.md names their papers.
-
-
-def _adam(p: Tensor, g: Tensor, states: list[Tensor], t: int, o: dict[str, Any]) -> tuple[Tensor, ...]:
-    m, v = _moments(g, states, o)
-    return m / ((v / (1 - o["beta2"] ** t)).sqrt() + o["eps"]), m, v
-
-
-def _moments(g: Tensor, states: list[Tensor], o: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    return o["beta1"] * states[0] + (1 - o["beta1"]) * g, o["beta2"] * states[-1] + (1 - o["beta2"]) * g * g
-
-
-def _sgd(p: Tensor, g: Tensor, states: list[Tensor], t: int, o: dict[str, Any]) -> tuple[Tensor, ...]:
-    return (g + o["weight_decay"] * p,)
-
-
-def _momentum(p: Tensor, g: Tensor, states: list[Tensor], t: int, o: dict[str, Any]) -> tuple[Tensor, ...]:
-    g = o["trust"] * (g + o["weight_decay"] * p)  # trust: 1, but for LARS
-    buffer = g if t == 1 else o["momentum"] * states[0] + (1 - o["dampening"]) * g
-    return g + o["momentum"] * buffer if o["nesterov"] else buffer, buffer
-
-
-def _lion(p: Tensor, g: Tensor, states: list[Tensor], t: int, o: dict[str, Any]) -> tuple[Tensor, ...]:
-    c = o["beta1"] * states[0] + (1 - o["beta1"]) * g
-    return c.sign(), o["beta2"] * states[0] + (1 - o["beta2"]) * g
-
-
-def _rmsprop(p: Tensor, g: Tensor, states: list[Tensor], t: int, o: dict[str, Any]) -> tuple[Tensor, ...]:
-    g = g + o["weight_decay"] * p
-    v = o["alpha"] * states[0] + (1 - o["alpha"]) * g * g
-    u = g / (v.sqrt() + o["eps"])
-    if "momentum" not in o:
-        return u, v
-    buffer = o["momentum"] * states[1] + u
-    return buffer, v, buffer
-
-
-def _adagrad(p: Tensor, g: Tensor, states: list[Tensor], t: int, o: dict[str, Any]) -> tuple[Tensor, ...]:
-    g = g + o["weight_decay"] * p
-    total = states[0] + g * g
-    return g / (total.sqrt() + o["eps"]), total
-
-
-def _lamb(p: Tensor, g: Tensor, states: list[Tensor], t: int, o: dict[str, Any]) -> tuple[Tensor, ...]:
-    decay = o["weight_decay"] * p
-    m, v = _moments(g if o["adam_w_mode"] else g + decay, states, o)
-    correction1, correction2 = (1 - o[beta] ** t if o["bias_correction"] else 1 for beta in ("beta1", "beta2"))
-    u = (m / correction1) / ((v / correction2).sqrt() + o["eps"])
-    return u + decay if o["adam_w_mode"] else u, m, v
-
-
-def _ademamix(p: Tensor, g: Tensor, states: list[Tensor], t: int, o: dict[str, Any]) -> tuple[Tensor, ...]:
-    alpha, beta3 = o["alpha"], o["beta3"]
-    if 0 < t < o["t_alpha"]:
-        alpha *= t / o["t_alpha"]
-    if 0 < t < o["t_beta3"]:  # the half-life -log(2) / log(beta3) grows linearly
-        part = t / o["t_beta3"]
-        beta3 = math.exp(1 / ((1 - part) / math.log(o["beta1"]) + part / math.log(beta3)))
-    m, v = _moments(g, states, o)
-    slow = beta3 * states[1] + (1 - beta3) * g
-    return (m / (1 - o["beta1"] ** t) + alpha * slow) / ((v / (1 - o["beta2"] ** t)).sqrt() + o["eps"]), m, slow, v
-
-
-_DIRECTIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
-    "adam": _adam,
-    "sgd": _sgd,
-    "momentum": _momentum,
-    "lion": _lion,
-    "rmsprop": _rmsprop,
-    "rmsprop_momentum": _rmsprop,
-    "adagrad": _adagrad,
-    "lamb": _lamb,
-    "lars": _momentum,
-    "ademamix": _ademamix,
-}
-_RATES: dict[str, Callable[[int, dict[str, Any]], float]] = {  # where it is not lr
-    "adam": lambda t, o: o["lr"] / (1 - o["beta1"] ** t),
-    "adagrad": lambda t, o: o["lr"] / (1 + (t - 1) * o["lr_decay"]),
-    "lamb": lambda t, o: o["lr"] * o["trust"],
-}
-_DECOUPLED = ("adam", "lion", "ademamix")  # their weight decay is no part of the direction
-
-
-def _along(rule: Rule, p: Tensor, u: Tensor, t: int, o: dict[str, Any]) -> Tensor:
-    decay = o["lr"] * o["weight_decay"] * p if rule.name in _DECOUPLED else 0.0
-    return p - _RATES.get(rule.name, lambda t, o: o["lr"])(t, o) * u - decay
 
 
 def _each(rule: Rule, before: dict[str, Any], after: dict[str, Any]) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -169,7 +81,8 @@ def _each(rule: Rule, before: dict[str, Any], after: dict[str, Any]) -> Iterator
             continue
         expect(torch.equal(after["steps"][i], before["steps"][i] + 1), f"steps[{i}] is not one more")
         p, g, old = _values(rule, i, before)
-        u, *new = _DIRECTIONS[rule.name](p, g, old, int(after["steps"][i].item()), _options(rule, i, before))
+        t = int(after["steps"][i].item())
+        u, new = UPDATES[rule.name].direction(p, g, old, t, **_options(rule, i, before))
         for state, x, former in zip(rule.states, new, old, strict=True):
             _expect_state(state, i, torch.where(g.isfinite(), x, former), before, after)
         yield i, g, u
@@ -178,7 +91,7 @@ def _each(rule: Rule, before: dict[str, Any], after: dict[str, Any]) -> Iterator
 def _step(rule: Rule, before: dict[str, Any], _result: None, after: dict[str, Any]) -> None:
     for i, g, u in _each(rule, before, after):
         p, t = before["params"][i].double(), int(after["steps"][i].item())
-        new_p = _along(rule, p, u, t, _options(rule, i, before))
+        new_p = UPDATES[rule.name].along(p, u, t, **_options(rule, i, before))
         expect_close(after["params"][i], torch.where(g.isfinite(), new_p, p), f"params[{i}]")
 
 
@@ -194,8 +107,8 @@ def _direction(rule: Rule, before: dict[str, Any], _result: None, after: dict[st
 
 def _apply(rule: Rule, before: dict[str, Any], _result: None, after: dict[str, Any]) -> None:
     for i, u in enumerate(before["directions"]):
-        p = before["params"][i].double()
-        new_p = _along(rule, p, u.double(), int(before["steps"][i].item()), _options(rule, i, before))
+        p, t = before["params"][i].double(), int(before["steps"][i].item())
+        new_p = UPDATES[rule.name].along(p, u.double(), t, **_options(rule, i, before))
         expect_close(after["params"][i], torch.where(u.isnan(), p, new_p), f"params[{i}]")
 
 
@@ -245,10 +158,10 @@ def _values(rule: Rule, i: int, before: dict[str, Any]) -> tuple[Tensor, Tensor,
 
 def _options(rule: Rule, i: int, before: dict[str, Any]) -> dict[str, Any]:
     """What the rule of parameter `i` gets; options in a tensor take the place of the others."""
-    held = before["options"].tolist() if before.get("options") is not None else []
-    trust = before["trust"][i].item() if before.get("trust") is not None else 1.0
     names = [option.name for option in rule.options]
-    return before | dict(zip(names, held, strict=False)) | {"lr": before["lr"].item(), "trust": trust}
+    held = before["options"].tolist() if before.get("options") is not None else map(before.get, names)
+    trust = before["trust"][i].item() if before.get("trust") is not None else 1.0
+    return {**dict(zip(names, held, strict=True)), "lr": before["lr"].item(), "trust": trust}
 
 
 def _decoded(state: State, i: int, before: dict[str, Any]) -> Tensor:

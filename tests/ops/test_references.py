@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from bnbops.testing.references.rules import ademamix_alpha, ademamix_beta3, divide
 from reference import norms
-from reference.rounding import Rounded, divide, rounded
-from reference.rules import RULES, ademamix_alpha, ademamix_beta3
+from reference.rounding import Rounded, rounded
+from reference.rules import RULES
 
 STEPS = 300
 

@@ -14,7 +14,7 @@ from bnbops.optim import AdamW8bit, PytorchLARS
 from cases.optimizer_classes import CLASSES, WITH_8BIT, build, family
 from cases.optimizers import MIXED, assert_same, params, set_grads, train
 from reference.norms import lamb_trust, lars_trust, percentile_clip, squared_norm
-from reference.rules import RULES, lamb_direction
+from reference.rules import RULES
 
 LR = 1e-2
 names = pytest.mark.parametrize("name", CLASSES)
@@ -124,7 +124,7 @@ def followed(name: str, shape: tuple[int, ...], steps: int, **options: Any) -> I
         norm = math.sqrt(squared_norm(p))
         if name == "LAMB":
             others = {key: value for key, value in rule_options.items() if key not in ("lr", "trust")}
-            direction, _ = lamb_direction(p, g, states, t, **others)
+            direction, _ = RULES["lamb"].update.direction(p, g, states, t, **others)
             length = math.sqrt(squared_norm(direction))
             rule_options["trust"] = lamb_trust(norm, length, max_unorm, group["trust_clip"])
         elif name == "LARS":

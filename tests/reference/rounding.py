@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bnbops.testing.references.rules import divide
+
 UNIT = 2.0**-24  # the relative error of one fp32 operation
 TINY = 2.0**-149  # the absolute error of one that underflows
 
@@ -90,11 +92,8 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
     return torch.where((x == 0) | (y == 0), 0.0, x * y)
 
 
-def divide(x: Number, y: Number) -> Number:
-    """x / y, and 0 where y is 0: no step where nothing has accumulated."""
-    if not isinstance(x, Rounded) and not isinstance(y, Rounded):
-        return torch.where(y == 0, 0.0, x / y)
-    x, y = rounded(x), rounded(y)
+@divide.register
+def _(x: Rounded, y: Rounded) -> Rounded:
     quotient = x / y
     certain = (y.value == 0) & (y.error == 0)
     error = torch.where(certain, 0.0, torch.where(quotient.error.isnan(), torch.inf, quotient.error))

@@ -1,0 +1,1 @@
+"""What operators compute, in plain torch: for the self-check and for the tests."""
