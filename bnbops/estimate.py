@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from bnbops import optim
-from bnbops.facts import STATE_BLOCK
+from bnbops.facts import FLOATS, STATE_BLOCK
 from bnbops.optim.core.manager import GlobalOptimManager
 from bnbops.optim.core.state import PER_PARAMETER, absmax_name, cuts_between_blocks
 
 LARGEST = 10**18  # number of parameters: torch counts bytes in 64 bits
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the parameters that the operators step
 
 _MANAGER = GlobalOptimManager.get_instance()
 
@@ -143,8 +142,8 @@ def _of_count(count: float, dtype: torch.dtype | None) -> list[nn.Parameter]:
 
 
 def _parameter(shape: Iterable[int], dtype: torch.dtype, trainable: bool) -> nn.Parameter:
-    if trainable and dtype not in DTYPES:
-        raise ValueError(f"the optimizers take parameters of {_names(DTYPES)}, not {_names([dtype])}")
+    if trainable and dtype not in FLOATS:
+        raise ValueError(f"the optimizers take parameters of {_names(FLOATS)}, not {_names([dtype])}")
     return nn.Parameter(torch.empty(tuple(shape), dtype=dtype, device="meta"), requires_grad=trainable)
 
 

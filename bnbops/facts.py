@@ -150,6 +150,8 @@ FORMATS: Mapping[str, Format4bit] = {
 }
 """Of 4-bit weights, by name: what `quant_type` may be."""
 FORMATS_4BIT: tuple[str, ...] = tuple(FORMATS)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""What operators take and give as numbers: `is_float` in csrc/core/check.cpp."""
 MOST_INT8_PRODUCTS: int = _facts["most_int8_products"]
 """Of two int8, whose sum an int32 holds for certain."""
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bnbops._library import implementations, operator
+from bnbops.facts import FLOATS
 
 Arguments = SimpleNamespace
 Problem = str | bool
@@ -131,7 +132,7 @@ def dtype_of(name: str) -> Check:
 
 float32, float64, uint8 = dtype(torch.float32), dtype(torch.float64), dtype(torch.uint8)
 int8, int32 = dtype(torch.int8), dtype(torch.int32)
-floats = dtype(torch.float32, torch.bfloat16, torch.float16)
+floats = dtype(*FLOATS)
 scales = dtype(torch.float32, torch.int32, words="float32, or int32 for the bits of float32")
 
 

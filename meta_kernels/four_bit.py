@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from bnbops.codebooks import ENTRIES
-from bnbops.facts import FORMATS, in_words
+from bnbops.facts import FLOATS, FORMATS, in_words
 
 from . import checks as C
 from .checks import Arguments, Problem, Row, blocks, fake, row
 
 # ---- a weight --------------------------------------------------------------------------------------------------
 
-_STORAGE = (torch.uint8, torch.int8, torch.float32, torch.bfloat16, torch.float16)
+_STORAGE = (torch.uint8, torch.int8, *FLOATS)
 _NESTED = ("nested_absmax", "nested_code", "nested_offset")
 
 

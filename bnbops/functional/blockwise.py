@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bnbops.codebooks import create_dynamic_map
+from bnbops.facts import FLOATS
 from bnbops.functional.quant_state import QuantState
 from bnbops.lasting import lasting
 
@@ -43,7 +44,7 @@ def quantize_blockwise(
 
     Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (arXiv:2110.02861), section 2.1.
     """
-    if A.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if A.dtype not in FLOATS:
         raise ValueError(f"quantize_blockwise takes float32, bfloat16 or float16 tensors, got {A.dtype}")
     if blocksize <= 0:
         raise ValueError(f"blocksize must be positive, got {blocksize}")

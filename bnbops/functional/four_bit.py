@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbops.facts import FORMATS, in_words
+from bnbops.facts import FLOATS, FORMATS, in_words
 from bnbops.functional.blockwise import quantize_blockwise
 from bnbops.functional.quant_state import QuantState
 from bnbops.lasting import lasting
 
 _BLOCKSIZE = 64  # by default
-_FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # What no weight can be in, but `get_4bit_type` knows. AF4: the quantiles that minimize the expected absolute error in
 # blocks of 64.
 _OTHER_TYPES = {
@@ -31,7 +30,7 @@ with lasting():  # at import: no tracer sees the making
 
 
 def _check(function: str, dtype: torch.dtype | None, blocksize: int | None, quant_type: str | None) -> None:
-    if dtype not in _FLOAT_DTYPES:
+    if dtype not in FLOATS:
         raise ValueError(f"{function} takes float32, bfloat16 or float16 tensors, got {dtype}")
     if quant_type not in FORMATS:
         raise ValueError(f"quant_type must be {in_words(FORMATS)}, got {quant_type!r}")

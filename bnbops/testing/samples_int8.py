@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from bnbops.nn.weights.scale_bits import to_bits
-from bnbops.testing.sample import Sample, full, integers, normal, strided, uniform
+from bnbops.testing.sample import DTYPES, Sample, full, integers, normal, strided, uniform
 
 __all__ = ["BUILDERS"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _K, _N = 70, 67  # one vector and a rest; one panel of columns and a rest
 
 
@@ -43,8 +42,8 @@ def _with_special(x: Tensor) -> Tensor:
 def _quant() -> list[Sample]:
     x = normal(5, _K)
     return [
-        *(Sample(f"{dtype}".removeprefix("torch."), (x.to(dtype),)) for dtype in _DTYPES),
-        *(Sample(f"outliers, {d}".replace("torch.", ""), (_with_outliers(x.clone()).to(d), 6.0)) for d in _DTYPES),
+        *(Sample(f"{dtype}".removeprefix("torch."), (x.to(dtype),)) for dtype in DTYPES),
+        *(Sample(f"outliers, {d}".replace("torch.", ""), (_with_outliers(x.clone()).to(d), 6.0)) for d in DTYPES),
         Sample("every column has an outlier", (x, 1e-9)),
         Sample("no outliers", (x, 1e9)),
         Sample("three dimensions", (normal(2, 3, _K), 1.0)),
@@ -115,7 +114,7 @@ def _mm_dequant() -> list[Sample]:
     rows, columns, bias = 1e-3 * _scales(5), _scales(_N, seed=1), normal(_N)
     return [
         Sample("defaults", (A, rows, columns)),
-        *(Sample(f"to {d}".replace("torch.", ""), (A, rows, columns, d, bias.to(d))) for d in _DTYPES),
+        *(Sample(f"to {d}".replace("torch.", ""), (A, rows, columns, d, bias.to(d))) for d in DTYPES),
         Sample("float16 bias", (A, rows, columns), {"bias": bias.half()}),
         Sample("three dimensions", (A[:4].view(2, 2, _N), rows[:4], columns, torch.float32)),
         Sample("one dimension", (A[0], rows[:1], columns)),
@@ -131,7 +130,7 @@ def _scaled_mm() -> list[Sample]:
     rows, columns, bias = _scales(5), 1e-2 * _scales(_N, seed=1), normal(_N)
     return [
         Sample("defaults", (A, B, rows, columns)),
-        *(Sample(f"to {d}".replace("torch.", ""), (A, B, rows, columns, bias.to(d), d)) for d in _DTYPES),
+        *(Sample(f"to {d}".replace("torch.", ""), (A, B, rows, columns, bias.to(d), d)) for d in DTYPES),
         Sample("three dimensions", (_codes(2, 3, _K), B, _scales(6).view(2, 3), columns), {"dtype": torch.float32}),
         Sample("one dimension", (A[0], B, rows[:1], columns, bias)),
         Sample("transposed", (_codes(_K, 5).t(), _codes(_K, _N).t(), strided(rows), columns)),
@@ -152,10 +151,10 @@ def _linear() -> list[Sample]:
         return _with_outliers(x.clone()).to(d)
 
     return [
-        *(Sample(f"{d}".removeprefix("torch."), (x.to(d), weight, scale, None, 0.0)) for d in _DTYPES),
+        *(Sample(f"{d}".removeprefix("torch."), (x.to(d), weight, scale, None, 0.0)) for d in DTYPES),
         *(
             Sample(f"outliers, {d}".replace("torch.", ""), (outliers(d), weight, scale, bias.to(d), 6.0))
-            for d in _DTYPES
+            for d in DTYPES
         ),
         Sample("every column has an outlier", (x, weight, scale, bias, 1e-9)),
         Sample("many rows", (normal(300, 24), _codes(9, 24), scale[:9], None, 1.0)),
@@ -168,7 +167,7 @@ def _linear() -> list[Sample]:
         Sample("nan, infinity and zeros", (_with_special(x.clone()), weight, scale, bias, 0.0)),
         Sample("nan and zeros with a threshold", (_with_special(x.clone())[[0, 2]], weight, scale, bias, 1.0)),
         Sample("bits of scales", (outliers(torch.bfloat16), weight, to_bits(scale), None, 6.0)),
-        *(Sample(f"requires grad, {d}".replace("torch.", ""), _differentiable(d)) for d in _DTYPES[:2]),
+        *(Sample(f"requires grad, {d}".replace("torch.", ""), _differentiable(d)) for d in DTYPES[:2]),
     ]
 
 
@@ -187,7 +186,7 @@ def _weight_only() -> list[Sample]:
 def _input_grad() -> list[Sample]:
     grad, weight, scale = normal(5, _N), _codes(_N, _K), 0.1 * _scales(_N)
     return [
-        *(Sample(f"{d}".removeprefix("torch."), (grad.to(d), weight, scale)) for d in _DTYPES),
+        *(Sample(f"{d}".removeprefix("torch."), (grad.to(d), weight, scale)) for d in DTYPES),
         Sample("several panels", (normal(3, 9), _codes(9, 1100), scale[:9])),
         Sample("three dimensions", (normal(2, 3, _N), weight, scale)),
         Sample("one dimension", (grad[0], weight, scale)),

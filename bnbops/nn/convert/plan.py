@@ -6,17 +6,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from bnbops.dtensors import is_dtensor
+from bnbops.facts import FLOATS
 from bnbops.nn.convert.places import CONV1D, Place, all_places, memory_of, places_by_tensor
 from bnbops.nn.kinds import kind_of
 from bnbops.nn.weights.module import QuantizedModule
 from bnbops.nn.weights.quantization import Quantization
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights that can be quantized
 SHARDED = "its weight is sharded (a DTensor): quantize the model first, then call fully_shard"
 
 Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -166,7 +165,7 @@ def _obstacle(place: Place, kind: type[Quantization]) -> str | None:
             return reason
     if type(tensor) is not nn.Parameter:
         return f"its weight is a {type(tensor).__name__}"
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in FLOATS:
         return f"its weight is {str(tensor.dtype).removeprefix('torch.')}"
     if tensor.numel() == 0:
         return "its weight has no elements"

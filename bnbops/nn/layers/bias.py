@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bnbops.facts import FLOATS
+
 cast_for_good = False  # while bnbops is installed as bitsandbytes, whose layers do it
 
 
@@ -21,5 +23,4 @@ def bias_for(module: nn.Linear, x: Tensor) -> Tensor | None:
 
 def _fits(module: nn.Linear, x: Tensor) -> bool:
     """Whether the product will not refuse x: a failed call must not have cast anything."""
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    return x.dtype in dtypes and x.dim() > 0 and x.shape[-1] == module.in_features and x.device == module.weight.device
+    return x.dtype in FLOATS and x.dim() > 0 and x.shape[-1] == module.in_features and x.device == module.weight.device

@@ -9,6 +9,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from bnbops.facts import FLOATS
 from bnbops.nn.four_bit.module import Module4bit
 from bnbops.nn.layers.nested import over_nested
 from bnbops.nn.weights.codes import codes_as_they_are
@@ -64,7 +65,7 @@ class Linear4bit(Module4bit, nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(input_features, output_features, bias, device, dtype)
-        if compute_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        if compute_dtype not in (None, *FLOATS):
             raise ValueError(f"compute_dtype must be float32, bfloat16, float16 or None, got {compute_dtype}")
         self._make_4bit(blocksize, compress_statistics, quant_type, quant_storage)
         self.compute_dtype = compute_dtype

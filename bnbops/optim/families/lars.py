@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bnbops.dtensors import is_dtensor
-from bnbops.facts import RULES
+from bnbops.facts import FLOATS, RULES
 from bnbops.optim.core.batch import option
 from bnbops.optim.core.call import Call
 from bnbops.optim.core.norms import trust_ratio, whole_squared_norms
@@ -172,7 +172,7 @@ def pytorch_lars_step_(
 ) -> None:
     """The step of `PytorchLARS`, with the conventions of the operators in docs/operators.md. No 8-bit states."""
     for param, grad, buffer in zip(params, grads, momentum_buffer, strict=True):
-        if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if param.dtype not in FLOATS:
             raise RuntimeError(f"PytorchLARS: params must be float32, bfloat16 or float16, got {param.dtype}")
         if buffer.dtype != torch.float32 or not param.shape == grad.shape == buffer.shape:
             raise RuntimeError(
