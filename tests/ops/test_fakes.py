@@ -21,7 +21,7 @@ pytestmark = pytest.mark.every_torch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WITH_TENSORS = [name for name in SAMPLED if "Tensor" in str(operator(name)._schema)]
-ONE_TENSOR = ("int8_double_quant", "int8_vectorwise_quant")
+ONE_TENSOR = ("encode_state", "int8_double_quant", "int8_vectorwise_quant")
 Outcome = tuple[str, Any]
 
 
