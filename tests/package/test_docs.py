@@ -54,6 +54,12 @@ def test_relative_links_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_the_index_lists_every_page_once():
+    linked = re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs" / "index.md").read_text())
+    assert sorted(linked) == sorted(page.name for page in PAGES[1:] if page.name != "index.md")
+    assert "](docs/index.md)" in PAGES[0].read_text()
+
+
 # ---- what pages name exists ------------------------------------------------------------------------------------
 
 NAMING = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"]
