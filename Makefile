@@ -18,8 +18,8 @@ TORCH_VENV := .venv-$(subst ==,-,$(TORCH))
 BITSANDBYTES_VENV := .venv-bitsandbytes
 SOURCES := pyproject.toml bnbops/codebooks.py $(shell find csrc -type f)
 
-.PHONY: demo demo-fsdp test test-torch test-cuda-sanitize test-cuda-link test-gpu gpu-bundle lint bench bench-hf \
-  wheels release-check clean always
+.PHONY: demo demo-fsdp test test-torch test-planted test-cuda-sanitize test-cuda-link test-gpu gpu-bundle lint bench \
+  bench-hf wheels release-check clean always
 
 demo: $(VENV)/installed
 	$(PY) examples/train_gpt.py --out demo-out
@@ -41,6 +41,11 @@ test-torch:
 	$(TORCH_VENV)/bin/python -m pip install --quiet --no-deps --force-reinstall build/wheels/cpu/*.whl
 	cd tests && OMP_WAIT_POLICY=passive ../$(TORCH_VENV)/bin/python -m pytest -m every_torch --backends cpu \
 	  -n 2 --dist worksteal
+
+# Whether the tests notice faults that are planted into a copy of the repository, one after another (tests/planted). It
+# compiles for most of an hour. FAULTS="rules checks" takes those whose names or files have one of these words.
+test-planted: $(VENV)/installed
+	PYTHONPATH=tests $(PY) -m planted $(if $(FAULTS),--only $(FAULTS))
 
 # The CUDA kernels in the simulator, watched for accesses out of bounds and for data races. EVERY=8 is a reduced sweep.
 KERNEL_TESTS := $(patsubst %,tests/cuda/test_cuda_%.py,blockwise int8 linear_4bit optimizer weight_4bit)

@@ -1,0 +1,219 @@
+"""Faults that the tests have to notice: what stands in a file, and what a slip would have made of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    """`old` stands in `file` once; with `new` in its place one of `tests`, files in tests/, has to fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+FAULTS = (
+    # ---- codecs ----
+    Fault(
+        "the last element of a block with a rest does not count for its scale",
+        "csrc/cpu/blocks.h",
+        "Lanes::copy(padded, x + i, rest * sizeof(float));\n        take(padded);",
+        "Lanes::copy(padded, x + i, (rest - 1) * sizeof(float));\n        take(padded);",
+        ("ops/test_quantize.py",),
+    ),
+    Fault(
+        "what divides becomes 0 where it is small",
+        "csrc/codecs/dynamic8.h",
+        "if constexpr (!kKeepPositive) return k;",
+        "return k;",
+        ("ops/test_rules.py", "ops/test_rules_edges.py"),
+    ),
+    Fault(
+        "a NaN is encoded as it is",
+        "csrc/codecs/codec.h",
+        "return x != x ? 0.0F : without_infinity(x);",
+        "return without_infinity(x);",
+        ("ops/test_quantize.py", "ops/test_rules_edges.py"),
+    ),
+    Fault(
+        "set_state lets a small square become 0",
+        "bnbops/optim/core/codec.py",
+        "if name in DIVISORS:",
+        "if name in ():",
+        ("optim/test_edit_state.py",),
+    ),
+    # ---- rules ----
+    Fault(
+        "AdamW's weight decay has the wrong sign",
+        "csrc/rules/adam.h",
+        "h.decay = to_float(1 - x.lr * weight_decay);",
+        "h.decay = to_float(1 + x.lr * weight_decay);",
+        ("ops/test_rules.py",),
+    ),
+    Fault(
+        "Lion's average has the other beta",
+        "csrc/rules/lion.h",
+        "s[0] = fused_multiply_add(F(h.beta2), s[0], F(h.grad_weight2) * g);",
+        "s[0] = fused_multiply_add(F(h.beta1), s[0], F(h.grad_weight2) * g);",
+        ("ops/test_rules.py",),
+    ),
+    Fault(
+        "AdEMAMix's alpha grows beyond its end",
+        "csrc/rules/ademamix.h",
+        "std::min(step / horizon, 1.0) * alpha",
+        "(step / horizon) * alpha",
+        ("ops/test_rules.py", "optim/test_optimizer_families.py"),
+    ),
+    # ---- layout ----
+    Fault(
+        "blocks straddle the rows of a matrix",
+        "csrc/ops/optimizer/optimizer.cpp",
+        "if (inner % kStateBlock == 0) return",
+        "if (inner >= kStateBlock) return",
+        ("ops/test_rules.py",),
+    ),
+    Fault(
+        "a scale of scales serves one scale too few",
+        "csrc/formats/codecs_4bit.h",
+        "weight.nested_absmax[block / weight.nested_blocksize]",
+        "weight.nested_absmax[(block + 1) / weight.nested_blocksize]",
+        ("ops/test_quantize_4bit.py", "ops/test_linear_4bit_ops.py"),
+    ),
+    Fault(
+        "a parameter of just min_8bit_size elements has 32-bit states",
+        "bnbops/optim/core/state.py",
+        "param.numel() < least",
+        "param.numel() <= least",
+        ("optim/test_optimizer_class.py", "optim/test_vector_states.py"),
+    ),
+    # ---- checks ----
+    Fault(
+        "scales that share memory with a parameter are taken",
+        "csrc/ops/optimizer/optimizer.cpp",
+        "if (a.quantized()) overlaps.writes(",
+        "if (false) overlaps.writes(",
+        ("ops/test_bad_input.py", "ops/test_rules_edges.py"),
+    ),
+    Fault(
+        "a bias of another dtype is taken",
+        "csrc/ops/weight_4bit/weight_4bit.cpp",
+        "check_dtype(named, x.scalar_type());",
+        "",
+        ("ops/test_linear_4bit_ops.py", "ops/test_fakes.py"),
+    ),
+    # ---- fakes ----
+    Fault(
+        "the fake of a gradient has the shape of an output",
+        "meta_kernels/linear_4bit.py",
+        "return grad.new_empty((*grad.shape[:-1], shape[1]))",
+        "return grad.new_empty((*grad.shape[:-1], shape[0]))",
+        ("ops/test_registry.py", "ops/test_fakes.py"),
+    ),
+    Fault(
+        "the fake of scales lacks that of a short block",
+        "meta_kernels/blockwise.py",
+        "blocks = -(A.numel() // -blocksize)\n    codes",
+        "blocks = A.numel() // blocksize\n    codes",
+        ("ops/test_registry.py", "ops/test_fakes.py"),
+    ),
+    # ---- formats ----
+    Fault(
+        "a negative element halfway between two 4-bit codes takes the other one",
+        "csrc/formats/codecs_4bit.h",
+        "fraction_bits(positive ? magnitude : below(magnitude))",
+        "fraction_bits(magnitude)",
+        ("ops/test_quantize_4bit.py", "ops/test_golden_4bit.py"),
+    ),
+    Fault(
+        "an element of just the threshold is no outlier",
+        "csrc/formats/int8.h",
+        "static_cast<uint32_t>(bits >= limit) & static_cast<uint32_t>(bits <= kInfinityBits)",
+        "static_cast<uint32_t>(bits > limit) & static_cast<uint32_t>(bits <= kInfinityBits)",
+        ("ops/test_int8_ops.py",),
+    ),
+    # ---- optimizers ----
+    Fault(
+        "a parameter with strides of its own keeps its values",
+        "bnbops/optim/core/call.py",
+        "original.copy_(copy)",
+        "pass",
+        ("optim/test_optimizer_training.py",),
+    ),
+    # ---- modules ----
+    Fault(
+        "a doubly quantized state dict names the wrong block of scales",
+        "bnbops/functional/quant_state.py",
+        '"nested_blocksize": self.state2.blocksize,',
+        '"nested_blocksize": self.blocksize,',
+        ("nn/test_linear_4bit_state.py", "ops/test_functional_4bit.py"),
+    ),
+    Fault(
+        "codes without their scales are loaded",
+        "bnbops/nn/int8/module.py",
+        'missing_keys += [] if self._is_tied() else [prefix + "SCB"]',
+        "missing_keys += []",
+        ("nn/test_linear_8bit_state_dict.py",),
+    ),
+    # ---- checkpoints ----
+    Fault(
+        "bitsandbytes' step count loses a step",
+        "bnbops/optim/checkpoints/interchange.py",
+        'torch.tensor(float(state["step"])',
+        'torch.tensor(float(state["step"]) - 1',
+        ("optim/test_interchange.py",),
+    ),
+    Fault(
+        "a learning rate in a tensor is not loaded",
+        "bnbops/optim/checkpoints/checkpoint.py",
+        'group["lr"].fill_(saved["lr"])',
+        "pass",
+        ("optim/test_optimizer_checkpoint.py",),
+    ),
+    # ---- several ranks ----
+    Fault(
+        "the norm of a sharded parameter is that of its longest part",
+        "bnbops/optim/core/norms.py",
+        'all_reduce(squared_norms, "sum"',
+        'all_reduce(squared_norms, "max"',
+        ("distributed/test_sharded_norms.py",),
+    ),
+    Fault(
+        "each rank adds the bias to its part of a sum",
+        "bnbops/distributed/sharding.py",
+        'local["bias"] = bias if adds else None',
+        'local["bias"] = bias',
+        ("distributed/test_sharding_rules.py",),
+    ),
+    # ---- CUDA ----
+    Fault(
+        "equal norms share a place among the percentiles",
+        "csrc/cuda/norms.cu",
+        "(norms[j] == norms[i] && j < i)",
+        "(norms[j] == norms[i] && j <= i)",
+        ("ops/test_percentile_clip.py",),
+    ),
+    Fault(
+        "every expert has the bias of the first",
+        "csrc/cuda/linear_4bit_gemv.cu",
+        "load_element(job.bias, job.dtype, part.expert * job.out_features + feature)",
+        "load_element(job.bias, job.dtype, feature)",
+        ("ops/test_grouped_linear_4bit_ops.py",),
+    ),
+    Fault(
+        "rows that begin within a byte have their codes swapped",
+        "csrc/cuda/weight_4bit.cu",
+        "weight.codes[element / 2] >> (element % 2 == 0 ? 4 : 0)",
+        "weight.codes[element / 2] >> (element % 2 == 0 ? 0 : 4)",
+        ("cuda/test_cuda_weight_4bit.py", "ops/test_embedding_4bit_ops.py"),
+    ),
+    Fault(
+        "what is behind the end of a block is no zero",
+        "csrc/cuda/optimizer_block.h",
+        "x.at, x.count, zero_code(spec.is_signed))",
+        "x.at, x.count, 0)",
+        ("cuda/test_cuda_optimizer.py",),
+    ),
+)
