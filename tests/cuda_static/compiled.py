@@ -1,6 +1,7 @@
 """Compiles the kernel files as the build does, for one architecture each, and keeps what the compiler says.
 
-The commands are CMake's own for the library: only the architectures differ. What is compiled once stays in build/,
+The commands are CMake's own for the library: only the architectures differ, and the code for the host, a third of the
+work, is left out. What is compiled once stays in build/,
 under a name made of the contents of all that it depends on; other processes wait for it.
 """
 
@@ -88,7 +89,8 @@ def commands() -> dict[Path, list[str]]:
         if entry["file"].endswith(".cu"):
             words = shlex.split(entry["command"])
             del words[words.index("-c") :]
-            found[Path(entry["file"])] = [word for word in words if not word.startswith("--generate-code")]
+            device = [word for word in words if not word.startswith("--generate-code")]
+            found[Path(entry["file"])] = [*device, "-cubin"]
     return found
 
 
@@ -126,9 +128,8 @@ def compile_for(arch: str, source: Path, command: list[str], options: tuple[str,
 def _compile(source: Path, command: list[str], output: Path) -> None:
     with tempfile.TemporaryDirectory(dir=FOLDER) as name:
         folder = Path(name)
-        keep = ["-keep", "-keep-dir", folder]
-        log = run(*command, *keep, "-Xptxas=-v", "-c", source, "-o", folder / "kernels.o", cwd=folder)
-        (cubin,) = folder.glob("*.cubin")
+        keep, cubin = ["-keep", "-keep-dir", folder], folder / "kernels.cubin"
+        log = run(*command, *keep, "-Xptxas=-v", source, "-o", cubin, cwd=folder)
         sass = run(nvdisasm(), "-c", "-gi", cubin)
         result = folder / "result"
         result.mkdir()
