@@ -41,6 +41,11 @@ class _Storage:
     ignored: Mapping[str, Any] = field(default_factory=dict)  # options that its kernels do not know, and what they do
 
     @property
+    def keeps_unorm(self) -> bool:
+        """Whether there is an "unorm_vec", where it writes the update's norm."""
+        return self.rule.trust != "none"
+
+    @property
     def two_states(self) -> bool:
         """Whether it is of a class with state1 and state2."""
         return len(self.rule.states) > 1
@@ -237,9 +242,9 @@ def _state_problem(
     quantized = any(f"absmax{number}" in state for number, _ in slots)
     kinds = ("state", "qmap", "absmax") if quantized else ("state",)
     needed = {"step", *(f"{kind}{number}" for number, _ in slots for kind in kinds)}
-    if storage.rule.trust and group["max_unorm"]:
+    if storage.keeps_unorm and group["max_unorm"]:
         needed.add("unorm_vec")
-    known = needed | {"gnorm_vec"} | ({"unorm_vec"} if storage.rule.trust else set())
+    known = needed | {"gnorm_vec"} | ({"unorm_vec"} if storage.keeps_unorm else set())
     missing, extra = sorted(needed - state.keys()), sorted(state.keys() - known)
     if missing or extra:
         return f"keys missing: {missing}, unexpected: {extra}; is it of another optimizer?"
@@ -316,7 +321,7 @@ def _write_state(storage: _Storage, slots: _Slots, state: dict[str, Tensor]) -> 
             states, scales = zip(*(_flat(name, state[name], state[absmax_name(name)]) for name in ours), strict=True)
             written |= {f"qmap{number}": code_map(ours[0], device), f"absmax{number}": joined(scales)}
         written[f"state{number}"] = joined(states)
-    if storage.rule.trust:  # where it writes the update's norm
+    if storage.keeps_unorm:
         written["unorm_vec"] = torch.zeros(1, dtype=torch.float32, device=device)
     return {"step": int(state["step"].item()), _NESTED: written}
 
