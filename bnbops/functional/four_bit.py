@@ -32,7 +32,7 @@ with lasting():  # at import: no tracer sees the making
 def _check(function: str, dtype: torch.dtype | None, blocksize: int | None, quant_type: str | None) -> None:
     if dtype not in FLOATS:
         raise ValueError(f"{function} takes float32, bfloat16 or float16 tensors, got {dtype}")
-    if quant_type not in FORMATS:
+    if quant_type is None or quant_type not in FORMATS:
         raise ValueError(f"quant_type must be {in_words(FORMATS)}, got {quant_type!r}")
     if blocksize not in (blocks := FORMATS[quant_type].blocks):
         raise ValueError(f"blocksize must be one of {', '.join(map(str, blocks))}; got {blocksize}")

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from bnbops.testing.references import int8 as ref
 from cases import backends
 from cases.int8 import DTYPES, activations, codes, equal, ops, scales
-from reference import int8 as ref
 
 INF, NAN, MAX = math.inf, math.nan, torch.finfo(torch.float32).max
 EVERY_COLUMN = 1e-45  # a threshold that makes all numbers but 0 outliers

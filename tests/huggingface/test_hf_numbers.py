@@ -20,7 +20,7 @@ import bnbops
 import bnbops.functional as F
 from bnbops.integrations.transformers import BnbOpsConfig
 from bnbops.nn import Linear4bit, Linear8bitLt
-from reference import int8
+from bnbops.testing.references import int8
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SLACK = 4.0  # two bits: of two ways to round, neither is the worse by more

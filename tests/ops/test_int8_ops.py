@@ -1,4 +1,4 @@
-"""Int8 quantization and products against bitsandbytes' bytes and against plain formulas (reference/int8.py)."""
+"""Int8 quantization and products against bitsandbytes' bytes and against plain formulas (references/int8.py)."""
 
 import math
 
@@ -12,9 +12,9 @@ from bnbops.functional.int8 import (
     int8_vectorwise_dequant,
     int8_vectorwise_quant,
 )
+from bnbops.testing.references import int8 as ref
 from cases import backends
 from cases.int8 import DTYPES, activations, codes, equal, ops, scales
-from reference import int8 as ref
 
 pytestmark = backends.on_every_backend
 INF, NAN, MAX = math.inf, math.nan, torch.finfo(torch.float32).max

@@ -1,5 +1,5 @@
 """linear_int8, linear_int8_weight_only and their gradient: against bitsandbytes' golden layer, plain formulas
-(reference/int8.py) and autograd."""
+(bnbops/testing/references/int8.py) and autograd."""
 
 import ctypes
 import math
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from bnbops.testing.references import int8 as ref
 from cases import backends
 from cases.int8 import DTYPES, activations, assert_within, codes, equal, ops, scales
-from reference import int8 as ref
 
 pytestmark = backends.on_every_backend
 INF, NAN, MAX = math.inf, math.nan, torch.finfo(torch.float32).max

@@ -4,12 +4,16 @@ A row is a run along the last dimension. Sums of products are integers in float6
 else is float32, as the operators promise, so that their results can be compared bit for bit.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
+from bnbops.testing.sample import tensor
+
 MAX = torch.finfo(torch.float32).max
-INVERSE = torch.tensor(1 / 127, dtype=torch.float32)
-INVERSE_SQUARED = torch.tensor(1 / 127**2, dtype=torch.float32)
+INVERSE = tensor(1 / 127)
+INVERSE_SQUARED = tensor(1 / 127**2)
 
 
 def matrix(x: Tensor) -> Tensor:
@@ -24,7 +28,7 @@ def counted(x: Tensor) -> Tensor:
 
 def outliers(x: Tensor, threshold: float) -> Tensor:
     """Which elements are outliers."""
-    return counted(x).abs().double() >= threshold if threshold > 0 else torch.zeros(x.shape, dtype=torch.bool)
+    return counted(x).abs().double() >= (threshold if threshold > 0 else torch.inf)
 
 
 def largest(x: Tensor, dim: int) -> Tensor:
