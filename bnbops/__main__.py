@@ -125,7 +125,9 @@ def _count(text: str) -> float:
 def _option(text: str) -> tuple[str, Any]:
     name, _, value = text.partition("=")
     try:
-        return name, ast.literal_eval(value)
+        return name, value if value.isidentifier() and value not in ("True", "False", "None") else ast.literal_eval(
+            value
+        )
     except (ValueError, SyntaxError):
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE such as momentum=0.9, got {text!r}") from None
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from bnbops import optim
 from bnbops.facts import FLOATS, STATE_BLOCK
+from bnbops.optim.core.codec import scale_keys
 from bnbops.optim.core.manager import GlobalOptimManager
-from bnbops.optim.core.state import PER_PARAMETER, absmax_name, cuts_between_blocks
+from bnbops.optim.core.state import PER_PARAMETER, cuts_between_blocks
 
 LARGEST = 10**18  # number of parameters: torch counts bytes in 64 bits
 
@@ -99,8 +100,9 @@ def estimate(
 
         kinds = {"states": 0, "scales": 0, "steps": 0}
         for state in _states(cls, params, options, ranks):
+            scales = scale_keys(state)
             for key, tensor in state.items():
-                kind = _kind(key, state)
+                kind = "steps" if key in PER_PARAMETER else "scales" if key in scales else "states"
                 kinds[kind] += tensor.nbytes if kind == "steps" else local(tensor, tensor.itemsize)
         weights = sum(local(param, param.itemsize) for param in params)
         return Bytes(weights, sum(local(param, dtype.itemsize) for param, dtype in grad_dtypes.items()), **kinds)
@@ -170,12 +172,6 @@ def _states(
         optimizer = cls(params, **{"lr": 1e-3, **options})
     optimizer.init_state()
     return list(optimizer.state.values())
-
-
-def _kind(key: str, state: dict[str, Tensor]) -> str:
-    if key in PER_PARAMETER:
-        return "steps"
-    return "scales" if key in map(absmax_name, state) else "states"
 
 
 def _largest_shard(shape: torch.Size, ranks: int) -> list[int]:

@@ -148,7 +148,7 @@ def _check_dtype(key: str, saved: torch.dtype, live: torch.dtype) -> None:
     if saved != live:
         raise ValueError(
             f"'{key}' was saved as {saved} and would be cast to {live}; make model and optimizer as they were when "
-            "saved (dtype, optim_bits, sharding that keeps 8-bit states)"
+            "saved (dtype, optim_bits, state_codec, sharding that keeps 8-bit states)"
         )
 
 

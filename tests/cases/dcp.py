@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 
 from bnbops.distributed import SafeLoadPlanner, load_checkpoint, save_checkpoint
+from cases.codecs import OTHER, as_bytes
 from cases.optimizer_classes import build
 from cases.sharded import MIN_8BIT, model, sharded, tensors_of, whole
 from reference import states
@@ -27,6 +28,7 @@ from reference.group import CODEBOOKS
 
 CASES: dict[str, dict[str, Any]] = {
     "AdamW8bit": {"percentile_clipping": 50},
+    "AdamW8bit, codecs": {"state_codec": {"exp_avg": OTHER, "exp_avg_sq": "fp32"}},
     "AdamW32bit": {},
     "AdEMAMix8bit": {"t_alpha": 10, "t_beta3": 10},
     "PagedAdamW8bit": {},
@@ -45,7 +47,7 @@ class Run:
         params = list(self.model.parameters())
         groups = [{"params": params[::2]}, {"params": params[1::2], "lr": torch.tensor(0.02), "weight_decay": 0.1}]
         options = {} if name.endswith("32bit") else {"min_8bit_size": MIN_8BIT}
-        self.optimizer = build(name, groups, lr=0.01, **{**options, **CASES.get(name, {})})
+        self.optimizer = build(name.split(",")[0], groups, lr=0.01, **{**options, **CASES.get(name, {})})
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [2, 5], gamma=0.5)
 
     def train(self, steps: range) -> list[Tensor]:
@@ -63,7 +65,7 @@ class Run:
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and states, whole."""
-        return {key: whole(tensor).clone() for key, tensor in tensors_of(self.optimizer).items()}
+        return {key: whole(as_bytes(tensor)).clone() for key, tensor in tensors_of(self.optimizer).items()}
 
 
 def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -11,6 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from cases.codecs import as_bytes
+
 MIN_8BIT = 512  # elements; every matrix of `model()` has them, but not every shard
 
 
@@ -70,5 +72,5 @@ def assert_same_optimizers(actual: torch.optim.Optimizer, expected: torch.optim.
     for key, tensor in sharded_tensors.items():
         wanted = placed_as(whole_tensors[key], tensor)
         assert tensor.dtype == wanted.dtype and tensor.shape == wanted.shape, key
-        part, wanted_part = (x.to_local() if isinstance(x, DTensor) else x for x in (tensor, wanted))
+        part, wanted_part = (as_bytes(x.to_local() if isinstance(x, DTensor) else x) for x in (tensor, wanted))
         assert torch.equal(part, wanted_part), key

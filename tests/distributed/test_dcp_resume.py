@@ -14,7 +14,7 @@ WAYS = ["save_checkpoint", "nested", "flat", "full", "async_save"]
 
 
 def names(way: str) -> list[str]:
-    return list(CASES) if way == "save_checkpoint" else [*CASES][:3]
+    return list(CASES) if way == "save_checkpoint" else [*CASES][:4]
 
 
 def stage(way: str, folder: Path, i: int) -> dict[str, tuple[list[Tensor], dict[str, Tensor]]]:

@@ -297,7 +297,9 @@ def test_table(capsys):
 def test_options_reach_the_optimizer(capsys):
     (plain,) = json.loads(run(capsys, "--params 1e6 --optimizer adamw --json"))
     (eight,) = json.loads(run(capsys, "--params 1e6 --optimizer adamw --json --option optim_bits=8"))
-    assert plain["whole"]["states"] == 8 * 10**6 and eight["whole"]["states"] < 2.01 * 10**6
+    (word,) = json.loads(run(capsys, "--params 1e6 --optimizer adamw8bit --json --option state_codec=fp32"))
+    assert plain["whole"]["states"] == word["whole"]["states"] == 8 * 10**6
+    assert eight["whole"]["states"] < 2.01 * 10**6
 
 
 USAGE = {

@@ -18,7 +18,7 @@ from cases.optimizer_classes import CLASSES, FAMILIES, WITH_8BIT, build, fixed_b
 from cases.optimizers import MIXED, assert_same, assert_same_state, flat_state, params, set_grads, train
 
 CONSTRUCTORS = constructors("bitsandbytes.optim")
-COMMON = ("is_paged", "percentile_clipping", "block_wise", "maximize", "paged_directory")
+COMMON = ("is_paged", "percentile_clipping", "state_codec", "block_wise", "maximize", "paged_directory")
 
 names = pytest.mark.parametrize("name", CLASSES)
 families = pytest.mark.parametrize("name", FAMILIES)
@@ -131,6 +131,7 @@ OUT_OF_RANGE = {
     "min_8bit_size": [-1, 0.5, None],
     "min_8bit_vector_size": [-1, 0.5, None],
     "percentile_clipping": [-1, 101, 5.0, None],
+    "state_codec": ["nonsense", None, 8],
 }
 
 

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from bnbops.facts import DEFAULT_CODEC
 from bnbops.lasting import lasting
 from bnbops.optim.checkpoints import interchange, torch_interchange
 from bnbops.optim.checkpoints.loading import check_cast, check_state, copied, in_precision, placed_state
+from bnbops.optim.core.codec import codec_of
 from bnbops.optim.core.manager import KNOWN_OPTIONS
-from bnbops.optim.core.state import absmax_name, wants_8bit
+from bnbops.optim.core.options import as_codecs
+from bnbops.optim.core.state import names_of, wanted_codecs
 
 if TYPE_CHECKING:
     from bnbops.optim.core.stateful import StatefulOptimizer
@@ -23,9 +26,8 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 # Group options that are of this process, not of the training run: the live ones stay.
 _OWN = ("is_paged",)
-_ABSMAX = absmax_name("")
 # Those that version 1 had not from the start, and what it did.
-_DEFAULTS = {"percentile_clipping": 100, "min_8bit_vector_size": sys.maxsize}
+_DEFAULTS = {"percentile_clipping": 100, "min_8bit_vector_size": sys.maxsize, "state_codec": DEFAULT_CODEC}
 
 
 def load(optimizer: StatefulOptimizer, state_dict: dict[str, Any], move_to_device: bool) -> None:
@@ -124,23 +126,25 @@ def _matched_states(
 
 
 def _cast_problem(group: dict[str, Any], saved: dict[str, Any], states: dict[Tensor, dict[str, Tensor]]) -> str | None:
-    """Whether torch.distributed.checkpoint has read states of one precision into those of the other, or None.
+    """Whether torch.distributed.checkpoint has read codes of one codec into states of another, or None.
 
-    It reads into the live states, casting without a word; the options then tell that the states had another precision.
+    It reads into the live states, casting without a word; the options then tell that the states were other ones.
     """
-    bits = saved["optim_bits"]
-    if bits == group["optim_bits"]:
+    saved = {**_DEFAULTS, **saved}
+    differing = [key for key in ("optim_bits", "state_codec") if saved[key] != group[key]]
+    if not differing:
         return None
-    decided = [
-        any(key.endswith(_ABSMAX) for key in states[param])
-        for param in group["params"]
-        if param in states and wants_8bit(param, {**_DEFAULTS, **saved, "optim_bits": 8})
-    ]
-    if not decided or (bits == 8) in decided:
+    fits = []
+    for param in group["params"]:
+        state = states.get(param, {})
+        there, here = (wanted_codecs(param, options, names_of(state)) for options in (saved, group))
+        fits += [codec_of(state, name) == codec for name, codec in there.items() if codec != here[name]]
+    if not fits or any(fits):
         return None
+    has, but = (", ".join(f"{key}={options[key]}" for key in differing) for options in (saved, group))
     return (
-        f"has optim_bits={bits}, but {group['optim_bits']}-bit states: if torch.distributed.checkpoint loaded it, "
-        "it has cast them. Load it into an optimizer with the optim_bits it was saved with (load_checkpoint and "
+        f"has {has}, but states as {but} makes them: if torch.distributed.checkpoint loaded it, it has cast them. Load "
+        f"it into an optimizer with the {' and '.join(differing)} it was saved with (load_checkpoint and "
         "SafeLoadPlanner of bnbops.distributed refuse before anything is cast)"
     )
 
@@ -152,6 +156,7 @@ def _merged_group(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any
     """
     own = {key: group[key] for key in ("params", *_OWN)}
     merged = {**group, **_DEFAULTS, **saved, **own}
+    merged["state_codec"] = as_codecs(merged["state_codec"])
     if isinstance(group["lr"], Tensor):
         group["lr"].fill_(saved["lr"])
         merged["lr"] = group["lr"]

@@ -19,9 +19,18 @@ import torch
 from torch import Tensor
 
 from bnbops.dtensors import is_dtensor
-from bnbops.facts import RULES, STATE_BLOCK, Rule
-from bnbops.optim.core.codec import code_map, decoded, encoded
-from bnbops.optim.core.state import absmax_name, absmax_shape
+from bnbops.facts import RULES, STATE_BLOCK, UNCODED, Rule
+from bnbops.optim.core.codec import (
+    BITSANDBYTES,
+    absmax_name,
+    absmax_shape,
+    code_map,
+    codec_of,
+    decoded,
+    dtype_of,
+    encoded,
+    flat_absmax_shape,
+)
 
 if TYPE_CHECKING:
     from bnbops.optim.core.stateful import StatefulOptimizer
@@ -132,7 +141,8 @@ def to_bitsandbytes(optimizer: StatefulOptimizer) -> dict[str, Any]:
     """The optimizer's state dict as bitsandbytes 0.50 writes it, for `load_state_dict` of its class of the same name.
 
     8-bit states keep their bytes where blocks are flat, or rows consist of whole blocks (256 divides the number of
-    elements in a row). Else they are decoded and encoded again in flat blocks, the one step here that rounds.
+    elements in a row). Else they are decoded and encoded again in flat blocks, the one step here that rounds. Where a
+    parameter has a state of another codec, or one of them in float32, it has all of them in float32 there.
 
     Returns:
         State dict of plain numbers, and of tensors that may share the optimizer's memory.
@@ -260,10 +270,11 @@ def _slot_problem(
     number: int, ours: tuple[str, ...], param: Tensor, state: dict[str, Any], quantized: bool
 ) -> str | None:
     stack = (len(ours),) if len(ours) > 1 else ()
-    wanted = {f"state{number}": (torch.uint8 if quantized else torch.float32, (*stack, *param.shape))}
+    qmap = code_map(ours[0], BITSANDBYTES, torch.device("cpu"))
+    wanted = {f"state{number}": (dtype_of(BITSANDBYTES if quantized else UNCODED), (*stack, *param.shape))}
     if quantized:
-        wanted[f"absmax{number}"] = (torch.float32, (*stack, -(param.numel() // -STATE_BLOCK)))
-        wanted[f"qmap{number}"] = (torch.float32, (256,))
+        wanted[f"absmax{number}"] = (torch.float32, (*stack, *flat_absmax_shape(param.shape)))
+        wanted[f"qmap{number}"] = (torch.float32, qmap.shape)
     for key, (dtype, shape) in wanted.items():
         tensor = state[key]
         if not isinstance(tensor, Tensor):
@@ -276,7 +287,6 @@ def _slot_problem(
                 "a GPU, by their index on a CPU: make it contiguous in the order of the device that wrote it"
             )
     # The last bits of torch.linspace, which bitsandbytes makes its maps with, are not the same on all machines.
-    qmap = code_map(ours[0], torch.device("cpu"))
     if quantized and not torch.allclose(state[f"qmap{number}"].cpu(), qmap, rtol=1e-6, atol=0):
         return f"'qmap{number}' is not the dynamic map, the only codebook of the optimizers here"
     return None
@@ -313,21 +323,23 @@ def _write_state(storage: _Storage, slots: _Slots, state: dict[str, Tensor]) -> 
     def joined(tensors: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0]
 
-    device = state["step"].device
+    device, quantized = state["step"].device, all(codec_of(state, x) == BITSANDBYTES for _, ours in slots for x in ours)
     written = {key: state[key] for key in state.keys() & {"gnorm_vec"}}
     for number, ours in slots:
-        states: Sequence[Tensor] = [state[name] for name in ours]
-        if absmax_name(ours[0]) in state:
-            states, scales = zip(*(_flat(name, state[name], state[absmax_name(name)]) for name in ours), strict=True)
-            written |= {f"qmap{number}": code_map(ours[0], device), f"absmax{number}": joined(scales)}
-        written[f"state{number}"] = joined(states)
+        if not quantized:
+            written[f"state{number}"] = joined([decoded(state, name) for name in ours])
+            continue
+        codes, scales = zip(*(_flat(state, name) for name in ours), strict=True)
+        written |= {f"qmap{number}": code_map(ours[0], BITSANDBYTES, device), f"absmax{number}": joined(scales)}
+        written[f"state{number}"] = joined(codes)
     if storage.keeps_unorm:
         written["unorm_vec"] = torch.zeros(1, dtype=torch.float32, device=device)
     return {"step": int(state["step"].item()), _NESTED: written}
 
 
-def _flat(name: str, codes: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
+def _flat(state: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
     """An 8-bit state in flat blocks."""
+    codes, absmax = state[name], state[absmax_name(name)]
     if absmax.dim() == 1 or math.prod(codes.shape[1:]) % STATE_BLOCK == 0:
         return codes, absmax.reshape(-1)
-    return encoded(name, decoded(name, codes, absmax), flat=True)
+    return encoded(name, decoded(state, name), BITSANDBYTES, flat=True)

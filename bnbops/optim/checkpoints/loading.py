@@ -9,18 +9,29 @@ import torch
 from torch import Tensor
 
 from bnbops.dtensors import is_dtensor, local
+from bnbops.facts import CODECS, UNCODED, in_words
 from bnbops.lasting import lasting
-from bnbops.optim.core.codec import decoded, encoded
-from bnbops.optim.core.state import (
-    PER_PARAMETER,
+from bnbops.optim.core.codec import (
     absmax_name,
     absmax_shape,
+    codecs_of,
+    decoded,
+    dtype_of,
+    encoded,
     flat_absmax_shape,
+    in_bytes,
+    in_types,
+    scale_keys,
+    scales_of,
+)
+from bnbops.optim.core.state import (
+    PER_PARAMETER,
     in_memory,
     like,
     log_32bit,
+    names_of,
     shards_whole_blocks,
-    wants_8bit,
+    wanted_codecs,
 )
 from bnbops.optim.paging.memory import Allocate
 
@@ -44,26 +55,32 @@ def check_state(
         optional: states that may be missing.
         any_float: whether a 32-bit state may have another floating-point dtype, as `in_precision` will cast it.
     """
-    present = [name for name in dict.fromkeys((*names, *optional)) if name not in optional or name in state]
-    quantized = any(absmax_name(name) in state for name in present)
-    expected = {"step", *present, *(absmax_name(name) for name in present if quantized)}
+    present = [name for name in names if name not in optional or name in state]
+    coded = codecs_of(state)
+    expected = {"step", *present, *(absmax_name(name, codec) for name, codec in coded.items() if name in present)}
     if state.keys() - {"gnorm_vec"} != expected:
         missing, extra = sorted(expected - state.keys()), sorted(state.keys() - expected)
         return f"its keys do not fit: missing {missing}, unexpected {extra}"
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if bad := [key for key in state if key not in tensors]:
         return f"{bad} are not tensors"
-    if quantized and param.dim() == 0:
+    for name in present:
+        dtype = tensors[name].dtype
+        keys = tuple(absmax_name(name, codec) for codec in CODECS if dtype in (torch.uint8, dtype_of(codec)))
+        if name not in coded and keys:
+            return f"'{name}' is {dtype}, which are codes, but {in_words(keys)} is missing, their scales"
+    if coded and param.dim() == 0:
         return "a parameter without dimensions has no 8-bit state"
-    scales = [absmax_shape(param.shape), flat_absmax_shape(param.shape)] if quantized else []
+    scales = [absmax_shape(param.shape), flat_absmax_shape(param.shape)] if coded else []
     for key, tensor in tensors.items():
         if key in PER_PARAMETER:
             shapes, dtype = [PER_PARAMETER[key], (1,)] if key == "step" else [PER_PARAMETER[key]], torch.float32
         elif key in present:
-            shapes, dtype = [tuple(param.shape)], torch.uint8 if quantized else torch.float32
+            shapes, dtype = [tuple(param.shape)], dtype_of(coded.get(key, UNCODED))
         else:
             shapes, dtype = scales, torch.float32
         castable = any_float and dtype == torch.float32 and tensor.is_floating_point()
+        castable |= key in coded and tensor.dtype == torch.uint8  # as `in_bytes` has it
         if tuple(tensor.shape) not in shapes or not (castable or tensor.dtype == dtype):
             found, wanted = f"{tensor.dtype} of shape {list(tensor.shape)}", f"{dtype} of shape {list(shapes[0])}"
             return f"'{key}' is {found}, expected {wanted}"
@@ -78,17 +95,18 @@ def placed_state(param: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor
     Raises:
         ValueError: a partial sum, on another mesh, or a part of something whole.
     """
+    state = in_bytes(state)
     if not keeps_blocks(param, state):
         state = _decoded(param, state)
-    return {key: placed(param, key, tensor) for key, tensor in state.items()}
+    return in_types({key: placed(param, key, tensor) for key, tensor in state.items()})
 
 
 def keeps_blocks(param: Tensor, state: Mapping[str, Any]) -> bool:
     """Whether each rank's part of a parameter has whole blocks of a state, if they are blocks."""
-    scales = [state[absmax_name(key)] for key in state if absmax_name(key) in state]
+    scales = scales_of(state)
     if not scales or not is_dtensor(param):
         return True
-    return shards_whole_blocks(param) and all(tuple(x.shape) == absmax_shape(param.shape) for x in scales)
+    return shards_whole_blocks(param) and all(tuple(x.shape) == absmax_shape(param.shape) for x in scales.values())
 
 
 def check_cast(param: Tensor, state: Mapping[str, Tensor]) -> str | None:
@@ -117,9 +135,9 @@ def _decoded(param: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         _refuse_partial(key, tensor)
     if not shards_whole_blocks(param):
         log_32bit(param)
-    whole = {key: tensor.full_tensor() if is_dtensor(tensor) else tensor for key, tensor in state.items()}
-    scales = {key: whole.pop(absmax_name(key)) for key in state if absmax_name(key) in state}
-    return {key: decoded(key, x, scales[key]) if key in scales else x for key, x in whole.items()}
+    whole = {key: x.full_tensor() if is_dtensor(x) else x for key, x in state.items()}
+    scales = scale_keys(whole)
+    return {key: decoded(whole, key) for key in whole if key not in scales}
 
 
 def placed(param: Tensor, key: str, tensor: Tensor) -> Tensor:
@@ -161,11 +179,13 @@ def _refuse_partial(key: str, tensor: Tensor) -> None:
 def in_precision(param: Tensor, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """A state of floating-point values in the precision that the options give a parameter."""
     result = {name: x.float() for name, x in state.items()}
-    for name in state.keys() - PER_PARAMETER.keys() if wants_8bit(param, config) else ():
-        codes, absmax = encoded(name, local(result[name]).to(local(param).device), flat=param.dim() == 1)
+    for name, codec in wanted_codecs(param, config, names_of(state)).items():
+        if codec == UNCODED:
+            continue
+        codes, absmax = encoded(name, local(result[name]).to(local(param).device), codec, flat=False)
         if is_dtensor(param):
             codes, absmax = like(param, codes, param.shape), like(param, absmax, torch.Size(absmax_shape(param.shape)))
-        result |= {name: codes, absmax_name(name): absmax}
+        result |= {name: codes, absmax_name(name, codec): absmax}
     return result
 
 

@@ -9,25 +9,26 @@ import torch
 from torch import Tensor
 
 from bnbops.dtensors import is_dtensor, local
-from bnbops.facts import NORM_HISTORY
+from bnbops.facts import NORM_HISTORY, UNCODED
+from bnbops.optim.core.codec import absmax_name, codec_argument
 from bnbops.optim.core.norms import whole_squared_norms
 from bnbops.optim.core.parallel import local_grad
-from bnbops.optim.core.state import Plan, absmax_name
+from bnbops.optim.core.state import Plan
 from bnbops.tracing import is_traced
 
 
 class Call:
-    """Parameters with the same plan and precision, as lists in the operator's order.
+    """Parameters with the same plan, whose states have the same codecs, as lists in the operator's order.
 
     Args:
         op: the operator, or a function with such a schema.
         plan: their options, and what states they have.
-        quantized: whether they have 8-bit states.
+        codecs: of their states.
         scalars: the operator's keyword arguments but those made from norms.
     """
 
-    def __init__(self, op: Callable[..., None], plan: Plan, quantized: bool, scalars: dict[str, Any]) -> None:
-        self.op, self.plan, self.scalars, names = op, plan, scalars, plan.names
+    def __init__(self, op: Callable[..., None], plan: Plan, codecs: tuple[str, ...], scalars: dict[str, Any]) -> None:
+        self.op, self.plan, self.scalars, names = op, plan, {**scalars, **codec_argument(codecs)}, plan.names
         self.percentile: int = plan.config["percentile_clipping"]
         self.params: list[Tensor] = []
         self.grads: list[Tensor] = []
@@ -38,8 +39,9 @@ class Call:
         self.whole: list[Tensor] = []  # the parameters as the user has them, sharded or not
         self.copies: list[tuple[Tensor, Tensor]] = []
         self.keys = [("step", self.steps), *zip(names, self.states, strict=True)]
-        if quantized:
-            self.keys.extend(zip(map(absmax_name, names), self.absmax, strict=True))
+        for name, codec, scales in zip(names, codecs, self.absmax, strict=True):
+            if codec != UNCODED:
+                self.keys.append((absmax_name(name, codec), scales))
         if self.percentile != 100:
             self.keys.append(("gnorm_vec", self.gnorm_vecs))
 

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from bnbops.dtensors import is_dtensor, local
+from bnbops.facts import STATES
 from bnbops.optim.checkpoints.loading import placed
-from bnbops.optim.core.codec import DIVISORS, ONE, decoded, encoded, zero_code
-from bnbops.optim.core.state import PER_PARAMETER, absmax_name, begin, like
+from bnbops.optim.core.codec import codecs_of, decoded, fill, fill_some, scale_keys, write
+from bnbops.optim.core.state import PER_PARAMETER, like, names_of
 
 if TYPE_CHECKING:
     from bnbops.optim.core.stateful import StatefulOptimizer
+
+_NOT_NEGATIVE = {name for name, state in STATES.items() if state.role.divisor} | PER_PARAMETER.keys()
 
 
 def dequantized(optimizer: StatefulOptimizer, param: Tensor) -> dict[str, Tensor]:
@@ -28,15 +31,16 @@ def dequantized(optimizer: StatefulOptimizer, param: Tensor) -> dict[str, Tensor
 @torch.no_grad()
 def in_32_bits(param: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A copy of a parameter's state with every code replaced by its value."""
-    scales = {name: state[absmax_name(name)] for name in state if absmax_name(name) in state}
+    coded = codecs_of(state)
 
     def copy(name: str) -> Tensor:
-        if name not in scales:
+        if name not in coded:
             return state[name].detach().clone()
-        values = decoded(name, local(state[name]), local(scales[name]))
+        values = decoded(state, name)
         return like(param, values, param.shape) if is_dtensor(param) else values
 
-    return {name: copy(name) for name in state if not any(state[name] is x for x in scales.values())}
+    scales = scale_keys(state)
+    return {name: copy(name) for name in state if name not in scales}
 
 
 # ---- set -------------------------------------------------------------------------------------------------------------
@@ -49,8 +53,7 @@ def set_values(optimizer: StatefulOptimizer, param: Tensor, values: Mapping[str,
     optimizer._prepare()
     plan = optimizer._plan(group, optimizer._overrides.number(param))
     present = optimizer.state.get(param, {})
-    known = [*dict.fromkeys([*plan.needed, *present])]
-    known = [name for name in known if not any(name == absmax_name(other) for other in known)]
+    known = [name for name in dict.fromkeys([*plan.needed, *present]) if name not in scale_keys(present)]
     if unknown := [name for name in values if name not in known]:
         raise ValueError(
             f"a parameter of shape {list(param.shape)} has no states {unknown}; with its options {_name(optimizer)} "
@@ -59,12 +62,7 @@ def set_values(optimizer: StatefulOptimizer, param: Tensor, values: Mapping[str,
     checked = {name: _checked(param, name, value) for name, value in values.items()}
     state = optimizer._state_of(param, plan)
     for name, value in checked.items():
-        if (scales := state.get(absmax_name(name))) is not None:
-            codes, new_scales = encoded(name, value, flat=scales.dim() == 1)
-            local(state[name]).copy_(codes)
-            local(scales).copy_(new_scales)
-        else:
-            local(state[name]).copy_(value.view(local(state[name]).shape))
+        write(state, name, value)
     optimizer._watch.look({param: state})
 
 
@@ -84,7 +82,7 @@ def _checked(param: Tensor, name: str, value: Any) -> Tensor:
     if tuple(value.shape) != shape and not (name == "step" and value.numel() == 1):
         raise ValueError(f"{what} must have shape {list(shape)}, got {list(value.shape)}")
     value = local(placed(param, name, value.detach())).to(local(param).device, torch.float32)
-    smallest = 0.0 if name in DIVISORS or name in PER_PARAMETER else -math.inf
+    smallest = 0.0 if name in _NOT_NEGATIVE else -math.inf
     largest = math.inf if name == "gnorm_vec" else torch.finfo(torch.float32).max
     if not bool(((value >= smallest) & (value.abs() <= largest)).all()):
         wanted = "finite" if smallest < 0 else "not negative" if largest == math.inf else "finite and not negative"
@@ -118,16 +116,13 @@ def reset(
         if not state:
             continue
         initial = optimizer._initial(optimizer._overrides.applied(group, optimizer._overrides.number(param)))
-        for name in state:
-            if name in PER_PARAMETER:
-                if part is None:
-                    state[name].fill_(0 if name == "step" else math.inf)
-            elif name.endswith(absmax_name("")):
-                continue
-            elif part is None:
-                begin(state, name, initial.get(name, 0.0))
+        for name in names_of(state):
+            if part is None:
+                fill(state, name, initial.get(name, 0.0))
             else:
-                _reset_some(state, name, initial.get(name, 0.0), part)
+                fill_some(state, name, initial.get(name, 0.0), part)
+        for name in PER_PARAMETER.keys() & state.keys() if part is None else ():
+            state[name].fill_(0 if name == "step" else math.inf)
         optimizer._watch.look({param: state})
 
 
@@ -148,21 +143,6 @@ def _part(param: Tensor, mask: Tensor) -> Tensor:
             f"a mask of shape {list(mask.shape)} does not broadcast to its parameter's {list(param.shape)}"
         ) from None
     return local(placed(param, "mask", mask)).to(local(param).device)
-
-
-def _reset_some(state: dict[str, Tensor], name: str, value: float, mask: Tensor) -> None:
-    """Sets the elements under a mask to a value; the others keep theirs."""
-    values, scales = local(state[name]), state.get(absmax_name(name))
-    if scales is None:
-        values.masked_fill_(mask, value)
-    elif value == 0:  # a code whatever the scale
-        values.masked_fill_(mask, zero_code(name))
-    else:
-        flat, scales = scales.dim() == 1, local(scales)
-        codes, new_scales = encoded(name, decoded(name, values, scales).masked_fill_(mask, value), flat=flat)
-        hit = encoded(name, mask.float(), flat=flat)[1]  # 1 for a block that has one of the elements: others stay
-        values.copy_(torch.where(decoded(name, torch.full_like(values, ONE), hit) > 0, codes, values))
-        scales.copy_(torch.where(hit > 0, new_scales, scales))
 
 
 def _group_of(optimizer: StatefulOptimizer, param: Tensor) -> dict[str, Any]:

@@ -18,12 +18,12 @@ from bnbops.facts import RULES
 _OF_RULES = {option.name for rule in RULES.values() for option in rule.options if not option.name.startswith("beta")}
 _OF_PYTHON = {
     "betas", "initial_accumulator_value", "is_paged", "lr", "max_unorm", "maximize", "min_8bit_size",
-    "min_8bit_vector_size", "optim_bits", "percentile_clipping", "trust_clip",
+    "min_8bit_vector_size", "optim_bits", "percentile_clipping", "state_codec", "trust_clip",
 }  # fmt: skip
 KNOWN_OPTIONS = tuple(sorted(_OF_RULES | _OF_PYTHON))
 # Those that count only when a parameter's state is built.
 STATE_OPTIONS = frozenset(
-    {"initial_accumulator_value", "is_paged", "min_8bit_size", "min_8bit_vector_size", "optim_bits"}
+    {"initial_accumulator_value", "is_paged", "min_8bit_size", "min_8bit_vector_size", "optim_bits", "state_codec"}
 )
 
 

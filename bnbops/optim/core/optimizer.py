@@ -19,7 +19,7 @@ from bnbops.tracing import is_exported, is_traced
 
 
 class Optimizer(StatefulOptimizer):
-    """Base of the optimizers: parameters and their states go to one operator call a group and precision.
+    """Base of the optimizers: parameters and their states go to one operator call a group and codecs.
 
     A family names the update rules that it follows, whose states, options and ranges csrc/rules/ has. Everything that
     configures a step lives in the param groups, but what `GlobalOptimManager` overrides for single parameters; that is
@@ -33,6 +33,8 @@ class Optimizer(StatefulOptimizer):
         defaults: the family's options.
         optim_bits: 8 quantizes the states of parameters with at least `min_8bit_size` elements, by their whole shape;
             32 bits remain for numbers without dimensions and for DTensors that are sharded within blocks.
+        state_codec: how states are quantized: a codec's name ("dynamic8", as in bitsandbytes), "fp32" for not at all,
+            or a mapping of states' names to these; states that it does not name have the default.
         args: an object whose attributes `optim_bits`, `min_8bit_size`, `percentile_clipping`, `block_wise`,
             `max_unorm` (LAMB and LARS) and `skip_zeros`, as far as it has them, take the place of the arguments.
         min_8bit_size: see `optim_bits`. For vectors it is 65,536, above any bias or norm of real models, unless it is
@@ -142,19 +144,19 @@ class Optimizer(StatefulOptimizer):
         return [Batch.of(plan, params, self._arguments(plan.config)) for plan, params in self._plans()]
 
     def _calls(self, batch: Batch) -> list[Call]:
-        """A batch's operator calls: one for each precision."""
+        """A batch's operator calls: one for all parameters whose states have the same codecs."""
         scaling = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
-        calls: dict[bool, Call] = {}
+        calls: dict[tuple[str, ...], Call] = {}
         for param in batch.params:
             if (grad := param.grad) is None:
                 continue
             if grad.is_sparse:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients; use a dense embedding")
             state = self._state_of(param, batch.plan)
-            quantized = batch.plan.absmax in state
-            if quantized not in calls:
-                calls[quantized] = Call(self._operator(batch.plan), batch.plan, quantized, batch.arguments | scaling)
-            calls[quantized].add(param, grad, state)
+            codecs = batch.plan.codecs(state)
+            if codecs not in calls:
+                calls[codecs] = Call(self._operator(batch.plan), batch.plan, codecs, batch.arguments | scaling)
+            calls[codecs].add(param, grad, state)
         return list(calls.values())
 
     def _param_lists(self) -> list[list[Tensor]]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import wraps
 from numbers import Real
 from typing import Any, TypedDict, TypeVar, cast
 
 from torch import Tensor
 
-from bnbops.facts import Option, Rule
+from bnbops.facts import CODECS, DEFAULT_CODEC, UNCODED, Option, Rule
 
 Init = TypeVar("Init", bound=Callable[..., None])
 Check = Callable[[str, Any], None]  # (name, value); raises ValueError
@@ -51,7 +51,24 @@ def _decay_rates(rates: list[Option]) -> Check:
     return check
 
 
-def checks_of(rules: Iterable[Rule]) -> dict[str, Check]:
+def _codecs(states: list[str]) -> Check:
+    """For `state_codec`: a codec of all states, or a mapping of some of them to codecs."""
+
+    def check(name: str, value: Any) -> None:
+        by_state = isinstance(value, Mapping)
+        if unknown := [state for state in value if state not in states] if by_state else []:
+            raise ValueError(f"{name} has a codec for {unknown}, but the states are {', '.join(states) or 'none'}")
+        for codec in value.values() if by_state else [value]:
+            require(
+                isinstance(codec, str) and (codec in CODECS or codec == UNCODED),
+                f"{name} must be one of {', '.join(map(repr, [*CODECS, UNCODED]))}, or a mapping of states' names to "
+                f"these, got {value!r}",
+            )
+
+    return check
+
+
+def checks_of(rules: Collection[Rule]) -> dict[str, Check]:
     """The checks of a family's options that its operators take; "beta1", ... are together in `betas`."""
     checks: dict[str, Check] = {}
     for rule in rules:
@@ -59,7 +76,7 @@ def checks_of(rules: Iterable[Rule]) -> dict[str, Check]:
             checks["betas"] = _decay_rates(rates)
         numbers = [option for option in rule.options if option not in rates and option.type != "bool"]
         checks |= {option.name: option.check for option in numbers}
-    return checks
+    return {**checks, "state_codec": _codecs(list(dict.fromkeys(name for rule in rules for name in rule.state_names)))}
 
 
 def numbers_of(rule: Rule, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,6 +136,11 @@ def as_numbers(betas: Any) -> Any:
         raise ValueError(f"betas must be numbers, such as (0.9, 0.999), got {betas!r}") from None
 
 
+def as_codecs(value: Any) -> Any:
+    """`state_codec` as a param group holds it: a mapping is a dict of its own, an empty one the default."""
+    return (dict(value) or DEFAULT_CODEC) if isinstance(value, Mapping) else value
+
+
 def check_unsupported(name: str, **flags: bool) -> None:
     """Refuses arguments of bitsandbytes' signatures that are there only to say that they are off.
 
@@ -157,6 +179,7 @@ class CommonKeywords(TypedDict, total=False):
     """Keyword-only arguments of every class, behind those of bitsandbytes' signature."""
 
     percentile_clipping: int
+    state_codec: str | Mapping[str, str]
     block_wise: bool
     maximize: bool
     paged_directory: str | os.PathLike[str] | None
@@ -171,6 +194,7 @@ class CommonAndPaged(CommonKeywords, total=False):
 _DEFAULTS = {
     "is_paged": False,
     "percentile_clipping": 100,
+    "state_codec": DEFAULT_CODEC,
     "block_wise": True,
     "maximize": False,
     "paged_directory": None,

@@ -12,8 +12,19 @@ import torch
 from torch import Tensor
 
 from bnbops.dtensors import is_dtensor, local
-from bnbops.facts import NORM_HISTORY, STATE_BLOCK, Rule
+from bnbops.facts import NORM_HISTORY, STATE_BLOCK, UNCODED, Rule
 from bnbops.lasting import lasting
+from bnbops.optim.core.codec import (
+    absmax_name,
+    absmax_names,
+    absmax_shape,
+    chosen_codec,
+    dtype_of,
+    fill,
+    flat_absmax_shape,
+    scale_keys,
+    scales_of,
+)
 from bnbops.optim.paging.memory import Allocate
 
 if TYPE_CHECKING:
@@ -32,41 +43,43 @@ class Plan(NamedTuple):
     rule: Rule  # whose operators take the step
     names: tuple[str, ...]  # of its states
     needed: tuple[str, ...]  # keys that a parameter's state must have
-    absmax: str | None  # a key that tells 8-bit states
+    scales: tuple[tuple[tuple[str, str], ...], ...]  # of each: the codecs that it may have, and the keys that tell
 
     @classmethod
     def of(cls, config: dict[str, Any], rule: Rule) -> Plan:
         names = rule.state_names
         clips = config["percentile_clipping"] != 100
         needed = ("step", *names, "gnorm_vec") if clips else ("step", *names)
-        return cls(config, rule, names, needed, absmax_name(names[0]) if names else None)
+        return cls(config, rule, names, needed, tuple(map(absmax_names, names)))
+
+    def codecs(self, state: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """Of a parameter's states, in their order."""
+        found = []
+        for known in self.scales:
+            found.append(UNCODED)
+            for codec, key in known:
+                if key in state:
+                    found[-1] = codec
+        return tuple(found)
 
 
-def absmax_name(state: str) -> str:
-    """Name of the scales that belong to an 8-bit state."""
-    return f"{state}_absmax"
+def names_of(state: Mapping[str, object]) -> list[str]:
+    """What a parameter's state has for each element; the rest is scales, and what it has once."""
+    scales = scale_keys(state)
+    return [name for name in state if name not in PER_PARAMETER and name not in scales]
 
 
-def absmax_shape(shape: torch.Size) -> tuple[int, ...]:
-    """Shape of the scales of a parameter: one for every 256 elements of a row, rows being dimension 0; a vector is one
-    row."""
-    return flat_absmax_shape(shape) if len(shape) == 1 else (shape[0], -(math.prod(shape[1:]) // -STATE_BLOCK))
-
-
-def flat_absmax_shape(shape: torch.Size) -> tuple[int]:
-    """Shape of the scales in bitsandbytes' layout: one for every 256 elements of the whole."""
-    return (-(math.prod(shape) // -STATE_BLOCK),)
-
-
-def wants_8bit(param: Tensor, config: Mapping[str, Any]) -> bool:
-    """Whether a parameter's state is quantized: decided on what all ranks know of it, never on one's shard."""
+def wanted_codecs(param: Tensor, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
+    """The codecs that a parameter's options give these states: decided on what all ranks know of it, never on one's
+    shard."""
+    chosen = {name: chosen_codec(config["state_codec"], name) for name in names}
     least = config["min_8bit_vector_size" if param.dim() == 1 else "min_8bit_size"]
-    if config["optim_bits"] != 8 or param.dim() == 0 or param.numel() < least:
-        return False
-    if shards_whole_blocks(param):
-        return True
-    log_32bit(param)
-    return False
+    wants = config["optim_bits"] == 8 and param.dim() > 0 and param.numel() >= least
+    if wants and any(codec != UNCODED for codec in chosen.values()):
+        if shards_whole_blocks(param):
+            return chosen
+        log_32bit(param)
+    return dict.fromkeys(chosen, UNCODED)
 
 
 def log_32bit(param: Tensor) -> None:
@@ -152,22 +165,16 @@ def in_memory(tensor: Tensor, allocate: Allocate) -> Tensor:
     return like(tensor, in_memory(tensor.to_local(), allocate), tensor.shape)
 
 
-def begin(state: Mapping[str, Tensor], name: str, value: float) -> None:
-    """Sets a state to the value that it begins with, as `missing_tensors` makes it."""
-    scales = state.get(absmax_name(name))
-    if scales is not None:
-        local(scales).fill_(value)
-        value = 255 if value else 0  # the code of 1, and of anything
-    local(state[name]).fill_(value)
-
-
-def layout_of(state: Mapping[str, Tensor], names: Iterable[str]) -> tuple[bool, bool] | None:
-    """Whether existing states are quantized, and whether in flat blocks; None if there are none."""
-    for name in names:
-        if name in state:
-            absmax = state.get(absmax_name(name))
-            return absmax is not None, absmax is not None and absmax.dim() == 1
-    return None
+def _new_codecs(
+    param: Tensor, state: Mapping[str, Tensor], names: Iterable[str], config: Mapping[str, Any], known: Iterable[str]
+) -> dict[str, str]:
+    """The codecs of states to come. Those that are there tell whether the parameter's are coded, if their options have
+    a codec for them."""
+    if scales_of(state):
+        return {name: chosen_codec(config["state_codec"], name) for name in names}
+    if any(name in state and chosen_codec(config["state_codec"], name) != UNCODED for name in known):
+        return dict.fromkeys(names, UNCODED)
+    return wanted_codecs(param, config, names)
 
 
 @lasting()
@@ -183,30 +190,30 @@ def missing_tensors(
 ) -> dict[str, Tensor]:
     """What a parameter's state lacks: all of it before the first step, later a buffer that an option asks for.
 
-    "step" is a 0-dim fp32 count. States have the parameter's shape, uint8 with fp32 scales of `absmax_shape`, or fp32.
+    "step" is a 0-dim fp32 count. States have the parameter's shape, codes with fp32 scales of `absmax_shape`, or fp32.
     "gnorm_vec" has the squared norms of the last gradients, fp32 [100].
 
     Args:
         param: the parameter.
-        state: what there is; new states have its precision and layout of blocks.
+        state: what there is; new states are coded if it is, in its layout of blocks.
         names: the states to have.
         config: the parameter's options.
-        known: states that tell the precision, if they are there.
+        known: states that tell whether they are coded, if they are there.
         initial: values of states that do not begin with 0.
         allocate: makes the zeros; ordinary memory if None.
     """
     device, new = local(param).device, {}
     if "step" not in state:
         new["step"] = torch.zeros((), dtype=torch.float32, device=device)
-    quantized, flat = layout_of(state, known) or (wants_8bit(param, config), False)
-    for name in names:
-        if name in state:
-            continue
-        new[name] = _zeros(param, tuple, torch.uint8 if quantized else torch.float32, allocate)
-        if quantized:
-            new[absmax_name(name)] = _zeros(param, flat_absmax_shape if flat else absmax_shape, torch.float32, allocate)
+    names = [name for name in names if name not in state]
+    flat = any(scales.dim() == 1 for scales in scales_of(state).values())
+    for name, codec in _new_codecs(param, state, names, config, known).items():
+        new[name] = _zeros(param, tuple, dtype_of(codec), allocate)
+        if codec != UNCODED:
+            shape = flat_absmax_shape if flat else absmax_shape
+            new[absmax_name(name, codec)] = _zeros(param, shape, torch.float32, allocate)
         if initial.get(name):
-            begin(new, name, initial[name])
+            fill(new, name, initial[name])
     if config["percentile_clipping"] != 100 and "gnorm_vec" not in state:
         # Infinite where there was no gradient yet: those clip nothing.
         new["gnorm_vec"] = torch.full((NORM_HISTORY,), math.inf, dtype=torch.float32, device=device)

@@ -11,15 +11,17 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from bnbops.dtensors import local
-from bnbops.facts import Rule
+from bnbops.facts import DEFAULT_CODEC, Rule
 from bnbops.optim.checkpoints import checkpoint, interchange, torch_interchange
 from bnbops.optim.checkpoints.loading import copied
 from bnbops.optim.core import edit
+from bnbops.optim.core.codec import in_bytes
 from bnbops.optim.core.manager import GlobalOptimManager
 from bnbops.optim.core.options import (
     COMMON_CHECKS,
     MIN_8BIT_SIZE,
     Check,
+    as_codecs,
     as_numbers,
     checks_of,
     common_defaults,
@@ -55,6 +57,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         args: Any = None,
         min_8bit_size: int = MIN_8BIT_SIZE,
         percentile_clipping: int = 100,
+        state_codec: str | Mapping[str, str] = DEFAULT_CODEC,
         block_wise: bool = True,
         maximize: bool = False,
         paged_directory: str | os.PathLike[str] | None = None,
@@ -68,6 +71,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             min_8bit_size=min_8bit_size,
             percentile_clipping=percentile_clipping,
         )
+        defaults |= {"state_codec": as_codecs(state_codec)}
         self.fused_scaling = False
         self._overrides = Overrides()
         self._memory = StateMemory(paged_directory)
@@ -102,10 +106,12 @@ class StatefulOptimizer(torch.optim.Optimizer):
         """
         given = with_vector_size(param_group)
         options = {**self.defaults, **given}
-        numbers = {"betas": as_numbers(options["betas"])} if "betas" in options else {}
-        self._check_options({**options, **numbers})
+        read = {"state_codec": as_codecs(options["state_codec"])}
+        if "betas" in options:
+            read["betas"] = as_numbers(options["betas"])
+        self._check_options({**options, **read})
         learning_rate("lr", options["lr"])
-        param_group.update(given | numbers)
+        param_group.update(given | read)
         super().add_param_group(param_group)
         try:
             self._check_params(param_group)
@@ -240,6 +246,14 @@ class StatefulOptimizer(torch.optim.Optimizer):
         return tuple(dict.fromkeys(name for rule in cls._rules for name in rule.state_names))
 
     # ---- state dicts and copies --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's format: for each parameter's number its tensors, which are the optimizer's own, and the param groups.
+
+        Codes are bytes (torch.uint8) whatever their type: torch can neither compare nor gather all types everywhere.
+        """
+        state_dict = super().state_dict()
+        return {**state_dict, "state": {key: in_bytes(state) for key, state in state_dict["state"].items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
         """Loads what `state_dict()` returned, here or in the class of the same name of bitsandbytes or torch.optim.

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from weakref import ReferenceType, ref
 
-import torch
 from torch import Tensor
 
 from bnbops.dtensors import is_dtensor
-from bnbops.optim.core.state import absmax_name
+from bnbops.optim.core.codec import absmax_name, codec_of, dtype_of, scales_of
 
 States = Mapping[Tensor, Mapping[str, Tensor]]  # by parameter and name
 
@@ -41,9 +40,9 @@ class Watch:
     def look(self, states: States) -> None:
         """Takes the states of these parameters for right, as they are now."""
         for param, state in states.items():
-            names = [name for name in state if absmax_name(name) in state]
-            codes = [(name, ref(x)) for name in names for x in _counted(state[name])]
-            scales = [ref(x) for name in names for x in _counted(state[absmax_name(name)])]
+            found = scales_of(state)
+            codes = [(name, ref(x)) for name in found for x in _counted(state[name])]
+            scales = [ref(x) for kept in found.values() for x in _counted(kept)]
             part = self._slices.get(param)
             if part is None or part.stop - part.start != len(codes):
                 part = self._slices[param] = slice(len(self._of), len(self._of) + len(codes))
@@ -70,9 +69,10 @@ class Watch:
             if versions[i] == self._seen[i] or scales[i] != self._seen_scales[i]:
                 continue
             state = states.get(param, {})
-            kept = state.get(absmax_name(name))
-            if kept is not None and any(x is self._scales[i]() for x in _counted(kept)) and _are_codes(state.get(name)):
-                raise RuntimeError(_message(param, name))
+            codec = codec_of(state, name)
+            kept = state.get(absmax_name(name, codec))
+            if kept is not None and any(x is self._scales[i]() for x in _counted(kept)) and _are_codes(state, name):
+                raise RuntimeError(_message(param, name, codec))
         self._forget()  # they may be other tensors, or fewer
         self.look(states)
 
@@ -82,9 +82,10 @@ def _counted(tensor: Tensor) -> tuple[Tensor, ...]:
     return (tensor, tensor._local_tensor) if is_dtensor(tensor) else (tensor,)
 
 
-def _are_codes(tensor: Tensor | None) -> bool:
-    """Whether an operator would take a tensor for codes; else it says what is wrong."""
-    return tensor is not None and tensor.dtype == torch.uint8 and tensor.is_contiguous()
+def _are_codes(state: Mapping[str, Tensor], name: str) -> bool:
+    """Whether an operator would take a state for codes; else it says what is wrong."""
+    tensor = state.get(name)
+    return tensor is not None and tensor.dtype == dtype_of(codec_of(state, name)) and tensor.is_contiguous()
 
 
 def _versions(tensors: Iterable[ReferenceType[Tensor]]) -> list[int | None]:
@@ -96,10 +97,10 @@ def _versions(tensors: Iterable[ReferenceType[Tensor]]) -> list[int | None]:
         return [-1 if x is None else None if x.is_inference() else x._version for x in alive]
 
 
-def _message(param: Tensor, name: str) -> str:
+def _message(param: Tensor, name: str, codec: str) -> str:
     return (
         f"'{name}' of a parameter of shape {list(param.shape)} was written, or replaced, since the last step, but not "
-        f"its scales, '{absmax_name(name)}'. An 8-bit state holds codes, fractions of the scales; it was taken for "
-        "numbers. Change states with reset_state(), or set_state() and dequantized_state(), whose values are float32. "
-        "To go on, reset_state() this parameter or load_state_dict() a checkpoint"
+        f"its scales, '{absmax_name(name, codec)}'. An 8-bit state holds codes, fractions of the scales; it was taken "
+        "for numbers. Change states with reset_state(), or set_state() and dequantized_state(), whose values are "
+        "float32. To go on, reset_state() this parameter or load_state_dict() a checkpoint"
     )
