@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +27,6 @@ from bnbops.nn.four_bit.format import (
 from bnbops.nn.four_bit.parameter import Params4bit
 from bnbops.nn.weights.codes import check_name
 from bnbops.nn.weights.module import LOADING_ERRORS, QuantizedModule, of_quantized_layer, of_whole_layer
-from bnbops.nn.weights.parameter import sparing_integers
 from bnbops.nn.weights.tied import entries_before, hold, others
 
 _PREFIX = "weight_"
@@ -54,13 +52,8 @@ class Module4bit(QuantizedModule):
         check_settings(self._shape, blocksize, quant_type, quant_storage)
         self.quant_storage = quant_storage
         set_scales(self, _PREFIX, {})
-        self.weight = Params4bit(
-            self.weight.data,
-            blocksize=blocksize,
-            compress_statistics=compress_statistics,
-            quant_type=quant_type,
-            quant_storage=quant_storage,
-        )
+        settings = (blocksize, compress_statistics, quant_type, quant_storage)
+        self.weight = Params4bit(self.weight.data, False, None, *settings)
 
     @property
     def quant_state(self) -> QuantState | None:
@@ -81,7 +74,7 @@ class Module4bit(QuantizedModule):
     @quant_state.setter
     def quant_state(self, state: QuantState) -> None:
         check_state(self.weight.data, state)
-        self._check_shape(state)
+        self._check_size(state.shape, "quantized weight")
         self._set_scales(state)
         self._link()
 
@@ -139,7 +132,7 @@ class Module4bit(QuantizedModule):
         param = self._as_params_4bit(param)
         adopts = isinstance(param, Params4bit)
         if adopts and param.quant_state is not None:
-            self._check_shape(param.quant_state)
+            self._check_size(param.quant_state.shape, "quantized weight")
         super().register_parameter(name, param)
         if adopts:
             self._adopt(param)
@@ -180,9 +173,6 @@ class Module4bit(QuantizedModule):
         if self._parameters.get("weight") is weight or (fits and self._format is None):
             self.register_parameter("weight", weight)
 
-    def _check_shape(self, state: QuantState) -> None:
-        self._check_size(state.shape, "quantized weight")
-
     def _set_scales(self, state: QuantState | None) -> None:
         """Registers new scales, here and in the modules that share the weight."""
         set_scales(self, _PREFIX, {} if state is None else tensors_of(state))
@@ -212,16 +202,9 @@ class Module4bit(QuantizedModule):
                 weight.quant_state = self.quant_state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        weight, fn = self._parameters.get("weight"), sparing_integers(fn)
-        if not isinstance(weight, Params4bit):
-            return super()._apply(fn, recurse)
-        rest = nn.Module()  # without the weight: torch would make a plain Parameter of it
-        vars(rest).update(_buffers=self._buffers, _modules=self._modules)
-        vars(rest)["_parameters"] = {name: param for name, param in self._parameters.items() if name != "weight"}
-        rest._apply(fn, recurse)
-        self._parameters.update(rest._parameters)
-        self._parameters["weight"] = weight = weight._converted(fn)
-        if weight.bnb_quantized and self._format is None:
+        super()._apply(fn, recurse)
+        weight = self._parameters.get("weight")
+        if isinstance(weight, Params4bit) and weight.bnb_quantized and self._format is None:
             self._adopt(weight)  # tied: the other module has quantized it
         self._link()
         return self
@@ -279,40 +262,21 @@ class Module4bit(QuantizedModule):
             raise ValueError(of_whole_layer(key, weight, held))
 
     def _read(self, data: Tensor, statistics: dict[str, Tensor], assign: bool) -> Params4bit:
-        """Packed codes with what describes them, or floats, which a quantized module quantizes. `assign` takes the
-        tensors themselves, on their device."""
+        """Packed codes with what describes them, or floats, which a quantized module quantizes."""
         check_entry(data, statistics, self._shape)
-        weight = self.weight
-        device = data.device if assign or weight.is_meta else weight.device
+        device = self._device_for(data, assign)
         if statistics:
             new = Params4bit.from_prequantized(data, statistics, device=device)
-            self._check_shape(new.quant_state)
+            self._check_size(new.quant_state.shape, "quantized weight")
             return new
-        new = weight._float(data)
+        new = self.weight._float(data)
         return new if self._format is None else new.to(device)
 
     def _loaded_by_torch(self, before: nn.Parameter) -> None:
         self._link()
 
-    @torch.no_grad()
-    def _replace(self, new: Params4bit, assign: bool) -> None:
+    def _has_format_of(self, new: Params4bit) -> bool:
         weight = self.weight
-        if assign:
-            self.weight = new
-            return
         if weight.bnb_quantized and self._format is None:
             self._adopt(weight)  # tied: the other module has loaded it
-        tensors, held = tensors_of(new.quant_state), scales_of(self, _PREFIX)
-        fits = Format.of(new.quant_state) == self._format and tensors.keys() == held.keys()
-        if fits and weight.dtype == new.dtype and not weight.is_meta:
-            weight.copy_(self._format.in_rows(new.data))
-            for name, tensor in tensors.items():
-                held[name].copy_(tensor)
-            return
-        with lasting(weight):
-            new = copy.deepcopy(new)  # its tensors are the caller's
-        if torch._has_compatible_shallow_copy_type(weight, new):
-            weight._become(new)
-            weight.module = self
-            new = weight
-        self.weight = new
+        return Format.of(new.quant_state) == self._format and weight.dtype == new.dtype

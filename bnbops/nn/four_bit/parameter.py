@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from copy import copy, deepcopy
 from typing import Any
 
@@ -14,7 +13,6 @@ from bnbops.functional.four_bit import quantize_4bit, scale_arguments
 from bnbops.functional.quant_state import QuantState
 from bnbops.lasting import lasting
 from bnbops.nn.four_bit.format import Format, check_state, packed_bytes, tensors_of
-from bnbops.nn.weights.codes import codes_as_they_are
 from bnbops.nn.weights.memory import give_back
 from bnbops.nn.weights.parameter import QuantizedParameter
 
@@ -253,8 +251,8 @@ class Params4bit(QuantizedParameter):
         self._tell_module()
         return self
 
-    def _scale_tensors(self) -> list[Tensor]:
-        return [] if self.quant_state is None else list(tensors_of(self.quant_state).values())
+    def _scale_tensors(self) -> dict[str, Tensor]:
+        return {} if self.quant_state is None else tensors_of(self.quant_state)
 
     def _tell_module(self) -> None:
         """The module whose weight this is, or shall be, registers the scales."""
@@ -270,31 +268,9 @@ class Params4bit(QuantizedParameter):
         """A float parameter with this one's settings, but for `others`."""
         return type(self)(data, requires_grad, **self._attributes(quant_state=None, bnb_quantized=False, **others))
 
-    def _become(self, other: Params4bit) -> None:
-        """Takes the other one's data and settings; who holds this parameter keeps it."""
-        self.requires_grad_(False)
-        with codes_as_they_are():  # which may be of another dtype
-            self.data = other.data
-        self.__dict__.update(other._attributes())
-
     def module_load(self, other: Tensor, assign: bool = False) -> Params4bit:
         """What torch swaps this parameter with when it loads `other` (`set_swap_module_params_on_conversion`)."""
         return self._with(other.detach() if assign else torch.empty_like(self.data).copy_(other))
-
-    def _converted(self, fn: Callable[[Tensor], Tensor]) -> Params4bit:
-        """What `torch.nn.Module._apply` makes of a parameter: itself, changed in place, or another one where torch
-        cannot do that (from and to the meta device)."""
-        if self.bnb_quantized:
-            data = fn(self.data.view(torch.uint8)).view(self.dtype)  # integers: casts let them be
-        else:
-            data = fn(self)
-            if data is self:
-                return self
-            data = data.data
-        if torch._has_compatible_shallow_copy_type(self, data):
-            self.data = data
-            return self
-        return self._with(data)
 
     # ---- copies ------------------------------------------------------------------------------------------------
 

@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from bnbops.default_device import traceable_weight
 from bnbops.dtensors import is_dtensor
 from bnbops.functional.quant_state import NO_NUMBERS
-from bnbops.lasting import lasting
 from bnbops.nn.int8.entries import check_scales, take_entries
 from bnbops.nn.int8.parameter import Int8Params, quantize_rows
 from bnbops.nn.weights.codes import check_name
 from bnbops.nn.weights.module import QuantizedModule, of_quantized_layer, of_whole_layer
-from bnbops.nn.weights.parameter import sparing_integers
 from bnbops.nn.weights.scale_bits import from_bits, to_bits
 from bnbops.nn.weights.tied import hold, others
 
@@ -126,34 +124,14 @@ class Int8Module(QuantizedModule):
             self.weight_scale = scales
         weight._scales = self.weight_scale
 
-    def _restore_weight(self, has_fp16_weights: bool, scales: Tensor | None = None) -> None:
-        """Makes the weight an Int8Params again, where torch replaced it by a plain parameter."""
-        weight = self.weight
-        if type(weight) is nn.Parameter:
-            weight = Int8Params(weight.data, weight.requires_grad, has_fp16_weights)
-            weight.grad = self.weight.grad
-        if isinstance(weight, Int8Params):
-            weight._scales = scales if self.weight_scale is None else self.weight_scale
-            self.weight = weight
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Module:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         if type(self.weight) is nn.Parameter and self.weight.is_floating_point() and not self.has_fp16_weights:
             self.weight = Int8Params(self.weight.data, False)  # a float weight that was assigned, to be quantized
         self._adopt_scales()
-        held, has_fp16_weights = isinstance(self.weight, Int8Params), getattr(self.weight, "has_fp16_weights", False)
-        scales, fn = None, sparing_integers(fn)
-
-        def to_plain(tensor: Tensor) -> Tensor:  # of which alone torch makes parameters
-            nonlocal scales
-            applied = fn(tensor)
-            if not isinstance(applied, Int8Params):
-                return applied
-            scales = applied.SCB
-            return applied.data
-
-        super()._apply(to_plain, recurse)
-        if held:
-            self._restore_weight(has_fp16_weights, scales)
+        super()._apply(fn, recurse)
+        if isinstance(self.weight, Int8Params) and self.weight_scale is not None:
+            self.weight._scales = self.weight_scale  # as torch has converted them
+        self._adopt_scales()
         return self
 
     # ---- state dicts -----------------------------------------------------------------------------------------------
@@ -204,7 +182,8 @@ class Int8Module(QuantizedModule):
         if sharded:
             return None, None
         state_dict.pop(key), state_dict.pop(key + "_scale", None)
-        return Int8Params(weight, SCB=scales.view(-1)), []
+        device = self._device_for(weight, assign)
+        return Int8Params(weight.to(device), SCB=scales.view(-1).to(device)), []
 
     def _checked(self, key: str, weight: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
         """Codes and scales that this module can take. Floats are quantized."""
@@ -233,24 +212,11 @@ class Int8Module(QuantizedModule):
         return isinstance(self.weight, Int8Params) and len(others(self.weight, self)) > 0
 
     def _loaded_by_torch(self, before: nn.Parameter) -> None:
-        if isinstance(before, Int8Params):
-            self._restore_weight(before.has_fp16_weights)
-
-    @torch.no_grad()
-    def _replace(self, new: Int8Params, assign: bool) -> None:
+        """Makes the weight an Int8Params again, where torch replaced it by a plain parameter."""
         weight = self.weight
-        if assign:
-            self.weight = new
-            return
-        if self.is_quantized and self.weight_scale is not None and not weight.is_meta:
-            weight.copy_(new.data)
-            self.weight_scale.copy_(to_bits(new.SCB))
-            return
-        device = new.device if weight.is_meta else weight.device
-        with lasting(weight):
-            codes, scales = (tensor.to(device, copy=True) for tensor in (new.data, new.SCB))  # not the caller's
-        if isinstance(weight, Int8Params) and torch._has_compatible_shallow_copy_type(weight, codes):
-            weight._become(codes, scales)
-            self._adopt_scales()
-        else:
-            self.weight = Int8Params(codes, SCB=scales)
+        if isinstance(before, Int8Params) and type(weight) is nn.Parameter:
+            self.weight = Int8Params(weight.data, weight.requires_grad, before.has_fp16_weights)
+            self.weight.grad = weight.grad
+
+    def _has_format_of(self, new: Int8Params) -> bool:
+        return self.is_quantized

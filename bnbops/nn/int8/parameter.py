@@ -13,7 +13,7 @@ from bnbops.lasting import lasting
 from bnbops.nn.weights.finite import is_finite
 from bnbops.nn.weights.memory import as_float16, give_back
 from bnbops.nn.weights.parameter import QuantizedParameter
-from bnbops.nn.weights.scale_bits import from_bits
+from bnbops.nn.weights.scale_bits import from_bits, to_bits
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,21 +109,18 @@ class Int8Params(QuantizedParameter):
 
     def _quantize_on(self, device: torch.device) -> Int8Params:
         with lasting(self):
-            self._become(*quantize_rows(self.detach().to(device)))
+            codes, scales = quantize_rows(self.detach().to(device))
+            self._become(type(self)(codes, SCB=scales))
         return self
 
     def _with(self, data: Tensor, copy: bool = False) -> Int8Params:
-        scales = None if self.SCB is None else self.SCB.to(data.device, copy=copy)
+        scales = self.SCB
+        if scales is not None and not scales.is_meta:
+            scales = scales.to(data.device, copy=copy)
         return type(self)(data, self.requires_grad, self.has_fp16_weights, SCB=scales)
 
-    def _scale_tensors(self) -> list[Tensor]:
-        return [] if self._scales is None else [self._scales]
-
-    def _become(self, codes: Tensor, scales: Tensor) -> None:
-        """Takes codes and scales; who holds this parameter keeps it."""
-        self.grad = None
-        self.requires_grad_(False)
-        self.data, self._scales = codes, scales
+    def _scale_tensors(self) -> dict[str, Tensor]:
+        return {} if self.SCB is None else {"scale": to_bits(self.SCB).view(-1)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Int8Params:
         if id(self) not in memo:

@@ -43,18 +43,14 @@ class CodesParameter(nn.Parameter):
 
     That there is a `__torch_function__` also tells torch's own modules that their fused kernels, such as that of
     `nn.TransformerEncoderLayer`, cannot take this weight.
+
+    A kind of weights defines `_holds_codes`, and `_values(dtype)`: what the codes stand for, in `dtype`, or for None in
+    the one that the weight is known to have had.
     """
 
     _values_by = ""  # the call that gives the values, for messages
     _scaled = False  # whether codes times their scales are the values
-
-    @property
-    def _holds_codes(self) -> bool:
-        raise NotImplementedError
-
-    def _values(self, dtype: torch.dtype | None) -> Tensor:
-        """What the codes stand for, in `dtype` or the one that the weight is known to have had."""
-        raise NotImplementedError
+    _holds_codes: bool
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:

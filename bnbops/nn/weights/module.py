@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from bnbops.dtensors import is_dtensor
+from bnbops.lasting import lasting
 from bnbops.nn.weights.finite import is_finite
-from bnbops.nn.weights.parameter import QuantizedParameter
+from bnbops.nn.weights.parameter import QuantizedParameter, sparing_integers
 from bnbops.nn.weights.tied import saved_as
 
 LOADING_ERRORS = (AttributeError, KeyError, TypeError, ValueError, RuntimeError)  # of entries that do not fit
@@ -73,9 +75,8 @@ class QuantizedModule(QuantizedWeight, nn.Module):
     _take(state_dict, key, assign, missing_keys): removes from a state dict what is to become the weight, and returns
         that, or None, where there is no weight, or torch is to load it by the names that are registered; and what is
         missing of a weight's entries, or None, where torch is to say it. Raises ValueError.
-    _replace(new, assign): makes the module hold what `_take` has returned, in place where the tensors fit, or at least
-        the parameter, which may be tied; never so for `assign`.
-    _loaded_by_torch(before): called if that was None, and if the weight was `before`.
+    _has_format_of(new): whether that is laid out as the weight that is held.
+    _loaded_by_torch(before): called if `_take` has returned None, after torch's loading; the weight was `before`.
     """
 
     _scale_names: ClassVar[tuple[str, ...]]
@@ -114,6 +115,18 @@ class QuantizedModule(QuantizedWeight, nn.Module):
                 f"the {what} has shape {list(shape)}, but this {type(self).__name__} needs {list(self._shape)}: make a "
                 "new layer for it, or resize before quantization"
             )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        weight, fn = self._parameters.get("weight"), sparing_integers(fn)
+        if not isinstance(weight, QuantizedParameter):
+            return super()._apply(fn, recurse)
+        rest = nn.Module()  # without the weight: torch would make a plain Parameter of it
+        vars(rest).update(_buffers=self._buffers, _modules=self._modules)
+        vars(rest)["_parameters"] = {name: param for name, param in self._parameters.items() if name != "weight"}
+        rest._apply(fn, recurse)
+        self._parameters.update(rest._parameters)
+        self._parameters["weight"] = weight._converted(fn)
+        return self
 
     # ---- state dicts -----------------------------------------------------------------------------------------------
 
@@ -163,6 +176,29 @@ class QuantizedModule(QuantizedWeight, nn.Module):
             self._replace(new, assign)
         except LOADING_ERRORS as error:
             error_msgs.append(f"{key}: {error}")
+
+    @torch.no_grad()
+    def _replace(self, new: QuantizedParameter, assign: bool) -> None:
+        """In place where the tensors fit, or at least the parameter, which may be tied; never so for `assign`."""
+        weight = self.weight
+        if not assign:
+            held = {name.removeprefix("weight_"): tensor for name, tensor in self.tensors().items() if name != "weight"}
+            scales = new._scale_tensors()
+            if self._has_format_of(new) and scales.keys() == held.keys() and not weight.is_meta:
+                weight.copy_(new.data.view(weight.shape))
+                for name, tensor in scales.items():
+                    held[name].copy_(tensor)
+                return
+            with lasting(weight):
+                new = deepcopy(new)  # its tensors are the caller's
+            if isinstance(weight, QuantizedParameter) and torch._has_compatible_shallow_copy_type(weight, new):
+                weight._become(new)
+                new = weight
+        self.weight = new
+
+    def _device_for(self, data: Tensor, assign: bool) -> torch.device:
+        """`assign` takes the tensors themselves, on their device."""
+        return data.device if assign or self.weight.is_meta else self.weight.device
 
     def _materialize(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Where the weight gets data, the other parameters on the meta device do, too."""

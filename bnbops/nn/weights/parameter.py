@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbops.nn.weights.codes import CodesParameter
+from bnbops.nn.weights.codes import CodesParameter, codes_as_they_are
 
 _Device = torch.device | str | int | None
 _PRESERVE = torch.preserve_format
@@ -65,25 +65,39 @@ class QuantizedParameter(CodesParameter):
     Quantized, it keeps its class and its codes through casts to floats, and its scales go where it goes. What views,
     indexes, clones or detaches it gives plain tensors of codes, as for any parameter.
 
-    A class says what it is (`_holds_codes`, `_quantizes`), and how it is quantized and copied.
+    A kind of weights defines, beside what a CodesParameter has:
+
+    _quantizes: whether the next move to a device quantizes.
+    _quantize_on(device): does that, in place, and returns the parameter.
+    _with(data, copy): a parameter like this one, on the device of its data; with scales of its own if they are copied.
+    _scale_tensors(): what goes where the codes go, by the names of which a module registers `weight_<name>`.
     """
 
-    @property
-    def _quantizes(self) -> bool:
-        """Whether the next move to a device quantizes."""
-        raise NotImplementedError
+    _quantizes: bool
 
-    def _quantize_on(self, device: torch.device) -> QuantizedParameter:
-        """In place."""
-        raise NotImplementedError
+    def _become(self, other: QuantizedParameter) -> None:
+        """Takes the other one's data and what describes them; who holds this parameter keeps it."""
+        self.grad = None
+        self.requires_grad_(False)
+        with codes_as_they_are():  # which may be of another dtype
+            self.data = other.data
+        vars(self).update(vars(other))
 
-    def _with(self, data: Tensor, copy: bool = False) -> QuantizedParameter:
-        """A parameter like this one, on the device of its data; with scales of its own if they are to be copied."""
-        raise NotImplementedError
-
-    def _scale_tensors(self) -> list[Tensor]:
-        """What goes where the codes go."""
-        raise NotImplementedError
+    def _converted(self, fn: Callable[[Tensor], Tensor]) -> QuantizedParameter:
+        """What `torch.nn.Module._apply` makes of a parameter: itself, changed in place, or another one where torch
+        cannot do that (from and to the meta device)."""
+        grad = self.grad
+        if self._holds_codes:
+            data = fn(self.data.view(torch.uint8)).view(self.dtype)  # integers: casts let them be
+        elif (data := fn(self)) is self:
+            return self
+        new = self
+        if torch._has_compatible_shallow_copy_type(self, data):
+            self.data = data.data
+        else:
+            new = self._with(data.data)
+        new.grad = None if grad is None else fn(grad)
+        return new
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
         """As `torch.Tensor.to`, but a float weight that is given a device other than "meta" is quantized, in place
@@ -126,6 +140,6 @@ class QuantizedParameter(CodesParameter):
 
     def share_memory_(self) -> QuantizedParameter:
         """As `torch.Tensor.share_memory_`, for the scales, too."""
-        for tensor in self._scale_tensors():
+        for tensor in self._scale_tensors().values():
             tensor.share_memory_()
         return super().share_memory_()
