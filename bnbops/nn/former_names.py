@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 import torch
 
-from bnbops.nn.convert import resizing
-from bnbops.nn.four_bit import format as scales_4bit
-from bnbops.nn.four_bit import parameter as params_4bit
-from bnbops.nn.int8 import parameter as params_8bit
-from bnbops.nn.layers import embedding, embedding_4bit, embedding_8bit, linear_4bit, linear_8bit
-
-_MODULES = {
-    "embedding": embedding,
-    "embedding_4bit": embedding_4bit,
-    "embedding_8bit": embedding_8bit,
-    "linear_4bit": linear_4bit,
-    "linear_8bit": linear_8bit,
-    "params_4bit": params_4bit,
-    "params_8bit": params_8bit,
-    "resizing": resizing,
-    "scales_4bit": scales_4bit,
+_LAYERS = ("embedding", "embedding_4bit", "embedding_8bit", "linear_4bit", "linear_8bit")
+_OTHERS = {
+    "params_4bit": "four_bit.parameter",
+    "params_8bit": "int8.parameter",
+    "resizing": "convert.resizing",
+    "scales_4bit": "four_bit.format",
 }
-sys.modules.update({f"bnbops.nn.{name}": module for name, module in _MODULES.items()})
+_SAFE = {  # with weights_only=True torch takes no other classes and functions than these
+    "params_4bit": ("Params4bit", "_rebuild"),
+    "params_8bit": ("Int8Params", "_rebuild"),
+    "scales_4bit": ("Format",),
+}
 
-# With weights_only=True torch takes no other classes and functions than these.
-_SAFE = (
-    *("params_4bit.Params4bit", "params_4bit._rebuild", "scales_4bit.Format"),
-    *("params_8bit.Int8Params", "params_8bit._rebuild"),
-)
-torch.serialization.add_safe_globals(
-    [(getattr(_MODULES[module], name), f"bnbops.nn.{module}.{name}") for module, name in (s.split(".") for s in _SAFE)]
-)
+for former, name in ({layer: f"layers.{layer}" for layer in _LAYERS} | _OTHERS).items():
+    module = sys.modules[f"bnbops.nn.{former}"] = importlib.import_module(f"bnbops.nn.{name}")
+    torch.serialization.add_safe_globals(
+        [(getattr(module, each), f"bnbops.nn.{former}.{each}") for each in _SAFE.get(former, ())]
+    )

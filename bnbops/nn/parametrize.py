@@ -24,7 +24,7 @@ __all__ = ["Bnb4bitParametrization", "replace_parameter_4bit", "replace_paramete
 
 
 class Bnb4bitParametrization(nn.Module):
-    """Dequantizes a packed parameter, whose scales it holds (see `bnbops.nn.four_bit.scales`).
+    """Dequantizes a packed parameter, whose scales it holds (see `bnbops.nn.four_bit.format`).
 
     While the module that has the parameter is in `forward`, all reads of a thread get the same tensor, unless weights
     are loaded meanwhile; compiled code does not need that. No gradient flows to the codes.
@@ -165,8 +165,15 @@ class ParametrizedWeight(QuantizedWeight):
         packed = self.holder.original.detach().view(-1).view(self.parametrization.quant_storage)
         return Params4bit(packed, quant_state=self.parametrization.quant_state, quant_storage=packed.dtype)
 
-    def hold(self, weight: Params4bit) -> None:
-        self.replace(weight.to(self.holder.original.device), assign=True)
+    def _put(self, weight: Params4bit) -> None:
+        self.parametrization.quant_storage = weight.dtype
+        self.parametrization.format = format = Format.of(weight.quant_state)
+        self.holder.original = _bytes(weight.data, format)
+        set_scales(self.parametrization, "", tensors_of(weight.quant_state))
+
+    def _has_format_of(self, new: Params4bit) -> bool:
+        own = self.parametrization
+        return Format.of(new.quant_state) == own.format and new.dtype == own.quant_storage
 
     def _dequantized(self, dtype: torch.dtype | None) -> Tensor:
         return self.parametrization.format.dequantize(self.holder.original, scales_of(self.parametrization, ""), dtype)
@@ -181,26 +188,6 @@ class ParametrizedWeight(QuantizedWeight):
         format, storage = self.parametrization.format, self.parametrization.quant_storage
         nested = self.parametrization.nested_absmax is not None
         return Params4bit.of_format(data, format, nested, storage, data.device)
-
-    @torch.no_grad()
-    def replace(self, new: Params4bit, assign: bool) -> None:
-        """Holds other codes and their scales: in place where the tensors fit, or with `assign` the given tensors
-        themselves."""
-        holder, parametrization = self.holder, self.parametrization
-        packed, format, tensors = new.data, Format.of(new.quant_state), tensors_of(new.quant_state)
-        held = scales_of(parametrization, "")
-        parametrization.quant_storage = packed.dtype
-        fits = format == parametrization.format and tensors.keys() == held.keys()
-        if fits and not assign and not holder.original.is_meta:
-            holder.original.copy_(_bytes(packed, format))
-            for role, tensor in tensors.items():
-                held[role].copy_(tensor)
-            return
-        if not assign:
-            packed, tensors = packed.clone(), {role: tensor.clone() for role, tensor in tensors.items()}
-        holder.original = _bytes(packed, format)
-        set_scales(parametrization, "", tensors)
-        parametrization.format = format
 
 
 # ---- hooks, inert once the parametrization has been removed ----------------------------------------------------
@@ -255,7 +242,7 @@ def _load_hook(
         return
     else:
         try:
-            found.replace(_read(found, data, statistics), local_metadata.get("assign_to_params_buffers", False))
+            found._replace(_read(found, data, statistics), local_metadata.get("assign_to_params_buffers", False))
         except LOADING_ERRORS as error:
             error_msgs.append(f"{key}: {error}")
     state_dict.update({inner + each: tensor.data for each, tensor in found.tensors().items()})

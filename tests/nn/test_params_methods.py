@@ -372,3 +372,15 @@ def test_the_class_by_its_name():
 
     mine = Mine(_float(), quant_type="nf4")
     assert isinstance(torch.chunk(mine, 2)[0], Mine) and type(mine.to("cpu")) is Mine
+
+
+@pytest.mark.parametrize("make", [Linear4bit, lambda *size: Linear8bitLt(*size, has_fp16_weights=False)], ids=[4, 8])
+def test_gradients_of_floats_go_along(make):
+    """As in torch; and none is left of a weight that has become codes."""
+    layer = make(128, 96)
+    weight = layer.weight.requires_grad_(True)
+    weight.grad = torch.ones(96, 128)
+    layer.to(torch.bfloat16)
+    assert layer.weight is weight and weight.grad.dtype == weight.dtype == torch.bfloat16
+    layer.to("cpu")
+    assert layer.weight is weight and layer.is_quantized and weight.grad is None

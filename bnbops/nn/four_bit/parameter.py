@@ -246,8 +246,7 @@ class Params4bit(QuantizedParameter):
                 quant_type=self.quant_type,
                 quant_storage=self.quant_storage,
             )
-        self.requires_grad_(False)
-        self.data, self.quant_state, self.bnb_quantized = packed, state, True
+            self._become(type(self)(packed, **self._attributes(quant_state=state)))
         self._tell_module()
         return self
 

@@ -49,17 +49,8 @@ class Embedding(nn.Embedding):
         _freeze: bool = False,
     ) -> None:
         super().__init__(
-            num_embeddings,
-            embedding_dim,
-            padding_idx,
-            max_norm,
-            norm_type,
-            scale_grad_by_freq,
-            sparse,
-            _weight,
-            _freeze,
-            device,
-            dtype,
+            *(num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse),
+            *(_weight, _freeze, device, dtype),
         )
         self._keep_states_in_32_bits()
 
@@ -99,16 +90,8 @@ class StableEmbedding(Embedding):
         _freeze: bool = False,
     ) -> None:
         super().__init__(
-            num_embeddings,
-            embedding_dim,
-            padding_idx,
-            max_norm,
-            norm_type,
-            scale_grad_by_freq,
-            sparse,
-            _weight,
-            device,
-            dtype,
+            *(num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse),
+            *(_weight, device, dtype),
             _freeze=_freeze,
         )
         norm_dtype = torch.promote_types(self.weight.dtype, torch.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -90,6 +92,13 @@ class Linear8bitLt(Int8Module, nn.Linear):
         return f"{super().extra_repr()}, has_fp16_weights={self.has_fp16_weights}, threshold={self.threshold}"
 
 
+def _of_layer(name: str) -> Any:
+    def write(state: _LayerState, value: Any) -> None:
+        setattr(state._layer, name, value)
+
+    return property(lambda state: getattr(state._layer, name), write)
+
+
 class _LayerState(MatmulLtState):
     """`Linear8bitLt.state`: made for each access, so that it can hold the layer without keeping it alive."""
 
@@ -119,26 +128,4 @@ class _LayerState(MatmulLtState):
             self._layer.weight.SCB = scales
             self._layer.init_8bit_state()
 
-    @property
-    def threshold(self) -> float:
-        return self._layer.threshold
-
-    @threshold.setter
-    def threshold(self, threshold: float) -> None:
-        self._layer.threshold = threshold
-
-    @property
-    def has_fp16_weights(self) -> bool:
-        return self._layer.has_fp16_weights
-
-    @has_fp16_weights.setter
-    def has_fp16_weights(self, has_fp16_weights: bool) -> None:
-        self._layer.has_fp16_weights = has_fp16_weights
-
-    @property
-    def is_training(self) -> bool:
-        return self._layer.training
-
-    @is_training.setter
-    def is_training(self, is_training: bool) -> None:
-        self._layer.training = is_training
+    threshold, has_fp16_weights, is_training = map(_of_layer, ("threshold", "has_fp16_weights", "training"))

@@ -25,7 +25,9 @@ class QuantizedWeight:
     weight_shape: that of the float weight.
     tensors(): what is registered of it, the codes first, by the names that the module which registers it uses.
     held(): a parameter that has the codes, and what they mean.
-    hold(parameter): takes the tensors of another one of the same kind and shape, on the device of the former.
+
+    And for what follows: `_dequantized(dtype)`, `_requantized(floats)`, `_put(parameter)`, which makes it the weight, and
+    `_has_format_of(parameter)`: whether its codes and scales are laid out as those that are held.
     """
 
     is_quantized: bool
@@ -58,6 +60,28 @@ class QuantizedWeight:
             raise ValueError("the weight has NaN or infinite values, so it cannot be quantized")
         return self._requantized(weight)
 
+    def hold(self, weight: QuantizedParameter) -> None:
+        """Takes another weight of the same kind and shape, on the device of the former."""
+        self._put(weight.to(next(iter(self.tensors().values())).device))
+
+    @torch.no_grad()
+    def _replace(self, new: QuantizedParameter, assign: bool) -> None:
+        """In place where the tensors fit, or at least the parameter, which may be tied; never so for `assign`."""
+        if not assign:
+            fits, others = self._has_format_of(new), list(new._scale_tensors().values())
+            codes, *scales = self.tensors().values()
+            if fits and len(scales) == len(others) and not codes.is_meta:
+                codes.copy_(new.data.reshape(-1).view(codes.dtype).view(codes.shape))
+                for scale, other in zip(scales, others, strict=True):
+                    scale.copy_(other)
+                return
+            with lasting(codes):
+                new = deepcopy(new)  # its tensors are the caller's
+            if isinstance(codes, QuantizedParameter) and torch._has_compatible_shallow_copy_type(codes, new):
+                codes._become(new)
+                new = codes
+        self._put(new)
+
 
 class QuantizedModule(QuantizedWeight, nn.Module):
     """Mixed into a module class before the one that makes its float `weight`.
@@ -75,7 +99,6 @@ class QuantizedModule(QuantizedWeight, nn.Module):
     _take(state_dict, key, assign, missing_keys): removes from a state dict what is to become the weight, and returns
         that, or None, where there is no weight, or torch is to load it by the names that are registered; and what is
         missing of a weight's entries, or None, where torch is to say it. Raises ValueError.
-    _has_format_of(new): whether that is laid out as the weight that is held.
     _loaded_by_torch(before): called if `_take` has returned None, after torch's loading; the weight was `before`.
     """
 
@@ -93,8 +116,8 @@ class QuantizedModule(QuantizedWeight, nn.Module):
     def held(self) -> QuantizedParameter:
         return self.weight
 
-    def hold(self, weight: QuantizedParameter) -> None:
-        self.weight = weight.to(self.weight.device)
+    def _put(self, weight: QuantizedParameter) -> None:
+        self.weight = weight
 
     def reset_parameters(self) -> None:
         """Draws a float weight anew.
@@ -176,25 +199,6 @@ class QuantizedModule(QuantizedWeight, nn.Module):
             self._replace(new, assign)
         except LOADING_ERRORS as error:
             error_msgs.append(f"{key}: {error}")
-
-    @torch.no_grad()
-    def _replace(self, new: QuantizedParameter, assign: bool) -> None:
-        """In place where the tensors fit, or at least the parameter, which may be tied; never so for `assign`."""
-        weight = self.weight
-        if not assign:
-            held = {name.removeprefix("weight_"): tensor for name, tensor in self.tensors().items() if name != "weight"}
-            scales = new._scale_tensors()
-            if self._has_format_of(new) and scales.keys() == held.keys() and not weight.is_meta:
-                weight.copy_(new.data.view(weight.shape))
-                for name, tensor in scales.items():
-                    held[name].copy_(tensor)
-                return
-            with lasting(weight):
-                new = deepcopy(new)  # its tensors are the caller's
-            if isinstance(weight, QuantizedParameter) and torch._has_compatible_shallow_copy_type(weight, new):
-                weight._become(new)
-                new = weight
-        self.weight = new
 
     def _device_for(self, data: Tensor, assign: bool) -> torch.device:
         """`assign` takes the tensors themselves, on their device."""
