@@ -26,8 +26,8 @@ class QuantizedWeight:
     tensors(): what is registered of it, the codes first, by the names that the module which registers it uses.
     held(): a parameter that has the codes, and what they mean.
 
-    And for what follows: `_dequantized(dtype)`, `_requantized(floats)`, `_put(parameter)`, which makes it the weight, and
-    `_has_format_of(parameter)`: whether its codes and scales are laid out as those that are held.
+    And for what follows: `_dequantized(dtype)`, `_requantized(floats)`, `_put(parameter)`, which makes it the weight,
+    and `_has_format_of(parameter)`: whether its codes and scales are laid out as those that are held.
     """
 
     is_quantized: bool
