@@ -30,11 +30,7 @@ class MatMul8bitLt:
 
     @staticmethod
     def apply(
-        A: Tensor,
-        B: Tensor,
-        out: Tensor | None = None,
-        bias: Tensor | None = None,
-        state: MatmulLtState | None = None,
+        A: Tensor, B: Tensor, out: Tensor | None = None, bias: Tensor | None = None, state: MatmulLtState | None = None
     ) -> Tensor:
         """`bnbops.matmul`."""
         return matmul(A, B, out, state, bias=bias)

@@ -9,16 +9,7 @@ from bnbops.alias import finder
 
 __version__ = finder.VERSION
 __path__ = [str(Path(bnbops.__file__).parent)]  # a package, whose modules pkgutil lists; the finder needs no path
-__all__ = [
-    "MatmulLtState",
-    "features",
-    "functional",
-    "matmul",
-    "matmul_4bit",
-    "nn",
-    "optim",
-    "supported_torch_devices",
-]
+__all__ = ["MatmulLtState", "features", "functional", "matmul", "matmul_4bit", "nn", "optim", "supported_torch_devices"]
 
 
 def __getattr__(name: str) -> Any:

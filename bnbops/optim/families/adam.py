@@ -6,12 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnbops.facts import RULES
 from bnbops.optim.core.optimizer import Optimizer
-from bnbops.optim.core.options import (
-    MIN_8BIT_SIZE,
-    CommonKeywords,
-    check_unsupported,
-    takes_common_keywords,
-)
+from bnbops.optim.core.options import MIN_8BIT_SIZE, CommonKeywords, check_unsupported, takes_common_keywords
 from bnbops.optim.core.precision import variant
 
 if TYPE_CHECKING:
@@ -58,15 +53,7 @@ class Adam(Optimizer):
     ) -> None:
         check_unsupported(type(self).__name__, amsgrad=amsgrad)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(
-            params,
-            defaults,
-            optim_bits=optim_bits,
-            args=args,
-            min_8bit_size=min_8bit_size,
-            is_paged=is_paged,
-            **keywords,
-        )
+        super().__init__(params, defaults, optim_bits, is_paged, args=args, min_8bit_size=min_8bit_size, **keywords)
 
 
 Adam8bit = variant(Adam, bits=8)

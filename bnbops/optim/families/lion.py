@@ -47,15 +47,8 @@ class Lion(Optimizer):
         is_paged: bool = False,
         **keywords: Unpack[CommonKeywords],
     ) -> None:
-        super().__init__(
-            params,
-            {"lr": lr, "betas": betas, "weight_decay": weight_decay},
-            optim_bits=optim_bits,
-            args=args,
-            min_8bit_size=min_8bit_size,
-            is_paged=is_paged,
-            **keywords,
-        )
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
+        super().__init__(params, defaults, optim_bits, is_paged, args=args, min_8bit_size=min_8bit_size, **keywords)
 
 
 Lion8bit = variant(Lion, bits=8, without=("optim_bits",))

@@ -7,12 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnbops.facts import RULES, Rule
 from bnbops.optim.core.optimizer import Optimizer
-from bnbops.optim.core.options import (
-    MIN_8BIT_SIZE,
-    CommonAndPaged,
-    require,
-    takes_common_keywords,
-)
+from bnbops.optim.core.options import MIN_8BIT_SIZE, CommonAndPaged, require, takes_common_keywords
 from bnbops.optim.core.precision import variant
 
 if TYPE_CHECKING:
