@@ -15,6 +15,7 @@ from bnbops import optim
 from cases.compiled import assert_same, batches, make, make_model, snapshot
 from cases.optimizer_classes import WITH_8BIT, build
 from cases.optimizers import params, set_grads
+from cases.transforms import OrthogonalSGD
 
 Options = list[dict[str, Tensor]]
 
@@ -22,7 +23,9 @@ Options = list[dict[str, Tensor]]
 def optimizer_of(name: str, model: nn.Module) -> optim.Optimizer:
     """Two groups, states of 8 and of 32 bits."""
     groups = [{"params": model[0].parameters(), "lr": 2e-3}, {"params": model[2].parameters()}]
-    optimizer = build(name, groups, lr=1e-3, optim_bits=8, percentile_clipping=50)
+    options = {"lr": 1e-3, "optim_bits": 8, "percentile_clipping": 50}
+    through_python = name == "OrthogonalSGD"
+    optimizer = OrthogonalSGD(groups, momentum=0.9, **options) if through_python else build(name, groups, **options)
     optimizer.init_state()
     return optimizer
 
@@ -83,7 +86,7 @@ def eager(model: nn.Module, optimizer: optim.Optimizer, x: Tensor) -> Tensor:
 
 
 @pytest.mark.every_torch
-@pytest.mark.parametrize("name", WITH_8BIT)
+@pytest.mark.parametrize("name", [*WITH_8BIT, "OrthogonalSGD"])
 def test_follows_eager_whatever_options_become(name: str) -> None:
     runs = []
     for traced in (False, True):

@@ -77,24 +77,26 @@ class Call:
     def run(self, from_norms: Mapping[str, Tensor]) -> None:
         """Takes the step, with the keyword arguments that are made from norms."""
         self.op(*self.lists, **self.scalars, **from_norms)
-        self._written()
+        self.written()
 
-    def directions(self, from_norms: Mapping[str, Tensor]) -> list[Tensor]:
-        """Takes the first half of the step: float32 directions, NaN where an element is to be left alone."""
-        directions = [torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in self.params]
-        params, grads, *others = self.lists
+    def directions(self, part: slice, from_norms: Mapping[str, Tensor]) -> list[Tensor]:
+        """Takes the first half of the step of some parameters: float32 directions, NaN where an element is to be left
+        alone."""
+        params, grads, *others = (tensors[part] for tensors in self.lists)
+        directions = [torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in params]
         operator = getattr(torch.ops.bnbops, self.plan.rule.direction)
         operator(params, grads, directions, *others, **self.scalars, **from_norms)
         return directions
 
-    def apply(self, directions: list[Tensor], from_norms: Mapping[str, Tensor]) -> None:
-        """Takes the second half, along directions."""
+    def apply(self, part: slice, directions: list[Tensor], from_norms: Mapping[str, Tensor]) -> None:
+        """Takes the second half, along directions. `written` comes when all parameters have it."""
         names = ("lr", "options", *(option.name for option in self.plan.rule.options))
         scalars = {name: self.scalars[name] for name in names if name in self.scalars}
-        getattr(torch.ops.bnbops, self.plan.rule.apply)(self.params, directions, self.steps, **scalars, **from_norms)
-        self._written()
+        operator = getattr(torch.ops.bnbops, self.plan.rule.apply)
+        operator(self.params[part], directions, self.steps[part], **scalars, **from_norms)
 
-    def _written(self) -> None:
+    def written(self) -> None:
+        """Tells autograd, and the user's tensors, of the step."""
         if not is_traced():
             # Operators from C++ write behind autograd's back: a backward through the old values must fail.
             torch.autograd.graph.increment_version(self.params)
@@ -114,12 +116,13 @@ class Call:
         return {"clip": clip}
 
 
-def check(calls: list[Call]) -> None:
-    """Lets operators refuse before any has written. One checks its own arguments first, so the first call may wait.
+def check(calls: list[Call], in_halves: bool) -> None:
+    """Lets operators refuse before any has written. One that takes a whole step checks its own arguments first, so the
+    first call may wait, unless it takes its step `in_halves`.
 
     Raises:
         RuntimeError: an operator refuses.
     """
     clips = any(call.gnorm_vecs for call in calls)
-    for call in calls if clips else calls[1:]:
+    for call in calls if clips or in_halves else calls[1:]:
         call.check()

@@ -15,6 +15,7 @@ from bnbops.optim.core.norms import whole_squared_norms
 from bnbops.optim.core.options import numbers_of
 from bnbops.optim.core.state import Plan
 from bnbops.optim.core.stateful import StatefulOptimizer
+from bnbops.optim.core.transform import Transform, take
 from bnbops.tracing import is_exported, is_traced
 
 
@@ -69,8 +70,12 @@ class Optimizer(StatefulOptimizer):
         return numbers_of(self._rule(group), group)
 
     def _trust(self, call: Call, clip: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The operator's keyword arguments that are made from norms, beside `clip`."""
+        """The operator's keyword arguments that are made from norms of gradients, beside `clip`."""
         return {}
+
+    def _transform(self, group: Mapping[str, Any]) -> Transform | None:
+        """What becomes of the directions; None where the operator takes the whole step."""
+        return None
 
     # ---- steps -------------------------------------------------------------------------------------------------
 
@@ -108,13 +113,16 @@ class Optimizer(StatefulOptimizer):
     def _run(self, batches: list[Batch]) -> None:
         """Batches become calls; norms of whole parameters what a call needs of them; and then operators write."""
         calls = [call for batch in batches for call in self._calls(batch)]
+        transforms = [self._transform(call.plan.config) for call in calls]
         if not is_traced():  # a compiler checks all of the graph before it runs
-            check(calls)
-        for call in calls:
-            self._take(call, call.clip())
-
-    def _take(self, call: Call, clip: Mapping[str, Tensor]) -> None:
-        call.run({**clip, **self._trust(call, clip)})
+            check(calls, in_halves=any(transforms[:1]))
+        for call, transform in zip(calls, transforms, strict=True):
+            clip = call.clip()
+            factors = {**clip, **self._trust(call, clip)}
+            if transform is None:
+                call.run(factors)
+            else:
+                take(call, transform, factors)
 
     def _only_creates_states(self) -> bool:
         """Whether this is the step that torch.distributed.checkpoint takes to have states: gradients and lr are all 0.

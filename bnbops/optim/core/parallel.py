@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from bnbops.dtensors import is_dtensor
@@ -50,3 +51,34 @@ def local_grad(param: DTensor, grad: Tensor) -> Tensor:
     if grad.placements != param.placements:
         grad = grad.redistribute(placements=param.placements)
     return grad.to_local()
+
+
+def gathered(parts: list[Tensor], params: list[Tensor]) -> list[Tensor]:
+    """Whole tensors of which each rank has the part that it has of a parameter."""
+
+    def whole(part: Tensor, param: Tensor) -> Tensor:
+        if not is_dtensor(param):
+            return part
+        from torch.distributed.tensor import DTensor
+
+        stride = torch.empty(param.shape, dtype=part.dtype, device="meta").stride()
+        mesh, placements = param.device_mesh, param.placements
+        tensor = DTensor.from_local(part, mesh, placements, run_check=False, shape=param.shape, stride=stride)
+        return tensor.full_tensor()
+
+    return [whole(*pair) for pair in zip(parts, params, strict=True)]
+
+
+def own_parts(tensors: list[Tensor], params: list[Tensor]) -> list[Tensor]:
+    """Of whole tensors, the part that this rank has of their parameters, where it has it."""
+
+    def part(tensor: Tensor, param: Tensor) -> Tensor:
+        if not is_dtensor(param):
+            return tensor
+        from torch.distributed.tensor import DTensor, Replicate
+
+        mesh = param.device_mesh
+        whole = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        return whole.redistribute(placements=param.placements).to_local().to(param.to_local().device)
+
+    return [part(*pair) for pair in zip(tensors, params, strict=True)]

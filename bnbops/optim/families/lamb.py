@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from bnbops.facts import RULES
-from bnbops.optim.core.call import Call
-from bnbops.optim.core.norms import trust_ratio, whole_squared_norms
 from bnbops.optim.core.optimizer import Optimizer
 from bnbops.optim.core.options import (
     MIN_8BIT_SIZE,
@@ -20,6 +17,7 @@ from bnbops.optim.core.options import (
     takes_common_keywords,
 )
 from bnbops.optim.core.precision import variant
+from bnbops.optim.core.transform import Transform, TrustRatio
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -78,14 +76,8 @@ class LAMB(Optimizer):
         defaults |= {"max_unorm": max_unorm, "trust_clip": trust_clip}
         super().__init__(params, defaults, optim_bits=optim_bits, args=args, min_8bit_size=min_8bit_size, **keywords)
 
-    def _take(self, call: Call, clip: Mapping[str, Tensor]) -> None:
-        config = call.plan.config
-        if config["max_unorm"] == 0:
-            return super()._take(call, clip)
-        directions = call.directions(clip)
-        local_norms = torch.ops.bnbops.squared_norms(call.params + directions)
-        weight, update = whole_squared_norms(local_norms.view(2, -1), call.whole).sqrt()
-        call.apply(directions, {"trust": trust_ratio(weight, update, config["max_unorm"], config["trust_clip"])})
+    def _transform(self, group: Mapping[str, Any]) -> Transform | None:
+        return TrustRatio(group["max_unorm"], group["trust_clip"]) if group["max_unorm"] else None
 
 
 LAMB8bit = variant(LAMB, bits=8, without=("optim_bits",))
