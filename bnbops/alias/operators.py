@@ -20,7 +20,7 @@ from bnbops.functional.four_bit import in_own_order
 from bnbops.functional.optimizer import StepNumbers, optimizer_update_8bit_blockwise, update_32bit
 
 _NAMESPACE = "bitsandbytes"
-_WEIGHT_TYPES = ("nf4", "fp4")
+_WEIGHT_TYPES = ("nf4", "fp4")  # bitsandbytes' own
 _OUT = "Tensor! out) -> ()"
 _STEP = "float beta1, float beta2, float beta3, float alpha, float eps"
 

@@ -105,9 +105,9 @@ def quantize_4bit(
         A: fp32, bf16 or fp16 tensor of any shape.
         absmax: tensor to copy the scales into, `[ceil(A.numel() / blocksize)]`, fp32 (uint8 if compressed).
         out: tensor of the result's shape and dtype to copy it into.
-        blocksize: elements that share a scale: a power of two from 32 to 4096; 64 by default.
+        blocksize: elements that share a scale: a power of two up to 4096, at least 32 for NF4; 64 by default.
         compress_statistics: quantize the scales, too, less their mean, to 8 bits in blocks of 256.
-        quant_type: "nf4" or "fp4".
+        quant_type: "nf4" or another format (docs/linear_4bit.md).
         quant_storage: dtype of the result: uint8, int8, bf16, fp16 or fp32, whose bits are the packed codes.
 
     Returns:
@@ -175,7 +175,7 @@ def dequantize_4bit(
         quant_state: what `quantize_4bit` returned; or else
         absmax: fp32 scales, one a block, with `out`,
         blocksize: elements that share a scale, 64 by default, and
-        quant_type: "nf4" or "fp4".
+        quant_type: "nf4" or another format (docs/linear_4bit.md).
         out: tensor of the state's shape and dtype to write to; without a state it tells them.
 
     Returns:

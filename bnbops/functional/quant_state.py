@@ -61,7 +61,7 @@ class QuantState:
         shape: shape of the original tensor, or None.
         code: fp32 codebook.
         blocksize: elements that share a scale.
-        quant_type: "nf4", "fp4" or None (8-bit blocks).
+        quant_type: the 4-bit format, or None (8-bit blocks).
         dtype: dtype of the original tensor.
         offset: 0-dim fp32 mean that was subtracted from the scales before they were quantized (nested), or None.
         state2: QuantState of the scales (nested), or None.
@@ -106,9 +106,10 @@ class QuantState:
         values = dict(qs_dict)
         packed = [k for k, v in values.items() if "quant_state" in k and isinstance(v, Tensor)]
         if len(packed) > 1 or (not packed and "quant_type" not in {k.split(".")[-1] for k in values}):
+            expected = f"{_PACKED_PREFIX}{' or ...'.join(FORMATS_4BIT)}"
             raise ValueError(
-                f"expected exactly one packed item ending in {_PACKED_PREFIX}nf4 or ...fp4, or unpacked items with "
-                f"'quant_type'; got the keys {sorted(values)}"
+                f"expected exactly one packed item ending in {expected}, or unpacked items with 'quant_type'; "
+                f"got the keys {sorted(values)}"
             )
         for key in packed:
             values.update(_unpack(values.pop(key), key))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ def replace_parameter_4bit(
     module: nn.Module,
     param_name: str,
     compress_statistics: bool = False,
-    quant_type: Literal["nf4", "fp4"] = "nf4",
+    quant_type: str = "nf4",
     blocksize: int | None = None,
 ) -> None:
     """Quantizes a parameter to 4 bits; `module.<param_name>` dequantizes it from then on.
@@ -67,8 +67,8 @@ def replace_parameter_4bit(
         module: the module that has the parameter itself, not through a submodule.
         param_name: its name.
         compress_statistics: quantize the scales, too.
-        quant_type: "nf4" or "fp4".
-        blocksize: elements that share a scale, a power of two from 32 to 4096; 64 by default.
+        quant_type: "nf4" or another format (docs/linear_4bit.md).
+        blocksize: elements that share a scale, a power of two up to 4096, at least 32 for NF4; 64 by default.
 
     Raises:
         AttributeError: the module has no attribute of that name.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bnbops.codebooks import create_dynamic_map
+from bnbops.facts import FORMATS
 from bnbops.nn.weights.scale_bits import to_bits
 from bnbops.testing.sample import DTYPES, Sample, full, normal, random_codes, strided, tensor
 
@@ -53,10 +54,12 @@ def _quantize() -> list[Sample]:
     special = tensor([math.nan, 1.0, -0.0, 1e-9, -1e-9, 1e-40] + [0.0] * 58 + [math.inf, -1.0, math.nan])
     return [
         *(Sample(_name(dtype), (x.to(dtype), 64, "nf4", _BYTES)) for dtype in DTYPES),
-        *(Sample(f"{_name(dtype)} to fp4", (x.to(dtype), 64, "fp4", _BYTES)) for dtype in DTYPES),
+        *(
+            Sample(f"{format.name} in blocks of {size}", (x.to(dtype), size, format.name, _BYTES))
+            for format in FORMATS.values()
+            for size, dtype in zip((*format.blocks[:3], 256, 1024, 4096), 2 * DTYPES, strict=True)
+        ),
         *(Sample(f"stored as {_name(dtype)}", (even, 64, "nf4", dtype)) for dtype in (torch.int8, *DTYPES)),
-        Sample("blocks of 32", (x, 32, "nf4", _BYTES)),
-        Sample("one block", (x, 4096, "fp4", _BYTES)),
         Sample("three dimensions", (normal(3, 4, 70), 128, "nf4", _BYTES)),
         Sample("transposed, two blocks", (x.t(), 1024, "nf4", _BYTES)),
         Sample("strided", (strided(x), 64, "fp4", _BYTES)),
@@ -78,7 +81,7 @@ def _dequantize() -> list[Sample]:
     nested_absmax, nested = _nested(24)
     return [
         *(Sample(f"to {_name(dtype)}", (packed, absmax, 64, "nf4", odd, dtype)) for dtype in DTYPES),
-        Sample("fp4", (packed, absmax, 64, "fp4", odd, _FLOAT)),
+        *(Sample(name, (packed, absmax, 64, name, odd, _FLOAT)) for name in FORMATS),
         *(
             Sample(f"stored as {_name(dtype)}", (*_weight(even, 32, dtype), 32, "nf4", even, torch.bfloat16))
             for dtype in (torch.int8, *DTYPES)
@@ -120,7 +123,7 @@ def _embedding() -> list[Sample]:
     codes, nested_absmax = weight[0], _nested(8)[0]
     return [
         *(Sample(f"to {_name(dtype)}", (indices, *weight, shape, 64, "nf4", dtype)) for dtype in DTYPES),
-        Sample("int32 indices", (indices.int(), *weight, shape, 64, "fp4", _FLOAT)),
+        *(Sample(f"int32 indices, {name}", (indices.int(), *weight, shape, 64, name, _FLOAT)) for name in FORMATS),
         Sample("transposed indices", (indices.t(), *weight, shape, 64, "nf4", _FLOAT)),
         Sample("one index", (tensor(4, torch.int64), *weight, shape, 64, "nf4", _FLOAT)),
         Sample("no indices", (indices[:0], *weight, shape, 64, "nf4", _FLOAT)),
@@ -176,7 +179,26 @@ def _products(biased: bool) -> list[Sample]:
         *(sample(f"{n} rows, {_name(t)}", n, of=whole, dtype=t) for n in (2, 16, 32, 64) for t in DTYPES[1:]),
         *(sample(f"many features, {_name(dtype)}", 1, of=many, dtype=dtype) for dtype in DTYPES[1:]),
         sample("many rows, bias", 70, dtype=low, bias=True, storage=low),
-        sample("rows that are no multiple of a block or a byte", 3, of=odd, quant_type="fp4", storage=torch.int8),
+        *(
+            sample(
+                f"rows that are no multiple of a block or a byte, {name}",
+                3,
+                of=odd,
+                quant_type=name,
+                storage=torch.int8,
+            )
+            for name in FORMATS
+        ),
+        *(
+            sample(
+                f"{format.name} in its smallest blocks",
+                3,
+                dtype=low,
+                blocksize=format.smallest_block,
+                quant_type=format.name,
+            )
+            for format in FORMATS.values()
+        ),
         sample("rows of several blocks", 2, of=[5, 192], dtype=torch.float16, storage=_FLOAT),
         sample("strided", 4, view=strided),
         sample("transposed", 4, view=lambda x: x.t().contiguous().t(), dtype=low),
@@ -232,7 +254,7 @@ def _grouped_products(biased: bool) -> list[Sample]:
     return [
         *(sample(_name(dtype), 7, [2, 4, 7], dtype=dtype) for dtype in DTYPES),
         sample("bias, an expert without rows", 7, [3, 3, 7], bias=True),
-        sample("rows for no expert, fp4", 9, [0, 2, 5], quant_type="fp4", dtype=low),
+        *(sample(f"rows for no expert, {name}", 9, [0, 2, 5], quant_type=name, dtype=low) for name in FORMATS),
         sample("only rows for no expert", 3, [0, 0, 0], bias=True),
         sample("many rows for one", 50, [1, 49, 50], dtype=low, bias=True),
         sample("experts begin within bytes", 4, [1, 2, 4], of=[3, 3, 21]),

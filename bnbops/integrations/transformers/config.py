@@ -18,9 +18,9 @@ class BnbOpsConfig(QuantizationConfigMixin):
     """How `from_pretrained` quantizes a model: the options of `bnbops.nn.quantize_`, with its rules.
 
     Args:
-        quant: "nf4", "fp4" or "int8".
+        quant: "nf4" or another 4-bit format (docs/linear_4bit.md), or "int8".
         double_quant: quantize the scales, too (4 bits).
-        blocksize: elements that share a scale, a power of two from 32 to 4096 (4 bits).
+        blocksize: elements that share a scale, a power of two up to 4096, at least 32 for NF4 (4 bits).
         compute_dtype: the layers cast their input to it, a dtype or its name; None for the input's own (4 bits).
         quant_storage: dtype whose bytes hold the codes, or its name (4 bits).
         threshold: magnitude from which on a column of the input is computed in floating point (int8).

@@ -53,12 +53,12 @@ def quantize_(
 
     Args:
         model: a module that holds linear layers, and is not one itself.
-        quant: "nf4", "fp4" or "int8".
+        quant: "nf4" or another 4-bit format (docs/linear_4bit.md), or "int8".
         skip: names of modules to leave, with all in them, such as "lm_head" or "layers.0"; patterns of them, "*" being
             any text; or a function of a name and its module. The output head by default: a module called "lm_head", and
             what `get_output_embeddings()` of a model in Transformers gives.
         double_quant: quantize the scales, too (4 bits).
-        blocksize: elements that share a scale, a power of two from 32 to 4096 (4 bits).
+        blocksize: elements that share a scale, a power of two up to 4096, at least 32 for NF4 (4 bits).
         compute_dtype: the layers cast their input to it (4 bits).
         quant_storage: dtype whose bytes hold the codes (4 bits).
         threshold: magnitude from which on a column of the input is computed in floating point (int8).

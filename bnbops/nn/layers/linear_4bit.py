@@ -35,10 +35,10 @@ class Linear4bit(Module4bit, nn.Linear):
         compute_dtype: the input is cast to it, and the output back to the input's dtype; None: the input's own dtype,
             or autocast's, in which case the output has it, too.
         compress_statistics: quantize the scales, too (QLoRA's double quantization).
-        quant_type: "nf4" or "fp4".
+        quant_type: "nf4" or another format (docs/linear_4bit.md).
         quant_storage: dtype whose bytes hold the codes: uint8, int8, bf16, fp16 or fp32.
         device: of the float parameters; nothing is quantized yet.
-        blocksize: elements that share a scale, a power of two from 32 to 4096.
+        blocksize: elements that share a scale, a power of two up to 4096, at least 32 for NF4.
         dtype: of the float parameters.
 
     Shape: `[..., input_features]` fp32, bf16 or fp16 to `[..., output_features]` in the same dtype.
