@@ -16,7 +16,6 @@ _BLOCKSIZE = 64  # by default
 # What no weight can be in, but `get_4bit_type` knows. AF4: the quantiles that minimize the expected absolute error in
 # blocks of 64.
 _OTHER_TYPES = {
-    "int4": [x / 7 for x in (*range(7, -1, -1), *range(0, -8, -1))],
     "af4": [
         *(1.0, 0.72424863, 0.55496234, 0.42563882, 0.31675666, 0.21961274, 0.12934483, 0.04273164),
         *(0.0, -0.04934812, -0.14982478, -0.25607552, -0.3736951, -0.51243739, -0.69441008, -1.0),

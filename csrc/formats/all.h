@@ -4,11 +4,12 @@
 #include <array>
 
 #include "formats/fp4.h"
+#include "formats/int4.h"
 #include "formats/nf4.h"
 
 BNBOPS_NAMESPACE_BEGIN
 
-constexpr std::array kFormats4bit = {kNF4, kFP4};
+constexpr std::array kFormats4bit = {kNF4, kFP4, kInt4};
 
 // Loops take the codes of eight elements, a word, with one scale; some take more, and leave smaller blocks to others.
 constexpr int64_t kSmallestBlock4bit = 8, kLargestBlock4bit = 4096;

@@ -13,6 +13,10 @@ TYPES = [*FORMATS]
 
 quantize, dequantize = torch.ops.bnbops.quantize_4bit, torch.ops.bnbops.dequantize_4bit
 types = pytest.mark.parametrize("quant_type", TYPES)
+SIZES = [(name, size) for name, format in FORMATS.items() for size in format.blocks]
+sizes = pytest.mark.parametrize(("quant_type", "blocksize"), SIZES)
+SOME_SIZES = [(name, size) for name, size in SIZES if name == "nf4" or size in FORMATS[name].blocks[:2]]
+some_sizes = pytest.mark.parametrize(("quant_type", "blocksize"), SOME_SIZES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -35,7 +39,7 @@ def check(x: Tensor, blocksize: int, quant_type: str, packed: Tensor, absmax: Te
     assert torch.equal(absmax, expected_absmax)
     assert same_bits(packed, expected) and packed.is_contiguous()
     code, scaled = ref.TABLES[quant_type].double(), ref8.normalised(x, min(blocksize, max(x.numel(), 1))).flatten()
-    error = (scaled - code[ref.unpack(packed, x.numel()).long()]).abs()
+    error = (scaled - code[ref.unpack(packed, x.numel(), quant_type).long()]).abs()
     nearest = (scaled[:, None] - code).abs().amin(dim=1)
     small = ref.spread(absmax, blocksize, x.numel()) < 2**-126  # 1 / absmax is not finite
     assert ((error - nearest <= 2**-22 * scaled.abs()) | small).all()

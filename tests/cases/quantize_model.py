@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import bnbops
 from bnbops.nn import Linear4bit, Linear8bitLt
 
-FORMATS = ["nf4", "fp4", "int8"]
+FORMATS = ["nf4", "fp4", "int4", "int8"]
 
 
 def named(value: Any) -> str:

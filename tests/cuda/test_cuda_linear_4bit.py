@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cases import backends
+from cases.quantize_4bit import some_sizes, types
 from cases.weights_4bit import DTYPES, Weight, assert_equal, normal, offsets_of, ops
 from reference import quantize_4bit as ref
 
@@ -48,12 +49,12 @@ def test_features(in_features, dtype):
         check(Weight(out_features, in_features, quant_type="fp4" if rows == 3 else "nf4"), rows, dtype)
 
 
-@pytest.mark.parametrize("blocksize", ref.BLOCKSIZES)
+@some_sizes
 @pytest.mark.parametrize("nested", [False, True])
-def test_blocks_of_any_size(blocksize, nested):
+def test_blocks_of_any_size(blocksize, quant_type, nested):
     """Smaller than what a warp takes at a time, within a row, and across rows, which may begin anywhere in a block."""
     for in_features, dtype in itertools.product((64, 96, 160, 99), DTYPES):
-        check(Weight(19, in_features, blocksize=blocksize, nested=nested), 4, dtype)
+        check(Weight(19, in_features, blocksize=blocksize, quant_type=quant_type, nested=nested), 4, dtype)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------
@@ -69,7 +70,7 @@ def test_misaligned_activations_change_no_bit(guard, dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@types
 def test_both_kernels_agree(dtype, quant_type):
     """A weight whose codes lie askew is for the ordinary cores."""
     weight, odd = Weight(40, 320, quant_type=quant_type), Weight(40, 320, quant_type=quant_type)

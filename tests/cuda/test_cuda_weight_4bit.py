@@ -9,7 +9,7 @@ from torch import Tensor
 
 import bnbops.functional as F
 from cases import backends
-from cases.quantize_4bit import DTYPES, data, dtypes, same_bits, types
+from cases.quantize_4bit import DTYPES, SOME_SIZES, data, dtypes, same_bits, sizes, types
 from reference import quantize_4bit as ref
 
 ops = torch.ops.bnbops
@@ -52,9 +52,8 @@ def check(cuda: dict[str, Callable], x: Tensor, blocksize: int, quant_type: str,
         assert same_bits(cuda["dequantize_4bit"](*described, **options), expected)
 
 
-@types
+@sizes
 @dtypes
-@pytest.mark.parametrize("blocksize", ref.BLOCKSIZES)
 def test_blocks(blocksize, dtype, quant_type, cuda):
     for n in (blocksize - 1, blocksize, 2 * blocksize + 9, 9001):
         check(cuda, spoiled(n, dtype), blocksize, quant_type)
@@ -68,11 +67,12 @@ def test_every_length(dtype, quant_type, cuda, guard):
         check(cuda, spoiled(n, dtype), 64, quant_type, guard)
 
 
+@types
 @dtypes
-def test_every_offset(dtype, cuda):
+def test_every_offset(dtype, quant_type, cuda):
     x = spoiled(1100, dtype)
     for first in range(17):
-        check(cuda, x[first:], 256, "nf4", lambda tensor: tensor)
+        check(cuda, x[first:], 256, quant_type, lambda tensor: tensor)
 
 
 @types
@@ -130,8 +130,8 @@ def test_an_index_out_of_range_stops_the_device(index, cuda, capfd):
 @pytest.mark.parametrize("order", ["forward", "reverse", "random:1", "random:2"])
 def test_order_of_threads_changes_no_bit(order, cuda, monkeypatch):
     monkeypatch.setenv("CUSIM_ORDER", order)
-    for blocksize, dtype in zip(ref.BLOCKSIZES, 3 * DTYPES, strict=False):
-        check(cuda, spoiled(20_011, dtype), blocksize, "nf4")
+    for (quant_type, blocksize), dtype in zip(SOME_SIZES, 5 * DTYPES, strict=False):
+        check(cuda, spoiled(20_011, dtype), blocksize, quant_type)
     packed, absmax = ops.quantize_4bit(data(50, 700), 64, "nf4", torch.uint8)
     look_up = (torch.arange(49, -1, -1), packed, absmax, [50, 700], 64, "nf4", torch.bfloat16)
     assert torch.equal(cuda["embedding_4bit"](*look_up), ops.embedding_4bit(*look_up))

@@ -72,7 +72,7 @@ def normal(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
 
 @dtypes
 @pytest.mark.parametrize("rows", [1, 3, 16, 40])
-@pytest.mark.parametrize(("quant_type", "nested"), [("nf4", False), ("nf4", True), ("fp4", True)])
+@pytest.mark.parametrize(("quant_type", "nested"), [("nf4", False), ("nf4", True), ("fp4", True), ("int4", True)])
 def test_linear_4bit_is_a_dense_layer(quant_type, nested, rows, dtype, on_cuda: OnCuda):
     """Forward and backward: the dense layer of the values that its codes stand for."""
     torch.manual_seed(0)

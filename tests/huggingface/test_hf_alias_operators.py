@@ -410,7 +410,7 @@ BAD = {
     ("optimizer_update_8bit_blockwise", "state1", Tensor.int): "uint8",
     ("optimizer_update_8bit_blockwise", "lr", math.nan): "lr",
     ("gemm_4bit", "absmax_offset", None): "needs absmax_code and absmax_offset",
-    ("gemm_4bit", "quant_type", "int4"): "int4",
+    ("gemm_4bit", "quant_type", "int5"): "int5",
     ("gemv_4bit.out", "out", lambda x: x[:3]): r"out must have shape \[5, 5\]",
     ("int8_linear_matmul.out", "out", Tensor.float): "int32",
 }

@@ -147,7 +147,7 @@ def test_fp32_cpu_offload(llama, tmp_path, case):
 @pytest.mark.parametrize(
     ("options", "said"),
     (
-        ({"bnb_4bit_quant_type": "nf5"}, "quant_type must be 'nf4' or 'fp4', got 'nf5'"),
+        ({"bnb_4bit_quant_type": "nf5"}, "quant_type must be 'nf4' or 'fp4' or 'int4', got 'nf5'"),
         ({"bnb_4bit_quant_storage": torch.int32}, "quant_storage must be uint8, int8"),
         ({"bnb_4bit_compute_dtype": torch.int8}, "compute_dtype must be float32"),
     ),

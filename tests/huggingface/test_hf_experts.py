@@ -32,7 +32,7 @@ def test_the_checkpoint_has_a_tensor_an_expert(folder: Path) -> None:
     assert "model.layers.0.block_sparse_moe.experts.3.w1.weight" in load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("quant", ["nf4", "fp4"])
+@pytest.mark.parametrize("quant", ["nf4", "fp4", "int4"])
 @pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
 def test_experts_are_those_of_functional(folder: Path, quant: str, storage: str, tmp_path: Path) -> None:
     model = load(folder, quant, quant_storage=storage)

@@ -56,7 +56,7 @@ def test_update_checks_and_returns_the_rest() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"quant": "nf5"}, ValueError, "quant must be one of nf4, fp4, int8, got 'nf5'"),
+        ({"quant": "nf5"}, ValueError, "quant must be one of nf4, fp4, int4, int8, got 'nf5'"),
         ({"quant": "int8", "double_quant": False}, ValueError, "double_quant: not for int8"),
         ({"quant": "int8", "blocksize": 128}, ValueError, "blocksize: not for int8"),
         ({"quant": "int8", "compute_dtype": "bfloat16"}, ValueError, "compute_dtype: not for int8"),
@@ -185,7 +185,7 @@ def test_no_scales(quantized: Callable[[str], Path]) -> None:
         ("nested_quant_map", "there is no nested_quant_map"),
         (
             "quant_state.bitsandbytes__nf4",
-            "it comes with absmax, .* but without quant_state.bitsandbytes__nf4 or ...fp4",
+            "it comes with absmax, .* but without quant_state.bitsandbytes__nf4 or ...fp4 or ...int4",
         ),
     ],
 )

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bnbops.functional as F
 from bnbops.nn import Embedding4bit, EmbeddingFP4, EmbeddingNF4, Params4bit
 from cases.layers_4bit import DIM, FLOATS, ROWS, STORAGES, copies, differing, embedding, linear, plain_tensors, raw
+from cases.quantize_4bit import types
 
 pytestmark = pytest.mark.every_torch
 
@@ -43,7 +44,7 @@ def test_arguments_reach_the_weight():
     assert (EmbeddingNF4(4, 64).weight.quant_type, EmbeddingFP4(4, 64).weight.quant_type) == ("nf4", "fp4")
     assert EmbeddingNF4(4, 64, compress_statistics=True).weight.compress_statistics
     with pytest.raises(ValueError, match="quant_type"):
-        Embedding4bit(4, 64, quant_type="int4")
+        Embedding4bit(4, 64, quant_type="int5")
 
 
 # ---- looking up ------------------------------------------------------------------------------------------------
@@ -51,7 +52,7 @@ def test_arguments_reach_the_weight():
 
 @dims
 @nestings
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@types
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_rows_are_those_of_the_table(dtype, quant_type, nested, dim):
     """The bits of dequantizing all of it, in the dtype of the float weight."""
@@ -73,7 +74,7 @@ def test_index_shapes(shape):
     assert embedding()(torch.zeros(shape, dtype=torch.long)).shape == (*shape, DIM)
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@types
 @dims
 def test_padding_rows_stay_zeros(dim, quant_type):
     """Exactly, also in a block that they share with other rows."""

@@ -17,6 +17,7 @@ import bnbops
 import bnbops.functional as F
 from bnbops.nn import Linear4bit, LinearFP4, LinearNF4, Params4bit
 from cases.layers_4bit import FLOATS, IN, OUT, STORAGES, inputs, linear, plain_tensors
+from cases.quantize_4bit import types
 from reference.quantize_4bit import assert_product
 
 pytestmark = pytest.mark.every_torch
@@ -51,7 +52,7 @@ def test_arguments_reach_the_weight():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quant_type": "int4"}, "quant_type"),
+        ({"quant_type": "int5"}, "quant_type"),
         ({"blocksize": 100}, "blocksize"),
         ({"quant_storage": torch.int64}, "quant_storage"),
         ({"quant_storage": torch.float32, "size": (33, 1)}, "17 bytes"),
@@ -131,7 +132,7 @@ def test_states_show_the_tensors(nested):
 
 @dtypes
 @nestings
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@types
 @pytest.mark.parametrize("size", [(IN, OUT), (65, 33)], ids=str)
 def test_forward(size, quant_type, nested, dtype):
     layer = linear(size=size, quant_type=quant_type, compress_statistics=nested)

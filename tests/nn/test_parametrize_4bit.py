@@ -305,7 +305,7 @@ def test_what_cannot_be_replaced(name, error, message):
             replace()
 
 
-@pytest.mark.parametrize("options", [{"blocksize": 48}, {"quant_type": "int4"}], ids=str)
+@pytest.mark.parametrize("options", [{"blocksize": 48}, {"quant_type": "int5"}], ids=str)
 def test_a_refused_replacement_changes_nothing(options):
     module = Experts()
     with pytest.raises(ValueError, match=next(iter(options))):

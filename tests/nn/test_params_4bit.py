@@ -54,7 +54,7 @@ def test_what_does_not_quantize():
     [
         (weight(torch.float64), {}, "float32, bfloat16 or float16"),
         (weight(), {"blocksize": 48}, "blocksize"),
-        (weight(), {"quant_type": "int4"}, "quant_type"),
+        (weight(), {"quant_type": "int5"}, "quant_type"),
         (weight(shape=(3, 3)), {"quant_storage": torch.bfloat16, "quant_type": "nf4"}, "5 bytes"),
     ],
     ids=["float64", "blocksize", "quant_type", "odd number of bytes"],

@@ -426,7 +426,7 @@ def _large(model: Net) -> Net:
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (net, {"quant": "nf5"}, "quant must be one of nf4, fp4, int8, got 'nf5'"),
+        (net, {"quant": "nf5"}, "quant must be one of nf4, fp4, int4, int8, got 'nf5'"),
         (net, {"blocksize": 48}, "blocksize"),
         (net, {"quant_storage": torch.int64}, "quant_storage"),
         (net, {"compute_dtype": torch.int8}, "compute_dtype"),

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bnbops.functional as F
 from cases import backends
+from cases.quantize_4bit import types
 from reference import quantize_4bit as ref
 
 pytestmark = backends.on_every_backend
@@ -23,7 +24,7 @@ def table(rows: int, dim: int, blocksize: int = 64, quant_type: str = "nf4") -> 
 
 
 @dtypes
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@types
 @pytest.mark.parametrize("dim", [1, 2, 31, 32, 33, 63, 64, 65, 96, 128, 200, 777])
 def test_rows_are_the_dequantized_ones(dim, quant_type, dtype, guard):
     """Rows begin within blocks, and, if odd, within bytes; every row, the last one at the table's end."""

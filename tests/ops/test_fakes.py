@@ -97,7 +97,7 @@ BAD_SHAPES: dict[str, Callable[[list[int]], list[int]]] = {
     "a negative size": lambda sizes: [-size for size in sizes],
 }
 BAD_VALUES: dict[str, Callable[[Any], Any]] = {
-    "other type": lambda value: "int4" if type(value) is str else value,
+    "other type": lambda value: "int5" if type(value) is str else value,
     "blocksize 0": lambda value: 0 if type(value) is int else value,
     "negative blocksize": lambda value: -64 if type(value) is int else value,
     "twice the blocksize": lambda value: 2 * value if type(value) is int else value,

@@ -83,7 +83,7 @@ def test_transposed_codes_of_no_matrix_are_refused():
         (lambda x: F.quantize_4bit(x.double()), "takes float32, bfloat16 or float16"),
         (lambda x: F.quantize_4bit(x, blocksize=48), "blocksize must be one of 32, 64"),
         (lambda x: F.quantize_4bit(x, blocksize=0), "blocksize must be one of"),
-        (lambda x: F.quantize_4bit(x, quant_type="int4"), "quant_type must be 'nf4' or 'fp4', got 'int4'"),
+        (lambda x: F.quantize_4bit(x, quant_type="int5"), "quant_type must be 'nf4' or 'fp4' or 'int4', got 'int5'"),
         (lambda x: F.quantize_4bit(x, quant_storage=torch.int32), "quant_storage must be uint8, int8"),
         (lambda x: F.quantize_4bit(x, absmax=torch.zeros(3)), "size of tensor|must match"),
         (lambda x: F.dequantize_4bit(x.byte()), "needs a quant_state, or both absmax and out"),

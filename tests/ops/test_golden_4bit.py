@@ -8,11 +8,13 @@ import bnbops.functional as F
 from bnbops.facts import FORMATS
 from bnbops.functional import QuantState
 from cases import backends
-from cases.quantize_4bit import TYPES, data, same_bits, types
+from cases.quantize_4bit import data, same_bits
 from reference import quantize as ref8
 from reference import quantize_4bit as ref
 
 pytestmark = [pytest.mark.every_torch, backends.on_every_backend]
+
+GOLDEN_TYPES = ("nf4", "fp4")  # bitsandbytes' own
 
 # ---- code tables -----------------------------------------------------------------------------------------------
 
@@ -28,7 +30,7 @@ def test_tables_are_what_they_are_said_to_be():
     assert (af4.diff() < 0).all() and af4[8] == 0 and (af4[0], af4[15]) == (1, -1)
 
 
-@types
+@pytest.mark.parametrize("quant_type", GOLDEN_TYPES)
 def test_tables_are_bitsandbytes_tables(quant_type, golden):
     expected = golden(f"w4_{quant_type}_sq_33x65_float32.safetensors")["state_dict.weight.quant_map"]
     assert same_bits(F.get_4bit_type(quant_type), expected)
@@ -73,8 +75,8 @@ def test_normal_map_is_nf4_in_256_entries():
 # ---- bitsandbytes' golden files --------------------------------------------------------------------------------
 
 GOLDEN = [
-    *(f"{t}_{s}_33x65_{d}" for t in TYPES for s in ("sq", "dq") for d in ("float32", "bfloat16")),
-    *(f"{t}_{s}_100x64_bfloat16" for t in TYPES for s in ("sq", "dq")),
+    *(f"{t}_{s}_33x65_{d}" for t in GOLDEN_TYPES for s in ("sq", "dq") for d in ("float32", "bfloat16")),
+    *(f"{t}_{s}_100x64_bfloat16" for t in GOLDEN_TYPES for s in ("sq", "dq")),
     "nf4_dq_256x128_float32",
 ]
 
@@ -125,7 +127,7 @@ def test_golden_blocksizes(blocksize, golden):
         assert same_bits(values, g["out.dequantized"])
         return
     row, column = torch.arange(64)[:, None], torch.arange(96)
-    codes = ref.unpack(packed, 64 * 96).view(64, 96).long()
+    codes = ref.unpack(packed, 64 * 96, "nf4").view(64, 96).long()
     mistaken = row * (96 // blocksize) + column // blocksize
     assert torch.equal(state.code[codes] * state.absmax[mistaken], g["out.dequantized"])
     right = (row * 96 + column) // blocksize

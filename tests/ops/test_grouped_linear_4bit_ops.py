@@ -15,10 +15,13 @@ ENDS = [[2, 4, 7], [0, 0, 9], [5, 5, 5], [0, 0, 0], [1, 41, 90]]
 @backends.on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("ends", ENDS, ids=str)
-@pytest.mark.parametrize("shape", [(3, 20, 64), (3, 9, 35)], ids=str)
-def test_experts_are_linear_layers(ends, shape, dtype):
+@pytest.mark.parametrize(
+    ("shape", "quant_type"), [((3, 20, 64), "nf4"), ((3, 9, 35), "nf4"), ((3, 9, 35), "int4")], ids=str
+)
+def test_experts_are_linear_layers(ends, shape, quant_type, dtype):
     """Also where an expert's codes begin within a byte and its block within another's."""
-    weight, offsets, tokens = Weight(*shape, nested=shape[1] == 20), offsets_of(ends), ends[-1] + 2
+    weight = Weight(*shape, nested=shape[1] == 20, quant_type=quant_type)
+    offsets, tokens = offsets_of(ends), ends[-1] + 2
     x, bias = normal(tokens, shape[2], seed=1, dtype=dtype), normal(*shape[:2], seed=2, dtype=dtype)
     grad = normal(tokens, shape[1], seed=3, dtype=dtype)
     biased, plain, back = (

@@ -17,6 +17,7 @@ import torch
 
 import bnbops
 from bnbops._library import ISAS
+from bnbops.facts import FORMATS
 from bnbops.functional import create_dynamic_map, create_fp8_map, create_linear_map, get_4bit_type
 from cases import int8
 from cases.rules import CODECS, usual
@@ -64,11 +65,11 @@ def items() -> Iterator[tuple[str, list[torch.Tensor]]]:
                 codes, absmax = ops.quantize_blockwise(values(50_001, dtype), code, blocksize)
                 decoded = [ops.dequantize_blockwise(codes, absmax, code, blocksize, to) for to in DTYPES]
                 yield f"quantize {name} {dtype} {blocksize}", [codes, absmax, *decoded]
-    for quant_type in ("nf4", "fp4"):
+    for quant_type, format in FORMATS.items():
         x = sweep(get_4bit_type(quant_type).sort().values)
         yield f"sweep {quant_type}", list(ops.quantize_4bit(x, 4096, quant_type, torch.uint8))
         for dtype in DTYPES:
-            for blocksize in (32, 64, 4096):
+            for blocksize in (format.smallest_block, 64, 4096):
                 yield f"{quant_type} {dtype} {blocksize}", there_and_back_4bit(quant_type, dtype, blocksize)
             yield f"{quant_type} {dtype}, large", [large_out_4bit(quant_type, dtype)]
     yield from int8.items()

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import bnbops
 from bnbops.functional import QuantState
 from cases import backends
+from cases.quantize_4bit import some_sizes, types
 from cases.weights_4bit import DTYPES, Weight, assert_equal, normal, offsets_of, ops
 from reference import quantize_4bit as ref
 
@@ -29,7 +30,12 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def check_values(rows_of_x: tuple[int, ...]) -> None:
     """Both directions over every dtype, size, tail and way to multiply, against float64."""
     for shape, dtype in itertools.product(SHAPES, DTYPES):
-        for blocksize, quant_type, nested in ((64, "nf4", False), (32, "fp4", True), (256, "nf4", True)):
+        for blocksize, quant_type, nested in (
+            (64, "nf4", False),
+            (32, "fp4", True),
+            (256, "nf4", True),
+            (16, "int4", True),
+        ):
             weight = Weight(*shape, blocksize=blocksize, quant_type=quant_type, nested=nested)
             for rows in rows_of_x:
                 x, bias = normal(rows, shape[1], seed=1, dtype=dtype), normal(shape[0], seed=2, dtype=dtype)
@@ -45,7 +51,7 @@ def test_values():
 
 @dtypes
 @pytest.mark.parametrize("rows", [1, 4, 16, 30, 200])
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@types
 def test_as_good_as_dequantizing(dtype, rows, quant_type):
     """No farther from the truth, in the mean, than torch's product with the weight rounded to the dtype."""
     weight = Weight(256, 512, quant_type=quant_type)
@@ -61,11 +67,11 @@ def test_as_good_as_dequantizing(dtype, rows, quant_type):
     assert ours <= allowed * theirs
 
 
-@pytest.mark.parametrize("blocksize", ref.BLOCKSIZES)
+@some_sizes
 @dtypes
-def test_every_blocksize(blocksize, dtype):
+def test_every_blocksize(blocksize, quant_type, dtype):
     """Blocks of a part of a row, of a row, of several rows."""
-    weight = Weight(9, 512, blocksize=blocksize)
+    weight = Weight(9, 512, blocksize=blocksize, quant_type=quant_type)
     for rows in (1, 3, 40):
         x, grad = normal(rows, 512, seed=1, dtype=dtype), normal(rows, 9, seed=2, dtype=dtype)
         ref.assert_product(weight.linear(x), x, weight.values)
@@ -299,7 +305,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "nested_code alone": (LINEAR, {"nested_code": torch.zeros(256)}, "go together"),
     "blocksize": (LINEAR, {"blocksize": 100}, "power of two"),
-    "type": (LINEAR, {"quant_type": "int4"}, "quant_type must be 'nf4' or 'fp4'"),
+    "type": (LINEAR, {"quant_type": "int5"}, "quant_type must be 'nf4' or 'fp4'"),
     "x of three dimensions": (GROUPED, {"x": torch.zeros(5, 1, 64)}, "x must be a matrix .tokens, features., got"),
     "shape of a matrix": (GROUPED, {"shape": [30, 64]}, "shape must have 3 dimensions"),
     "bias of one expert": (GROUPED, {"bias": torch.zeros(10)}, r"bias must have shape \[3, 10\], got \[10\]"),

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from bnbops.functional import create_dynamic_map, get_4bit_type
 from cases.backends import on_every_backend
+from cases.quantize_4bit import types
 from cases.rules import DTYPES, every_case, usual
+from reference import quantize_4bit as ref
 from reference.group import random_group
 from reference.rules import RULES
 
@@ -59,14 +61,14 @@ def test_blocks(dtype, blocksize):
     assert_right(out, expected)
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@types
 @dtypes
 def test_4bit_weights(dtype, quant_type):
     """Plain and nested scales, whole tensors and rows, which begin within a byte."""
     rows, columns, blocksize = 8 * len(SCALES), 37, 32
     numel = rows * columns
     packed = torch.arange((numel + 1) // 2).mul(7).to(torch.uint8)
-    codes = torch.stack([packed >> 4, packed & 15], 1).flatten()[:numel].long()
+    codes = ref.unpack(packed, numel, quant_type).long()
     blocks = -(-numel // blocksize)
     nested = {
         "nested_absmax": SCALES[torch.arange(-(-blocks // 4)) % len(SCALES)],

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bnbops.functional as F
 from cases import backends
-from cases.quantize_4bit import DTYPES, check, data, dequantize, dtypes, quantize, same_bits, types
+from cases.quantize_4bit import DTYPES, check, data, dequantize, dtypes, quantize, same_bits, sizes, types
 from reference import quantize_4bit as ref
 
 pytestmark = backends.on_every_backend
@@ -38,8 +38,7 @@ def test_every_length(quant_type, dtype, guard):
         assert same_bits(out, ref.dequantize(packed, absmax, 64, quant_type, [n], dtype))
 
 
-@types
-@pytest.mark.parametrize("blocksize", ref.BLOCKSIZES)
+@sizes
 def test_every_blocksize(quant_type, blocksize):
     for n in (blocksize - 1, blocksize, blocksize + 1, 2 * blocksize + 17, 10_001):
         x = data(n, seed=n)
@@ -80,7 +79,7 @@ def test_around_every_midpoint(quant_type, absmax):
     assert scale.item() == torch.tensor(absmax)
     check(x, 4096, quant_type, packed, scale)
     if absmax == 1.0:
-        chosen = ref.TABLES[quant_type][ref.unpack(packed, x.numel()).long()][:-1].view(len(midpoints), -1)
+        chosen = ref.TABLES[quant_type][ref.unpack(packed, x.numel(), quant_type).long()][:-1].view(len(midpoints), -1)
         assert torch.equal(chosen[:, 20], values[:-1]) and torch.equal(chosen[:, 21], values[1:])
 
 
@@ -92,8 +91,8 @@ def test_every_code_survives_a_round_trip(quant_type, scale):
     values = dequantize(packed, torch.tensor([scale]), 64, quant_type, [16], torch.float32)
     again, absmax = quantize(values, 64, quant_type, torch.uint8)
     assert torch.equal(absmax, torch.tensor([scale]))
-    expected = torch.where(codes == 8, 0, codes) if quant_type == "fp4" else codes  # of two zeros, the first
-    assert torch.equal(ref.unpack(again, 16), expected)
+    first_zero = {"fp4": 0, "int4": 7}.get(quant_type, 8)
+    assert torch.equal(ref.unpack(again, 16, quant_type), torch.where(codes == 8, first_zero, codes))
 
 
 SPECIAL = {
@@ -138,9 +137,9 @@ def test_codes_of_zero():
     """NF4: 7. FP4, with its two zeros: 8 for tiny positive elements, else 0. The padding is a zero."""
     x = torch.tensor([1.0, 0.0, -0.0, 1e-6, -1e-6, 1e-40, -1e-40, 2.0**-149, NAN])
     nf4, _ = quantize(x, 64, "nf4", torch.uint8)
-    assert ref.unpack(nf4, 10).tolist() == [15] + [7] * 9
+    assert ref.unpack(nf4, 10, "nf4").tolist() == [15] + [7] * 9
     fp4, _ = quantize(x, 64, "fp4", torch.uint8)
-    assert ref.unpack(fp4, 10).tolist() == [3, 0, 0, 8, 0, 8, 0, 8, 0, 0]
+    assert ref.unpack(fp4, 10, "fp4").tolist() == [3, 0, 0, 8, 0, 8, 0, 8, 0, 0]
     values = dequantize(fp4, torch.tensor([1.0]), 64, "fp4", [9], torch.float32)
     assert same_bits(values[1:], torch.zeros(8))  # no -0.0
 
@@ -371,7 +370,7 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
     "blocksize 48": ({"blocksize": 48}, "power of two from 32 to 4096, got 48"),
     "blocksize 16": ({"blocksize": 16}, "power of two from 32 to 4096, got 16"),
     "blocksize 8192": ({"blocksize": 8192}, "power of two from 32 to 4096, got 8192"),
-    "type": ({"quant_type": "NF4"}, "quant_type must be 'nf4' or 'fp4', got 'NF4'"),
+    "type": ({"quant_type": "NF4"}, "quant_type must be 'nf4' or 'fp4' or 'int4', got 'NF4'"),
     "negative size": ({"shape": [-10, -64]}, "must not have negative sizes"),
     "a size that overflows": ({"shape": [1 << 62, 1 << 62]}, "shape"),
     "dtype": ({"dtype": torch.float64}, "dtype must be float32, bfloat16 or float16, got float64"),

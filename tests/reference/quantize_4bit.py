@@ -9,7 +9,6 @@ from torch import Tensor
 
 from reference.quantize import MAX_ABSMAX
 
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 STORAGE_DTYPES = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -31,6 +30,11 @@ def fp4() -> Tensor:
     return torch.tensor(values + [0.0 - x for x in values], dtype=torch.float64) / 12
 
 
+def int4() -> Tensor:
+    """7 down to 0 and 0 down to -7, over the largest (float64)."""
+    return torch.tensor([*range(7, -1, -1), *range(0, -8, -1)], dtype=torch.float64) / 7
+
+
 TABLES = {
     # QLoRA's appendix E prints these, the quantiles in a float32 computation; `nf4` agrees to 1e-6.
     "nf4": torch.tensor(
@@ -42,8 +46,11 @@ TABLES = {
         ]
     ),
     "fp4": fp4().float(),
+    "int4": int4().float(),
 }
-ZERO = {"nf4": 7, "fp4": 0}  # the code of 0.0
+ZERO = {"nf4": 7, "fp4": 0, "int4": 7}  # the code of 0.0
+UNUSED = {"int4": 8}  # a second zero
+LOW_FIRST = ("int4",)  # the even elements are in the lower halves of their bytes
 
 
 # ---- codes -----------------------------------------------------------------------------------------------------
@@ -77,6 +84,7 @@ def encode(x: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
     x = encodable(x).flatten()
     scaled = x * spread(inverse, blocksize, x.numel())
     values, order = TABLES[quant_type].sort(stable=True)
+    values, order = (x[order != UNUSED.get(quant_type, -1)] for x in (values, order))
     if quant_type == "fp4":
         scaled = torch.where((scaled == 0) & (x > 0), 2**-149, scaled)  # the product of positive factors is positive
     midpoints = (values[1:] + values[:-1]) / 2
@@ -84,16 +92,17 @@ def encode(x: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
 
 
 def pack(codes: Tensor, quant_type: str, storage: torch.dtype = torch.uint8) -> Tensor:
-    """Two codes a byte, the first in the upper half."""
+    """Two codes a byte."""
     if codes.numel() % 2:
         codes = torch.cat([codes, torch.tensor([ZERO[quant_type]], dtype=torch.uint8)])
-    pairs = codes.view(-1, 2)
-    return ((pairs[:, 0] << 4) | pairs[:, 1]).view(storage).view(-1, 1)
+    low, high = codes.view(-1, 2).unbind(1) if quant_type in LOW_FIRST else codes.view(-1, 2).flip(1).unbind(1)
+    return (high << 4 | low).view(storage).view(-1, 1)
 
 
-def unpack(packed: Tensor, numel: int) -> Tensor:
+def unpack(packed: Tensor, numel: int, quant_type: str) -> Tensor:
     packed = packed.reshape(-1).view(torch.uint8)
-    return torch.stack([packed >> 4, packed & 15], dim=1).flatten()[:numel]
+    high, low = packed >> 4, packed & 15
+    return torch.stack([low, high] if quant_type in LOW_FIRST else [high, low], dim=1).flatten()[:numel]
 
 
 def quantize(x: Tensor, blocksize: int, quant_type: str, storage: torch.dtype = torch.uint8) -> tuple[Tensor, Tensor]:
@@ -129,7 +138,7 @@ def dequantize(
 ) -> Tensor:
     """One fp32 product per element, rounded once more to `dtype`."""
     numel = torch.Size(shape).numel()
-    values = TABLES[quant_type].to(packed.device)[unpack(packed, numel).long()]
+    values = TABLES[quant_type].to(packed.device)[unpack(packed, numel, quant_type).long()]
     return (values * spread(scales(absmax, **nested), blocksize, numel)).to(dtype).view(shape)
 
 
