@@ -6,12 +6,16 @@
 //   template <class Lanes, bool kSigned, bool kKeepPositive> struct Encoder {
 //     void encode(const Float (&x)[4], Float inverse, uint8_t* codes) const;  the codes of x * inverse; x is encodable
 //   };
-//   template <bool kSigned> static constexpr int code_of_magnitude(uint32_t bits);  likewise, the code that a device's
-//     table has for |x| * inverse + 2^-31, given by its bits; it grows with the magnitude, by one step after the other
-//   template <bool kSigned> static uint32_t with_signs(uint32_t codes, uint32_t negative);  four codes of magnitudes,
-//     to those of elements that are negative where a byte is 255
+//   What devices make a table of, for one look-up an element. The bits are those of |x| * inverse + 2^-31, which is
+//   rounded once and counts as 1 beyond:
+//   template <bool kSigned> static constexpr int code_of_magnitude(uint32_t bits);  grows with them, by ones
+//   template <bool kSigned> static constexpr int kFractionBits;  so many bits of fraction and the exponent keep the
+//     codes' steps apart
+//   static uint32_t with_signs(uint32_t codes, uint32_t negative);  four codes of magnitudes under the map for either
+//     sign, each a byte, to those of elements which are negative where `negative` has the byte 255
 // Tables come in two kinds, for numbers of either sign and for those that are never negative; they may be the same.
-// Under kKeepPositive, the smallest positive code stands for whatever is positive and nearer to 0.
+// Under kKeepPositive, the smallest positive code stands for whatever is positive and nearer to 0, and that of 0 for
+// whatever is negative.
 //
 // A block is an array of codes and one fp32 scale, `absmax`. Element i has the value codebook[code[i]] * absmax.
 // Encoding takes the codebook's nearest entry to x * (1 / absmax), where absmax is the largest |x|. Before that, a NaN

@@ -10,6 +10,7 @@
 
 #include "codebooks.h"
 #include "codecs/codec.h"
+#include "core/lanes_constant.h"
 
 BNBOPS_NAMESPACE_BEGIN
 
@@ -121,6 +122,21 @@ struct Dynamic8 {
       kSigned ? Lanes::store_signed(k, codes) : Lanes::store_unsigned(k, codes);
     }
   };
+
+  template <bool kSigned>
+  static constexpr int kFractionBits = kSigned ? 6 : 7;
+  template <bool kSigned>
+  static constexpr int code_of_magnitude(uint32_t bits) {
+    const DynamicTables<ConstantLanes> tables(kSigned ? kEncodeSigned : kEncodeUnsigned);
+    const auto place = place_among_magnitudes(ConstantLanes::of_normal_bits(bits), tables);
+    return ConstantLanes::round(place) + (kSigned ? 127 : -1);
+  }
+
+  // 254 - code where an element is negative, but 0 for the largest magnitude, which the map has only once.
+  BNBOPS_HD static uint32_t with_signs(uint32_t codes, uint32_t negative) {
+    const uint32_t flipped = ~codes & negative, above_zero = (flipped + 0x7F7F7F7FU) >> 7 & 0x01010101U;
+    return (codes ^ negative) - above_zero;
+  }
 };
 
 BNBOPS_NAMESPACE_END

@@ -1,4 +1,5 @@
 // Quantization and dequantization of blocks. A group of threads has a block of elements at a time.
+#include "codecs/dynamic8.h"
 #include "codecs/nearest.h"
 #include "core/lanes_scalar.h"
 #include "cuda/blocks.h"
@@ -11,8 +12,8 @@ namespace {
 enum class Codebook { kUnsigned, kSigned, kOther };
 
 union QuantizeTables {
-  CodeTable<true> signed_map;
-  CodeTable<false> unsigned_map;
+  CodeTable<Dynamic8, true> signed_map;
+  CodeTable<Dynamic8, false> unsigned_map;
   NearestEncoder nearest;
 };
 
@@ -21,12 +22,12 @@ BNBOPS_DEVICE Codebook prepare_tables(const float* codebook, QuantizeTables& tab
   static_assert(kThreads == kCodebookSize, "one thread for each entry");
   const int i = threadIdx.x;
   const uint32_t entry = bits_of(codebook[i]);
-  const bool is_signed = __syncthreads_and(entry == bits_of(kMap<true>.value[i]));
-  const bool is_unsigned = __syncthreads_and(entry == bits_of(kMap<false>.value[i]));
+  const bool is_signed = __syncthreads_and(entry == bits_of(kMap<Dynamic8, true>.value[i]));
+  const bool is_unsigned = __syncthreads_and(entry == bits_of(kMap<Dynamic8, false>.value[i]));
   if (is_signed) {
-    copy_table(kMap<true>.code, tables.signed_map);
+    copy_table(kMap<Dynamic8, true>.code, tables.signed_map);
   } else if (is_unsigned) {
-    copy_table(kMap<false>.code, tables.unsigned_map);
+    copy_table(kMap<Dynamic8, false>.code, tables.unsigned_map);
   } else {
     tables.nearest.midpoint[i] = midpoint_after(codebook, i);
   }
@@ -35,12 +36,12 @@ BNBOPS_DEVICE Codebook prepare_tables(const float* codebook, QuantizeTables& tab
 }
 
 BNBOPS_DEVICE uint2 encode(const float (&x)[kOctet], float inverse, Codebook codebook, const QuantizeTables& tables) {
-  if (codebook == Codebook::kSigned) return dynamic_codes(x, inverse, tables.signed_map);
+  if (codebook == Codebook::kSigned) return codes_of(x, inverse, tables.signed_map);
   if (codebook == Codebook::kUnsigned) {
     float positive[kOctet];
 #pragma unroll
     for (int i = 0; i < kOctet; ++i) positive[i] = x[i] > 0 ? x[i] : 0.0F;
-    return dynamic_codes(positive, inverse, tables.unsigned_map);
+    return codes_of(positive, inverse, tables.unsigned_map);
   }
   uint32_t code[kOctet];
 #pragma unroll

@@ -1,7 +1,6 @@
 // The optimizer operators on CUDA devices.
 #include "cuda/binding.h"
 #include "cuda/optimizer_kernels.h"
-#include "ops/norms/norm_math.h"
 #include "ops/optimizer/optimizer_binding.h"
 
 namespace bnbops::cuda {
@@ -18,17 +17,18 @@ struct Work {
   Tensor records;
   StepCall call{};
 
-  Work(const StepArguments& a, int rule, int64_t unit_blocks) {
+  Work(const StepArguments& a, int rule, Part part) {
     for (size_t i = 0; i < a.params.size(); ++i) {
-      grads.push_back(in_logical_order(a.grads[i]));
-      const StepJob job = step_job(a, i, grads.back());
-      items.push_back({job, static_cast<float*>(a.steps[i].mutable_data_ptr()), call.units});
-      call.units += divide_up(job.blocks, unit_blocks);
+      if (!a.grads.empty()) grads.push_back(in_logical_order(a.grads[i]));
+      const StepJob job = step_job(a, i, a.grads.empty() ? a.params[i] : grads.back());
+      items.push_back({job, static_cast<float*>(a.steps[i].mutable_data_ptr()), call.blocks});
+      call.blocks += job.blocks;
     }
     records = fresh(some_tensor(a), static_cast<int64_t>(items.size() * record_size(rule)), ScalarType::Byte);
+    call.part = part;
+    call.codec = items.empty() ? kUncoded : common_codec(items[0].job, static_cast<int>(a.states.size()));
     call.items = items.data();
     call.count = static_cast<int>(items.size());
-    call.quantized = a.quantized();
     call.records = records.mutable_data_ptr();
     StepCommon& common = call.common;
     common.lr = scalar_of(*a.lr);
@@ -37,8 +37,8 @@ struct Work {
     common.clip = factors_of(a.clip);
     common.trust = factors_of(a.trust);
     std::copy(a.options.begin(), a.options.end(), common.option);
-    common.unit_blocks = unit_blocks;
     common.maximize = a.maximize;
+    common.counts_step = part != Part::kApply;
   }
 };
 
@@ -50,26 +50,10 @@ struct OptimizerOnCuda {
   }
 
   template <class Rule, int kIndex>
-  static void step(const StepArguments& a) {
-    if (a.found_inf && on_host(*a.found_inf) && scalar(*a.found_inf) != 0) return;
+  static void run(const StepNames& names, const StepArguments& a) {
     const OnDevice device(some_tensor(a));
-    Work work(a, kIndex, 1);
-    work.call.common.counts_step = true;
-    check_launch(cuda::step(kIndex, work.call, device.stream()), step_names<Rule>().op, " of ", work.call.count,
-                 " parameters");
-  }
-
-  template <class Rule, int kIndex>
-  static Tensor direction_norms(const StepArguments& a) {
-    const Tensor& like = some_tensor(a);
-    const OnDevice device(like);
-    const Work work(a, kIndex, kPieceBlocks);
-    Tensor pieces = fresh(like, work.call.units, ScalarType::Double);
-    Tensor norms = fresh(like, work.call.count, ScalarType::Double);
-    check_launch(cuda::direction_norms(kIndex, work.call, mutable_data<double>(pieces), mutable_data<double>(norms),
-                                       device.stream()),
-                 direction_names<Rule>().op, " of ", work.call.count, " parameters");
-    return norms;
+    const Work work(a, kIndex, names.part);
+    check_launch(step(kIndex, work.call, device.stream()), names.op, " of ", work.call.count, " parameters");
   }
 };
 

@@ -11,7 +11,7 @@ constexpr int kMaxOptions = 8;
 struct StepItem {
   StepJob job;
   float* step;
-  int64_t first;  // unit of work
+  int64_t first;  // of its blocks among those of all
 };
 
 // What all parameters of a call have in common.
@@ -19,15 +19,15 @@ struct StepCommon {
   Scalar lr, grad_scale, found_inf;
   const float *clip, *trust;  // a factor for each parameter, or null
   double option[kMaxOptions];
-  int64_t unit_blocks;  // blocks that make a unit of work
   bool maximize, counts_step;
 };
 
 struct StepCall {
+  Part part;
+  int codec;  // that all states have, or kMixed
   const StepItem* items;
   int count;
-  int64_t units;  // of all parameters
-  bool quantized;
+  int64_t blocks;  // of all parameters
   StepCommon common;
   void* records;  // `record_size` bytes for each parameter, in the device's memory
 };
@@ -35,7 +35,8 @@ struct StepCall {
 size_t record_size(int rule);
 cudaError_t step(int rule, const StepCall& call, cudaStream_t stream);
 
-// Squared norms of a rule's directions. `pieces` has room for one number a unit.
-cudaError_t direction_norms(int rule, const StepCall& call, double* pieces, double* norms, cudaStream_t stream);
+// States outside a step.
+cudaError_t encode_state(const StateJob& job, cudaStream_t stream);
+cudaError_t decode_state(const StateJob& job, cudaStream_t stream);
 
 }  // namespace bnbops::cuda

@@ -12,7 +12,7 @@ template <class Rule>
 struct StepRecord {
   StepJob job;
   typename Rule::Hyper hyper;
-  int64_t first, end;  // units of work
+  int64_t first, end;  // blocks among those of all
   bool skipped;
 };
 
@@ -21,14 +21,14 @@ template <class Rule>
 BNBOPS_DEVICE void prepare(const StepItem& item, int i, const StepCommon& common, StepRecord<Rule>& record) {
   const double scale = value_of(common.grad_scale), steps = *item.step;
   const double clip = common.clip ? common.clip[i] : 1.0;
-  const StepScalars x{value_of(common.lr), steps + 1, (common.maximize ? -1.0 : 1.0) / scale * clip,
-                      common.trust ? common.trust[i] : 1.0};
+  const StepScalars x{value_of(common.lr), steps + (common.counts_step ? 1 : 0),
+                      (common.maximize ? -1.0 : 1.0) / scale * clip, common.trust ? common.trust[i] : 1.0};
   const bool usable = is_finite(x.lr) && is_scale(scale) && is_amount_or_count(steps) && is_amount_or_count(clip) &&
                       is_amount_or_count(x.trust);
   clear_record(record);
   record.job = item.job;
   record.first = item.first;
-  record.end = item.first + divide_up(item.job.blocks, common.unit_blocks);
+  record.end = item.first + item.job.blocks;
   record.skipped = !usable || value_of(common.found_inf) != 0;
   if (record.skipped) return;
   record.hyper = Rule::prepare(common.option, x);
@@ -51,7 +51,7 @@ Many<StepRecord<Rule>> launch_prepare(const StepCall& call, cudaStream_t stream)
     const dim3 grid(static_cast<unsigned>(divide_up(batch.count, kWarp)));
     LAUNCH((prepare_kernel<Rule>), grid, dim3(kWarp), 0, stream, batch, call.common, records);
   });
-  return {records, call.count, call.units};
+  return {records, call.count, call.blocks};
 }
 
 }  // namespace bnbops::cuda

@@ -1,4 +1,4 @@
-// The step kernel: one launch for all parameters of a call, a warp for each block.
+// The kernels of a step and of its halves: one launch for all parameters of a call, a warp for each block.
 #pragma once
 
 #include "cuda/optimizer_block.h"
@@ -6,28 +6,60 @@
 
 namespace bnbops::cuda {
 
-template <class Rule, bool kQuantized>
-__global__ void __launch_bounds__(kThreads, kStepResident<Rule>) step_kernel(const Many<StepRecord<Rule>> many) {
+// `Codec`: of all states, or what is in place of one.
+template <class Rule, class Codec>
+__global__ void __launch_bounds__(kThreads, kStepResident<Rule, Codec>) step_kernel(const Many<StepRecord<Rule>> many) {
   __shared__ StepRecord<Rule> records[kWarps];
-  const MapsOf<Rule>* maps = shared_maps<Rule, kQuantized>();
+  const auto& maps = shared_maps<Rule, Codec>();
   for_units(many, records, [&](const StepRecord<Rule>& record, int64_t block) {
     if (record.skipped) return;
-    auto x = load_elements<Rule, kQuantized>(record.job, block, maps);
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) {
-      auto states = states_of(x, i);
-      guarded_update<Rule>(x.g[i], x.p[i], states, record.hyper);
-#pragma unroll
-      for (int k = 0; k < Rule::kStates; ++k) x.s[k][i] = states[k];
-    }
-    store_elements<Rule, kQuantized>(record.job, block, maps, x);
+    const StepJob& job = record.job;
+    const Place place = place_in(job, block);
+    auto x = load_elements<Rule, Codec>(job, place, maps);
+    x.each([&](float g, float& p, StatesOf<float, Rule>& s) { guarded_update<Rule>(g, p, s, record.hyper); });
+    store_octet(job.param, job.param_dtype, place.at, place.count, x.p);
+    store_states<Rule, Codec>(job, place, maps, x);
   });
 }
 
-template <class Rule, bool kQuantized>
-void launch_step(const Many<StepRecord<Rule>>& many, cudaStream_t stream) {
-  LAUNCH((step_kernel<Rule, kQuantized>), grid_of_units(many.units, kStepResident<Rule>), dim3(kThreads), 0, stream,
-         many);
+// Moves the states on and writes the directions, NaN for what no step would touch.
+template <class Rule>
+__global__ void __launch_bounds__(kThreads, kStepResident<Rule, AnyCodec>)
+    direction_kernel(const Many<StepRecord<Rule>> many) {
+  __shared__ StepRecord<Rule> records[kWarps];
+  for_units(many, records, [&](const StepRecord<Rule>& record, int64_t block) {
+    const StepJob& job = record.job;
+    const Place place = place_in(job, block);
+    Elements<Rule> x;
+    if (record.skipped) {
+#pragma unroll
+      for (float& u : x.p) u = float_from_bits(kNanBits);
+    } else {
+      x = load_elements<Rule, AnyCodec>(job, place, NoMaps{});
+      x.each([&](float g, float& p, StatesOf<float, Rule>& s) { p = guarded_direction<Rule>(g, p, s, record.hyper); });
+      store_states<Rule, AnyCodec>(job, place, NoMaps{}, x);
+    }
+    store_octet(job.direction, DType::kFloat32, place.at, place.count, x.p);
+  });
+}
+
+// Takes a step along given directions.
+template <class Rule>
+__global__ void __launch_bounds__(kThreads, kResident) apply_kernel(const Many<StepRecord<Rule>> many) {
+  __shared__ StepRecord<Rule> records[kWarps];
+  for_units(many, records, [&](const StepRecord<Rule>& record, int64_t block) {
+    if (record.skipped) return;
+    const StepJob& job = record.job;
+    const Place place = place_in(job, block);
+    const Octet from = load_octet(job.param, job.param_dtype, place.at, place.count);
+    const Octet along = load_octet(job.direction, DType::kFloat32, place.at, place.count);
+    float p[kOctet], u[kOctet];
+    to_floats(from, job.param_dtype, p);
+    to_floats(along, DType::kFloat32, u);
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) guarded_apply<Rule>(p[i], u[i], record.hyper);
+    store_octet(job.param, job.param_dtype, place.at, place.count, p);
+  });
 }
 
 }  // namespace bnbops::cuda

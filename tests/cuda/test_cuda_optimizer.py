@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bnbops import facts
 from cases import backends
 from cases.optimizer_classes import WITH_8BIT, build
 from cases.rules import CODECS, DTYPES, assert_same, every_case, usual
@@ -17,6 +18,7 @@ from reference.group import Group, fresh_group, op_options, random_group
 from reference.rules import RULES
 
 SHAPES = [(5, 300), (64,), (3, 256), (2, 1), (1, 1000), (4, 3, 5, 7), (9, 5), (0, 3), (300, 2)]
+NAN_BITS = 0x7FFFFFFF  # of every NaN that is written
 MIXES = [(dtype, grad) for dtype in DTYPES for grad in dict.fromkeys([dtype, torch.float32])]
 
 
@@ -31,6 +33,27 @@ def check_step(group: Group, options: dict[str, Any] | None = None, /, **scaling
     on_cuda(f"{group.rule}_step_", *group.lists().values(), **arguments)
     assert_same(copy.with_grads([]), group.with_grads([]))
     return copy
+
+
+def check_halves(group: Group, /, **scaling: bool | Tensor) -> None:
+    """Steps the group by halves on CUDA, and copies of it by halves and at once on the CPU."""
+    whole, halves = group.clone(), group.clone()
+    whole.step(None, **scaling)
+    expected = halves.half_steps(None, **scaling)
+    with backends.use("cuda_on_cpu"):
+        directions = group.half_steps(None, **scaling)
+    for x, y in zip(directions, expected, strict=True):
+        check_same_bits(x, y)
+    assert_same(whole.with_grads([]), group.with_grads([]))
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view(torch.int32)
+
+
+def check_same_bits(actual: Tensor, expected: Tensor) -> None:
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    assert torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
 
 
 def merged(groups: list[Group]) -> Group:
@@ -64,6 +87,36 @@ def test_dtypes_and_layouts_in_one_call(rule, codec):
     group = mixed_group(rule, codec)
     check_step(group)
     check_step(group.with_grads([spoiled(grad) for grad in group.grads]))
+
+
+@every_case
+def test_halves(rule, codec):
+    """The CPU's step and directions, of elements that are left alone, too."""
+    group = mixed_group(rule, codec)
+    group = group.with_grads([spoiled(grad) if i % 2 else grad for i, grad in enumerate(group.grads)])
+    check_halves(group, maximize=True, clip=torch.linspace(0, 1.7, len(group.params)))
+
+
+@every_case
+def test_a_half_that_is_skipped(rule, codec):
+    """By a number in either memory, or by one that only the device could refuse."""
+    for scaling in ({"found_inf": torch.tensor(1.0)}, {"found_inf": torch.ones(1)}, {"clip": torch.full((9,), -1.0)}):
+        group = random_group(rule, SHAPES, **codec)
+        before = group.clone()
+        with backends.use("cuda_on_cpu"):
+            directions = group.half_steps(None, **scaling)
+        assert all(torch.equal(bits(x), torch.full_like(bits(x), NAN_BITS)) for x in directions)
+        assert_same(before, group)
+
+
+@pytest.mark.parametrize("layout", ["rows", "flat"])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if len(RULES[rule].states) > 1])
+def test_states_of_several_codecs(rule, layout):
+    coded, names = mixed_group(rule, {"bits": 8, "layout": layout}), list(RULES[rule].states)
+    for plain in dict.fromkeys([tuple(names[:1]), tuple(names[1:]), tuple(names[-1:])]):
+        group = coded.with_fp32(*plain)
+        check_step(group.clone().with_grads([spoiled(grad) for grad in group.grads]))
+        check_halves(group)
 
 
 @every_case
@@ -118,6 +171,67 @@ def test_scales_that_are_no_numbers(rule, absmax):
     for scales in group.absmax.values():
         scales[0][1:3] = absmax
     check_step(group)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if RULES[rule].states])
+def test_codes_that_no_step_writes(rule):
+    """As in a spoiled checkpoint: negative squares."""
+    group = random_group(rule, [(5, 300)], bits=8)
+    for codes in group.states.values():
+        codes[0].copy_(torch.arange(1500).view(5, 300))
+    check_step(group)
+
+
+# ---- states outside a step -------------------------------------------------------------------------------------
+
+
+def values_of(*shape: int) -> Tensor:
+    """Over many decades, some of them not finite; a row of zeros."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    x = torch.randn(shape, generator=generator) * 10 ** (-9 * torch.rand(shape, generator=generator))
+    x = spoiled(x) if x.numel() > 300 else x
+    x[1:2] = 0
+    return x
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("role", facts.ROLES)
+@pytest.mark.parametrize("codec", facts.CODECS)
+def test_codes_of_states(codec, role, flat, guard):
+    widths = [*range(12), 31, 33, *range(254, 265), 511, 513, 520]
+    values = [guard(values_of(3, width)) for width in widths] + [torch.empty(0, 3), values_of(70, 301).t()]
+    for x in values:
+        codes, absmax = on_cuda("encode_state", x, codec, role, flat)
+        expected, scales = torch.ops.bnbops.encode_state(x, codec, role, flat)
+        check_same_bits(codes, expected)
+        check_same_bits(absmax, scales)
+        check_decoding(guard(codes), absmax, codec, role)
+
+
+def check_decoding(codes: Tensor, absmax: Tensor, codec: str, role: str) -> None:
+    expected = torch.ops.bnbops.decode_state(codes, absmax, codec, role)
+    check_same_bits(on_cuda("decode_state", codes, absmax, codec, role), expected)
+
+
+@pytest.mark.parametrize("role", facts.ROLES)
+@pytest.mark.parametrize("codec", facts.CODECS)
+def test_values_of_all_codes(codec, role):
+    """Under any scale, that of a spoiled checkpoint too."""
+    codes = torch.arange(256, dtype=torch.uint8).repeat(5).view(facts.CODECS[codec].dtype)
+    check_decoding(codes, torch.tensor([1.0, 1e-44, 3e38, math.inf, math.nan]), codec, role)
+
+
+@pytest.mark.parametrize("role", facts.ROLES)
+@pytest.mark.parametrize("codec", facts.CODECS)
+def test_codes_around_every_step(codec, role):
+    """Of the floats beside each midpoint of neighbouring values, where a table and arithmetic could differ."""
+    values = torch.tensor(facts.CODECS[codec].values(facts.ROLES[role]), dtype=torch.float64).sort().values
+    values = values[values.isfinite()]
+    midpoints = bits(((values[1:] + values[:-1]) / 2).float())
+    near = torch.cat([midpoints + i for i in range(-40, 41)]).view(torch.float32)
+    near = torch.cat([near, torch.zeros(-len(near) % 255)]).view(-1, 255)
+    x = torch.cat([torch.ones(len(near), 1), near], 1)  # whose scales are 1
+    check_same_bits(on_cuda("encode_state", x, codec, role)[0], torch.ops.bnbops.encode_state(x, codec, role)[0])
 
 
 # ---- numbers in the device's memory ----------------------------------------------------------------------------
@@ -192,17 +306,6 @@ def test_squared_norms_of_many_pieces():
 
 def test_squared_norms_of_many_tensors():
     check_squared_norms([torch.full((i % 5, 3), 0.1 * i) for i in range(700)])
-
-
-@pytest.mark.parametrize("codec", CODECS)
-def test_norms_of_directions(codec):
-    group = mixed_group("lamb", CODECS[codec])
-    group = merged([group, random_group("lamb", [(40, 301), (70, 3)], **CODECS[codec])])
-    group = group.with_grads([spoiled(grad) if i % 2 else grad for i, grad in enumerate(group.grads)])
-    for changed in ({}, {"adam_w_mode": False}, {"bias_correction": False, "eps": 0.0}):
-        arguments = op_options(usual("lamb", **changed)) | {"clip": torch.linspace(0, 1, len(group.params))}
-        norms = on_cuda("lamb_squared_norms", *group.lists().values(), **arguments)
-        assert torch.equal(norms, torch.ops.bnbops.lamb_squared_norms(*group.lists().values(), **arguments))
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])

@@ -29,7 +29,10 @@ NEEDED = {
     "dequantize_sums_kernel": ("LDG.128", "STG.128"),
     "prepare_kernel": (),  # one thread for a parameter
     "step_kernel": ("LDG.128", "STG.128"),
-    "direction_squares_kernel": ("LDG.128",),
+    "direction_kernel": ("LDG.128", "STG.128"),
+    "apply_kernel": ("LDG.128", "STG.128"),
+    "encode_state_kernel": ("LDG.128", "STG.64"),
+    "decode_state_kernel": ("LDG.64", "STG.128"),
     "squares_kernel": ("LDG.128",),
     "sum_pieces_kernel": (),  # a number for every 16 blocks of a parameter
     "percentile_clip_kernel": (),  # 100 numbers for a parameter
@@ -161,7 +164,7 @@ def _step(work: str, rule: str, states: int, quantized: bool, dtype: str, most: 
     }
     if quantized:
         need |= {"LDG.64": states, "STG.64": states}
-    kernel = f"step_kernel<{rule}, {str(quantized).lower()}>"
+    kernel = f"step_kernel<{rule}, {'Dynamic8' if quantized else 'Uncoded'}>"
     return Way(f"{work}, {dtype}", kernel, need, 8, moved, most, peers.format(moved=moved))
 
 

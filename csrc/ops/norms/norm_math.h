@@ -2,7 +2,7 @@
 //
 // Sums of many numbers are added up in one order everywhere, so that they have the same bits: number i is added to
 // column i % 256, and the columns are added pairwise, neighbours first. Squares are summed up in this way over pieces
-// of 16 blocks of 256 elements, and so are the sums of the pieces.
+// of 16 * 256 numbers, and so are the sums of the pieces.
 #pragma once
 
 #include <cmath>
@@ -12,8 +12,7 @@
 BNBOPS_NAMESPACE_BEGIN
 
 constexpr int kColumns = 256;
-constexpr int64_t kPieceBlocks = 16;
-constexpr int64_t kNormPiece = kPieceBlocks * kColumns;
+constexpr int64_t kNormPiece = 16 * kColumns;
 
 // Elements that are not finite are never updated, and must not spoil the norm of those that are.
 BNBOPS_HD float counted(float x) { return is_finite(x) ? x : 0.0F; }

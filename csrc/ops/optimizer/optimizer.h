@@ -6,16 +6,12 @@
 #include <string>
 #include <vector>
 
-#include "codecs/all.h"
 #include "core/check.h"
 #include "core/layout.h"
+#include "ops/optimizer/step_job.h"
 #include "rules/rule.h"
 
 namespace bnbops {
-
-// What an operator does of a step: all of it; the first half, which moves the states on and gives the direction; or the
-// second, which takes the step along whatever has become of the direction.
-enum class Part { kStep, kDirection, kApply };
 
 struct StepNames {  // what a rule calls things
   Part part;

@@ -8,6 +8,10 @@ namespace bnbops {
 
 constexpr int kMaxStates = 3;
 
+// What an operator does of a step: all of it; the first half, which moves the states on and gives the direction; or the
+// second, which takes the step along whatever has become of the direction.
+enum class Part { kStep, kDirection, kApply };
+
 // One state of a parameter: codes and their scales, or fp32.
 struct StateSlot {
   void* data;

@@ -42,7 +42,6 @@ int of_steps(bool skipped) {
     call.common.lr.value = 1e-3;
     call.common.grad_scale.value = 1.0;
     call.common.found_inf.value = skipped;
-    call.common.unit_blocks = 1;
     found += unwritten_bytes(skipped ? "skipped step" : "step", decltype(rule)::kName, kCount * record_size(index),
                              [&](void* memory) {
                                call.records = memory;
