@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bnbops._library import operator
 from bnbops.codebooks import create_dynamic_map, create_linear_map
-from bnbops.facts import CODECS, DEFAULT_CODEC, ROLES, RULES, STATE_BLOCK, UNCODED, Codec, Rule, State
+from bnbops.facts import CODECS, DEFAULT_CODEC, ROLES, RULES, STATE_BLOCK, UNCODED, Codec, Role, Rule, State
 from bnbops.testing.sample import DTYPES, Sample, copied, full, normal, random_codes, strided, tensor
 from bnbops.testing.samples_4bit import BUILDERS_4BIT
 from bnbops.testing.samples_int8 import BUILDERS as BUILDERS_INT8
@@ -171,7 +171,7 @@ def _further_steps(rule: Rule) -> list[Sample]:
 def _step_sample(
     rule: Rule,
     what: str,
-    bits: int,
+    coded: str | int,
     layout: str = "rows",
     *,
     dtype: torch.dtype = torch.float32,
@@ -182,10 +182,14 @@ def _step_sample(
 ) -> Sample:
     params = [normal(*shape, seed=1).to(dtype) for shape in shapes]
     grads = [grad(normal(*shape, seed=2).to(grad_dtype or dtype)) for shape in shapes]
+    codecs = str({8: DEFAULT_CODEC, 32: UNCODED}.get(coded, coded)).split(",")
+    codecs = codecs * len(rule.states) if len(codecs) == 1 else codecs
     states, absmax = [], []
     for k, state in enumerate(rule.states):
-        states.append([_state(state, shape, bits, seed=3 + k) for shape in shapes])
-        absmax.append([_scales(shape, layout, seed=3 + k) for shape in shapes] if bits == 8 else [])
+        states.append([_state(state, shape, codecs[k], seed=3 + k) for shape in shapes])
+        absmax.append([_scales(shape, layout, seed=3 + k) for shape in shapes] if codecs[k] != UNCODED else [])
+    if isinstance(coded, str):
+        changed["codec"] = coded
     steps = [tensor(float(3 * i)) for i in range(len(shapes))]
     options = {option.name: _OPTIONS[option.name] for option in rule.options}
     kwargs = {"lr": tensor(0.1, torch.float64), **options, **changed}
@@ -193,21 +197,12 @@ def _step_sample(
 
 
 def _mixed_steps(rule: Rule) -> list[Sample]:
-    """Steps whose states have several codecs: each of them once, beside fp32 where there is more than one state."""
-    kinds = [(*CODECS, UNCODED)[k % (len(CODECS) + 1)] for k in range(len(rule.states))]
-    if len(set(kinds)) < 2:
-        return []
-    coded = _step_sample(rule, "states of several codecs, bfloat16", 8, dtype=torch.bfloat16)
-    plain = _step_sample(rule, "", 32, dtype=torch.bfloat16)
-    count = len(rule.states)
-    params, grads, *lists, steps = coded.args
-    states = [(coded if kind != UNCODED else plain).args[2 + k] for k, kind in enumerate(kinds)]
-    absmax = [lists[count + k] if kind != UNCODED else [] for k, kind in enumerate(kinds)]
-    states = [
-        [x.view(CODECS[kind].dtype) if kind != UNCODED else x for x in state]
-        for state, kind in zip(states, kinds, strict=True)
-    ]
-    return [Sample(coded.name, (params, grads, *states, *absmax, steps), {**coded.kwargs, "codec": ",".join(kinds)})]
+    """Steps whose states have several codecs, and each codec's but for the default one."""
+    found = [_step_sample(rule, f"{codec} states", codec, dtype=torch.bfloat16) for codec in [*CODECS][1:]]
+    kinds = [*CODECS, UNCODED] * len(rule.states)
+    if len(rule.states) > 1:
+        found.append(_step_sample(rule, "states of several codecs", ",".join(kinds[1 : len(rule.states) + 1])))
+    return found
 
 
 def _direction(rule: Rule) -> list[Sample]:
@@ -263,9 +258,12 @@ def _encode_state() -> list[Sample]:
 def _decode_state() -> list[Sample]:
     shape, found = (3, 301), []
     for codec in CODECS.values():
-        codes = _finite_codes(codec, *shape)
-        for role in ROLES:
-            found.append(Sample(f"{codec.name}, {role}", (codes, _scales(shape, "rows", 1), codec.name, role)))
+        for role in ROLES.values():
+            codes = _codes(codec, role, shape)
+            found.append(
+                Sample(f"{codec.name}, {role.name}", (codes, _scales(shape, "rows", 1), codec.name, role.name))
+            )
+        codes = _codes(codec, ROLES["signed"], shape)
         found += [
             Sample(f"{codec.name}, flat", (codes, _scales(shape, "flat", 1), codec.name, "signed")),
             Sample(f"{codec.name}, transposed", (codes.t(), _scales((301, 3), "rows", 1), codec.name, "signed")),
@@ -273,18 +271,18 @@ def _decode_state() -> list[Sample]:
     return found
 
 
-def _finite_codes(codec: Codec, *shape: int) -> Tensor:
-    """Codes of all values that are finite."""
-    finite = [code for code, value in enumerate(codec.signed) if math.isfinite(value)]
-    of_any = torch.tensor(finite, dtype=torch.uint8, device="cpu")
-    return of_any[random_codes(*shape).long() % len(finite)].view(codec.dtype)
+def _codes(codec: Codec, role: Role, shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    """Codes of all values that a state of the role may have."""
+    lowest = 0 if role.divisor else -1
+    of_values = [code for code, value in enumerate(codec.values(role)) if lowest <= value <= 1]
+    place = random_codes(*shape, seed=seed).long() % len(of_values)
+    return torch.tensor(of_values, dtype=torch.uint8, device="cpu")[place].view(codec.dtype)
 
 
-def _state(state: State, shape: tuple[int, ...], bits: int, seed: int) -> Tensor:
-    if bits == 32:
+def _state(state: State, shape: tuple[int, ...], codec: str, seed: int) -> Tensor:
+    if codec == UNCODED:
         return 0.1 * normal(*shape, seed=seed).square()
-    codes = random_codes(*shape, seed=seed)
-    return codes | 128 if state.role.signed and state.role.divisor else codes  # a square has no negative codes
+    return _codes(CODECS[codec], state.role, shape, seed)
 
 
 def _scales(shape: tuple[int, ...], layout: str, seed: int) -> Tensor:

@@ -71,7 +71,7 @@ std::string rule_facts() {
 std::string number_facts(float value) {
   std::ostringstream digits;
   digits << std::setprecision(9) << value;
-  return digits.str();
+  return std::isnan(value) ? "NaN" : digits.str();
 }
 
 template <class Codec>
