@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "codecs/dynamic8.h"
+#include "codecs/e4m3.h"
 
 BNBOPS_NAMESPACE_BEGIN
 
@@ -11,7 +12,7 @@ template <class... Codecs>
 struct CodecList {
   static constexpr int kSize = sizeof...(Codecs);
 };
-using AllCodecs = CodecList<Dynamic8>;
+using AllCodecs = CodecList<Dynamic8, E4m3>;
 
 // Those whose kernels are compiled together with every rule. The others' decode and encode whole blocks, apart from it.
 using FusedCodecs = CodecList<Dynamic8>;
