@@ -21,6 +21,7 @@ from bnbops.optim.families.lars import LARS, LARS8bit, LARS32bit, PytorchLARS
 from bnbops.optim.families.lion import Lion, Lion8bit, Lion32bit, PagedLion, PagedLion8bit, PagedLion32bit
 from bnbops.optim.families.rmsprop import RMSprop, RMSprop8bit, RMSprop32bit
 from bnbops.optim.families.sgd import SGD, SGD8bit, SGD32bit
+from bnbops.optim.families.signum import Signum, Signum8bit, Signum32bit
 
 __all__ = [
     "LAMB",
@@ -65,4 +66,7 @@ __all__ = [
     "RMSprop32bit",
     "SGD8bit",
     "SGD32bit",
+    "Signum",
+    "Signum8bit",
+    "Signum32bit",
 ]

@@ -9,6 +9,7 @@
 #include "rules/lion.h"
 #include "rules/momentum.h"
 #include "rules/rmsprop.h"
+#include "rules/signum.h"
 
 BNBOPS_NAMESPACE_BEGIN
 
@@ -17,7 +18,7 @@ template <class... Rules>
 struct RuleList {
   static constexpr int kSize = sizeof...(Rules);
 };
-using AllRules = RuleList<Adam, Sgd, Momentum, Lion, RmsProp, RmsPropMomentum, Adagrad, Lamb, Lars, AdEmaMix>;
+using AllRules = RuleList<Adam, Sgd, Momentum, Lion, RmsProp, RmsPropMomentum, Adagrad, Lamb, Lars, AdEmaMix, Signum>;
 
 // Calls visit(rule, index) for each of them; a rule is an empty struct.
 template <class Visit, class... Rules>

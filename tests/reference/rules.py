@@ -46,6 +46,7 @@ RULES = {
         trust=True,
     ),
     "lars": Rule(UPDATES["lars"], {"momentum_buffer": True}, _MOMENTUM, trust=True),
+    "signum": Rule(UPDATES["signum"], {"exp_avg": True}, _DECAY | {"momentum": 0.9}),
     "ademamix": Rule(
         UPDATES["ademamix"], {"exp_avg": True, "exp_avg_slow": True, "exp_avg_sq": False}, _ADAM | _SCHEDULED
     ),

@@ -67,6 +67,13 @@ def lion(p, g, states, t, *, beta1, beta2, **_):
     return _average(states[0], g, beta1).sign(), [_average(states[0], g, beta2)]
 
 
+def signum(p, g, states, t, *, momentum, **_):
+    """J. Bernstein et al., "signSGD: Compressed Optimisation for Non-Convex Problems" (arXiv:1802.04434), algorithm 2,
+    with decoupled weight decay."""
+    m = _average(states[0], g, momentum)
+    return m.sign(), [m]
+
+
 def rmsprop(p, g, states, t, *, alpha, eps, weight_decay, **_):
     """T. Tieleman, G. Hinton, "Neural Networks for Machine Learning" (2012), lecture 6e, slide 29; eps and coupled
     weight decay as torch.optim.RMSprop."""
@@ -150,5 +157,6 @@ _UPDATES = (
     Update(lamb, rate=lambda t, lr, trust, **_: lr * trust),
     Update(lars),
     Update(ademamix, decoupled=True),
+    Update(signum, decoupled=True),
 )
 UPDATES = {update.direction.__name__: update for update in _UPDATES}
