@@ -13,7 +13,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from bnbops import functional
-from bnbops.codebooks import create_dynamic_map
 from bnbops.distributed import load_checkpoint, save_checkpoint
 from bnbops.nn import Linear4bit
 from bnbops.optim import AdamW8bit
@@ -22,6 +21,7 @@ from cases.interchange import SHAPES, fresh
 from cases.optimizers import params
 from cases.ranks import run_on_ranks
 from cases.sharded import MIN_8BIT, assert_same_optimizers, placed_as, set_grads, whole
+from reference.group import CODEBOOK_OF
 
 pytestmark = pytest.mark.every_torch
 
@@ -149,8 +149,6 @@ def other_placements(_folder: Path) -> None:
 def from_bitsandbytes(_folder: Path) -> None:
     """Rows of whole blocks keep their bytes; other flat blocks become 32-bit states of the values they stand for."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    maps = {"exp_avg": create_dynamic_map(True), "exp_avg_slow": create_dynamic_map(True)}
-    maps["exp_avg_sq"] = create_dynamic_map(False)
     cases = [(f"{name}_float32", Shard(0)) for name in ("AdamW8bit", "AdEMAMix8bit", "AdamW32bit")]
     for name, placement in [*cases, ("AdamW8bit_float32", Shard(1))]:  # which cuts every row of blocks
         saved = torch.load(GOLDEN / f"opt_{name}.state_dict.pt", weights_only=True)
@@ -167,7 +165,7 @@ def from_bitsandbytes(_folder: Path) -> None:
                     key: functional.dequantize_blockwise(
                         wanted[key], absmax=wanted[f"{key}_absmax"], code=code, blocksize=256
                     )
-                    for key, code in maps.items()
+                    for key, code in CODEBOOK_OF.items()
                     if key in wanted
                 }
             assert_equal(found, wanted)

@@ -21,9 +21,8 @@ from cases.optimizer_classes import FAMILIES, WITH_8BIT, build
 from cases.optimizers import MIXED, assert_same, assert_same_state, flat_state, params, set_grads, train
 from cases.paged import is_paged
 from reference import states as ref
-from reference.group import CODEBOOKS, NOT_NEGATIVE
+from reference.group import CODEBOOK_OF, NOT_NEGATIVE
 
-UNSIGNED = {"exp_avg_sq"}
 SHAPES = [*MIXED, (600,), (2, 256)]  # rows with short blocks, fp32, flat blocks of a vector, rows of whole blocks
 OPTIONS: dict[str, dict[str, Any]] = {
     "AdEMAMix": {"t_alpha": 5, "t_beta3": 5},
@@ -49,7 +48,7 @@ def decoded(state: dict[str, Tensor], name: str) -> Tensor:
     """The reference's values of a state."""
     if f"{name}_absmax" not in state:
         return state[name]
-    return ref.decode(state[name], state[f"{name}_absmax"], CODEBOOKS[name not in UNSIGNED])
+    return ref.decode(state[name], state[f"{name}_absmax"], CODEBOOK_OF[name])
 
 
 def tensors_of(optimizer: Optimizer) -> dict[Any, Tensor]:
@@ -111,7 +110,7 @@ def test_any_values_are_encoded(name):
             if f"{key}_absmax" in state:
                 codes, absmax = state[key], state[f"{key}_absmax"]
                 error = torch.zeros(values.shape, dtype=torch.float64)
-                code = CODEBOOKS[key not in UNSIGNED]
+                code = CODEBOOK_OF[key]
                 ref.assert_encoded(codes, absmax, values.double(), error, code, key, divisor=key in NOT_NEGATIVE)
             assert torch.equal(optimizer.dequantized_state(x)[key], decoded(state, key))
     train(p, optimizer, range(3, 5))

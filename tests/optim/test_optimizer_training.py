@@ -1,4 +1,7 @@
-"""The optimizer classes inside training loops: closures, schedulers, gradient scaling, memory formats."""
+"""The optimizer classes inside training loops: gradient scaling, memory formats.
+
+Closures and hooks are in test_torch_conventions.py, schedulers in test_lr_schedulers.py.
+"""
 
 import copy
 import math
@@ -9,25 +12,6 @@ from torch import Tensor, nn
 
 from bnbops.optim import AdamW8bit, AdamW32bit
 from cases.optimizers import MIXED, assert_same, assert_same_state, flat_state, params, set_grads, train
-
-
-def test_closure():
-    """It runs with gradients enabled, and step() returns its loss."""
-    p, q = params((64, 80)), params((64, 80))
-    with_closure, plain = AdamW8bit(p), AdamW8bit(q)
-
-    def closure() -> Tensor:
-        with_closure.zero_grad()
-        loss = p[0].square().sum()
-        loss.backward()
-        return loss
-
-    with torch.no_grad():
-        loss = with_closure.step(closure)
-    assert loss.item() == pytest.approx(q[0].square().sum().item())
-    q[0].square().sum().backward()
-    plain.step()
-    assert_same(p, q)
 
 
 def test_zero_grad():
@@ -51,16 +35,6 @@ def test_autograd_notices_the_step(cls):
         loss.backward()
 
 
-def test_step_hooks_run():
-    p = params((4, 4))
-    optimizer = AdamW8bit(p)
-    seen = []
-    optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
-    optimizer.register_step_post_hook(lambda *_: seen.append("post"))
-    train(p, optimizer, range(1))
-    assert seen == ["pre", "post"]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_tensor_lr_is_a_float_lr(dtype):
     p, q = params(*MIXED), params(*MIXED)
@@ -70,34 +44,6 @@ def test_tensor_lr_is_a_float_lr(dtype):
     train(q, number, range(3))
     assert_same(p, q)
     assert lr.item() == 2.0**-8 and isinstance(tensor.param_groups[0]["lr"], Tensor)
-
-
-SCHEDULERS = {
-    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=5),
-    "warm-up": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: min(1.0, (step + 1) / 3)),
-    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=10, cycle_momentum=False),
-    "step": lambda o: torch.optim.lr_scheduler.StepLR(o, step_size=2),
-}
-
-
-@pytest.mark.parametrize("tensor_lr", [False, True])
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_lr_schedulers(name, tensor_lr):
-    """The learning rates are those of torch.optim.AdamW under the same scheduler, and each step uses its own."""
-    p, q, r = params((64, 80)), params((64, 80)), params((64, 80))
-    lr = 2.0**-7
-    optimizer = AdamW8bit(p, lr=torch.tensor(lr, dtype=torch.float64) if tensor_lr else lr)
-    reference, manual = torch.optim.AdamW(q, lr=lr), AdamW8bit(r, lr=lr)
-    scheduler, expected = SCHEDULERS[name](optimizer), SCHEDULERS[name](reference)
-    for step in range(6):
-        rate = float(optimizer.param_groups[0]["lr"])
-        assert rate == pytest.approx(reference.param_groups[0]["lr"], rel=1e-6)
-        manual.param_groups[0]["lr"] = rate
-        for parameters, opt in ((p, optimizer), (q, reference), (r, manual)):
-            train(parameters, opt, range(step, step + 1))
-        scheduler.step()
-        expected.step()
-    assert_same(p, r)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -1,4 +1,4 @@
-"""Every optimizer class where it is used: changing options, copies, hooks and schedulers, overrides, one graph."""
+"""Every optimizer class where it is used: changing options, copies, overrides, one graph."""
 
 import copy
 import io
@@ -15,13 +15,12 @@ from torch import Tensor, nn
 import bnbops
 from bnbops import optim
 from bnbops.optim import Adagrad8bit, AdamW8bit, GlobalOptimManager, RMSprop, RMSprop8bit, SGD8bit
-from cases.optimizer_classes import CLASSES, FAMILIES, WITH_8BIT, build
+from cases.optimizer_classes import CLASSES, WITH_8BIT, build
 from cases.optimizers import MIXED, assert_same, assert_same_state, flat_state, params, set_grads, train
 from reference.rules import RULES
 
 LR = 1e-2
 names = pytest.mark.parametrize("name", CLASSES)
-families = pytest.mark.parametrize("name", FAMILIES)
 
 
 # ---- options that change between steps -------------------------------------------------------------------------
@@ -138,36 +137,6 @@ def test_copies_continue_bit_exactly(name, how):
     train(q, other, range(3, 6))
     assert_same(p, q)
     assert_same_state(optimizer, other)
-
-
-@pytest.mark.every_torch
-@families
-def test_hooks_closure_and_schedulers(name):
-    """torch's schedulers raise and lower the rate of any class; hooks and closures run."""
-    p, q = params(*MIXED), params(*MIXED)
-    optimizer, plain = build(name, p, lr=LR), build(name, q, lr=LR)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LR, total_steps=8, cycle_momentum=False)
-    seen: list[str] = []
-    optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
-    optimizer.register_step_post_hook(lambda *_: seen.append("post"))
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = sum(x.square().sum() for x in p)
-        loss.backward()
-        return loss
-
-    rates = []
-    for _ in range(6):
-        plain.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"]
-        rates.append(plain.param_groups[0]["lr"])
-        assert optimizer.step(closure).item() == pytest.approx(sum(x.square().sum().item() for x in q), rel=1e-4)
-        for x in q:
-            x.grad = 2 * x.detach()
-        plain.step()
-        scheduler.step()
-    assert rates[0] < max(rates) > rates[-1] and seen == ["pre", "post"] * 6
-    assert_same(p, q)
 
 
 @pytest.fixture

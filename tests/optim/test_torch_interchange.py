@@ -20,11 +20,9 @@ from cases.optimizers import MIXED, assert_same, assert_same_state, params, trai
 from cases.paged import is_paged
 from cases.torch_pairs import NAMES, assert_alike, make, parameters, train_both
 from reference import states as ref
-from reference.group import CODEBOOKS, NOT_NEGATIVE
+from reference.group import CODEBOOK_OF, NOT_NEGATIVE
 
 pytestmark = pytest.mark.every_torch
-
-UNSIGNED = {"exp_avg_sq"}
 
 
 def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +111,7 @@ def test_8bit_states(name, dtype):
             if f"{key}_absmax" not in state:
                 assert state[key].dtype == torch.float32 and (key == "step" or torch.equal(state[key], x.float()))
                 continue
-            code, divisor = CODEBOOKS[key not in UNSIGNED], key in NOT_NEGATIVE
+            code, divisor = CODEBOOK_OF[key], key in NOT_NEGATIVE
             error = torch.zeros(x.shape, dtype=torch.float64)
             ref.assert_encoded(state[key], state[f"{key}_absmax"], x.double(), error, code, key, divisor)
     if dtype == torch.float32:
