@@ -213,8 +213,11 @@ def is_traced(name: str, i: int) -> bool:
 def test_opcheck(name, i):
     sample, overload = samples(name)[i], operator(name)
     tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if any(x.dtype == torch.float8_e4m3fn for x in tree_leaves((sample.args, sample.kwargs)) if isinstance(x, Tensor)):
+        tests.remove("test_schema")  # torch (2.13) cannot compare such tensors; what changes is seen by the tests above
     if not is_traced(name, i):
-        torch.library.opcheck(overload, sample.args, sample.kwargs, test_utils=tests[:3])
+        tests.remove("test_aot_dispatch_dynamic")
+        torch.library.opcheck(overload, sample.args, sample.kwargs, test_utils=tests)
         return
     outputs = tree_leaves(sample.clone().run(overload))
     if not all(isinstance(x, Tensor) for x in outputs if x is not None):
