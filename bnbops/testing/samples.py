@@ -182,7 +182,7 @@ def _step_sample(
 ) -> Sample:
     params = [normal(*shape, seed=1).to(dtype) for shape in shapes]
     grads = [grad(normal(*shape, seed=2).to(grad_dtype or dtype)) for shape in shapes]
-    codecs = str({8: DEFAULT_CODEC, 32: UNCODED}.get(coded, coded)).split(",")
+    codecs = coded.split(",") if isinstance(coded, str) else [DEFAULT_CODEC if coded == 8 else UNCODED]
     codecs = codecs * len(rule.states) if len(codecs) == 1 else codecs
     states, absmax = [], []
     for k, state in enumerate(rule.states):

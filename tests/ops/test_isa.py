@@ -16,8 +16,9 @@ import pytest
 import torch
 
 import bnbops
+from bnbops import facts
 from bnbops._library import ISAS
-from bnbops.facts import FORMATS
+from bnbops.facts import FORMATS, ROLES
 from bnbops.functional import create_dynamic_map, create_fp8_map, create_linear_map, get_4bit_type
 from cases import int8
 from cases.rules import CODECS, usual
@@ -73,11 +74,22 @@ def items() -> Iterator[tuple[str, list[torch.Tensor]]]:
                 yield f"{quant_type} {dtype} {blocksize}", there_and_back_4bit(quant_type, dtype, blocksize)
             yield f"{quant_type} {dtype}, large", [large_out_4bit(quant_type, dtype)]
     yield from int8.items()
+    for codec in facts.CODECS.values():
+        for role in ROLES.values():
+            table = torch.tensor(codec.values(role)).nan_to_num(nan=1.0).sort().values
+            yield f"{codec.name} {role.name}", coded_and_decoded(sweep(table), codec.name, role.name)
     for rule in RULES:
         for codec in CODECS if RULES[rule].states else ["fp32"]:
             for dtype in DTYPES:
                 for grad_dtype in dict.fromkeys([dtype, torch.float32]):
                     yield f"{rule} {codec} {dtype} {grad_dtype}", steps_and_norms(rule, codec, dtype, grad_dtype)
+
+
+def coded_and_decoded(x: torch.Tensor, codec: str, role: str) -> list[torch.Tensor]:
+    """A state whose blocks all have the scale 1."""
+    rows = torch.nn.functional.pad(x, (0, -len(x) % 255)).view(-1, 255)
+    codes, absmax = torch.ops.bnbops.encode_state(torch.cat([rows, torch.ones(len(rows), 1)], dim=1), codec, role)
+    return [codes, absmax, torch.ops.bnbops.decode_state(codes, absmax, codec, role)]
 
 
 def there_and_back_4bit(quant_type: str, dtype: torch.dtype, blocksize: int) -> list[torch.Tensor]:
