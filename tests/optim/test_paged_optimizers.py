@@ -4,6 +4,7 @@ import copy
 import gc
 import importlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -45,8 +46,9 @@ def test_there_are_paged_classes():
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", PAGED)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*zip(PAGED, itertools.cycle([torch.float32, torch.bfloat16]), strict=False)]
+)
 def test_trains_as_the_unpaged_class(name, dtype, tmp_path):
     p, q = params(*SHAPES, dtype=dtype), params(*SHAPES, dtype=dtype)
     paged = getattr(bnbops.optim, name)(p, lr=1e-2, paged_directory=tmp_path)
