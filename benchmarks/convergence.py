@@ -54,6 +54,7 @@ SETTINGS = {
     "AdamW": Setting("AdamW", {"text": 2e-3, "digits": 2e-3}, {"weight_decay": 0.1}),
     "AdEMAMix": Setting("AdEMAMix", {"text": 2e-3, "digits": 2e-3}, {}),
     "Lion": Setting("Lion", {"text": 7e-4, "digits": 1e-3}, {"weight_decay": 0.1}),
+    "Signum": Setting("Signum", {"text": 7e-4, "digits": 1e-3}, {"weight_decay": 0.1}),
     "SGD": Setting("SGD", {"text": 0.1, "digits": 0.1}, {"momentum": 0.9}),
     "LARS": Setting("LARS", {"text": 0.3, "digits": 0.2}, {"momentum": 0.9}),
     "LAMB": Setting("LAMB", {"text": 2e-2, "digits": 2e-2}, {}),

@@ -28,8 +28,8 @@ RENAMED = {
     "optim.optimizer": "alias.optimizer",
     "utils": "alias.utils",
     **{
-        f"optim.{family}": f"optim.families.{family}"
-        for family in ("adagrad", "adam", "adamw", "ademamix", "lamb", "lars", "lion", "rmsprop", "sgd")
+        f"optim.{family.stem}": f"optim.families.{family.stem}"
+        for family in (Path(__file__).parents[1] / "optim" / "families").glob("[!_]*.py")
     },
 }
 # Those that bnbops does not have, and why.

@@ -119,7 +119,8 @@ adam_step_ = adam_step_(
     weight_decay=0.0,
     options=held_0_options,
     grad_scale=None,
-    found_inf=None
+    found_inf=None,
+    codec=dynamic8
 )
 adam_step__1 = adam_step_(
     [leaves_1],

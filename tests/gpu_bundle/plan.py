@@ -12,7 +12,7 @@ from dataclasses import dataclass
 # What the kernels compute, by family: the tests that `make test-gpu` runs besides those named in STAGES.
 KERNEL_TESTS = (
     *("quantize", "quantize_4bit", "golden_4bit", "int8_ops", "int8_bad_input", "embedding_4bit_ops"),
-    *("rules", "rules_edges", "norms", "percentile_clip", "nan_bits"),
+    *("rules", "rules_edges", "directions", "codecs", "norms", "percentile_clip", "nan_bits"),
 )
 PRODUCT_TESTS = ("linear_4bit_ops", "grouped_linear_4bit_ops", "linear_int8")
 GPU, SIMULATOR = "cuda", "cuda_on_cpu"  # backends of tests/cases/backends.py

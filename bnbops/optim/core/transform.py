@@ -69,7 +69,8 @@ def take(call: Call, transform: Transform, factors: Mapping[str, Tensor]) -> Non
         factors: the first half's keyword arguments that are made from norms, one number a parameter.
     """
     for part in _runs([param.numel() for param in call.whole]):
-        directions = call.directions(part, {name: x[part] for name, x in factors.items()})
+        of_part = {name: x.narrow(0, part.start, part.stop - part.start) for name, x in factors.items()}
+        directions = call.directions(part, of_part)
         along = _transformed(transform, Run(directions, call.params[part], call.whole[part]))
         call.apply(part, along.directions or directions, {} if along.trust is None else {"trust": along.trust})
     call.written()
