@@ -101,12 +101,14 @@ struct CodedBlock {
   alignas(64) float state[kSlots<Rule>][kStateBlock];
   typename Lanes::Int largest[kSlots<Rule>];
   float absmax[kSlots<Rule>];
-  const typename Lanes::Codebook* codebooks[kSlots<Rule>];
+  const typename Lanes::Codebook* codebooks[2];  // by has_sign: states that have the same one share its registers
 
   BNBOPS_HD void update_group(const StepJob& job, const Elements<Rule>& at, int64_t i,
                               const typename Rule::Hyper& hyper) {
     typename Lanes::Float decoded[kSlots<Rule>][4];
-    for (int k = 0; k < Rule::kStates; ++k) codebooks[k]->decode(at.state[k], absmax[k], decoded[k]);
+    for (int k = 0; k < Rule::kStates; ++k) {
+      codebooks[has_sign(Rule::kStateSpecs[k].role)]->decode(at.state[k], absmax[k], decoded[k]);
+    }
 #pragma GCC unroll 4  // or the vectors live in memory
     for (int v = 0; v < 4; ++v) {
       const int64_t offset = v * Lanes::kWidth;
@@ -125,9 +127,8 @@ struct CodedBlock {
 template <class Lanes, class Rule, class Codec>
 void step_coded(const StepJob& job, const typename Rule::Hyper hyper, int64_t first, int64_t last) {
   CodedBlock<Lanes, Rule, Codec> work;
-  for (int k = 0; k < Rule::kStates; ++k) {
-    work.codebooks[k] = &codebook_of<Lanes, Codec>(Rule::kStateSpecs[k].role);
-  }
+  work.codebooks[has_sign(Role::kSquare)] = &codebook_of<Lanes, Codec>(Role::kSquare);
+  work.codebooks[has_sign(Role::kSigned)] = &codebook_of<Lanes, Codec>(Role::kSigned);
   for (int64_t block = first; block < last; ++block) {
     const Span span = span_of(job, block);
     for (int k = 0; k < Rule::kStates; ++k) {
@@ -145,23 +146,25 @@ void step_coded(const StepJob& job, const typename Rule::Hyper hyper, int64_t fi
   }
 }
 
-// A block of elements in fp32, whatever their states' codecs.
+// A block of elements in fp32, whatever their states' codecs: in place where memory has a whole block of them, else in
+// scratch. What is beyond a short block does not matter.
 template <class Lanes, class Rule>
 struct Block {
   using Number = typename Lanes::Number;
-  alignas(64) float p[kStateBlock] = {}, g[kStateBlock] = {}, s[kSlots<Rule>][kStateBlock] = {};
+  alignas(64) float scratch_p[kStateBlock] = {}, scratch_g[kStateBlock] = {};
+  alignas(64) float scratch_s[kSlots<Rule>][kStateBlock] = {};
+  const float *p, *g;
+  float* s[kSlots<Rule>];
 
   void load(const StepJob& job, const Span& span, int64_t block) {
-    const auto copy = [&](float* to, const float* from) {
-      if (from != to) Lanes::copy(to, from, span.n * sizeof(float));
-    };
-    copy(p, read<Lanes>(job.param, job.param_dtype, span.begin, span.n, p));
-    copy(g, read<Lanes>(job.grad, job.grad_dtype, span.begin, span.n, g));
+    p = whole(read<Lanes>(job.param, job.param_dtype, span.begin, span.n, scratch_p), span.n, scratch_p);
+    g = whole(read<Lanes>(job.grad, job.grad_dtype, span.begin, span.n, scratch_g), span.n, scratch_g);
     for (int k = 0; k < Rule::kStates; ++k) {
       const StateSlot& state = job.state[k];
       if (state.codec == kUncoded) {
-        copy(s[k], static_cast<const float*>(state.data) + span.begin);
+        s[k] = const_cast<float*>(whole(static_cast<float*>(state.data) + span.begin, span.n, scratch_s[k]));
       } else {
+        s[k] = scratch_s[k];
         const auto* codes = static_cast<const uint8_t*>(state.data) + span.begin;
         codec_numbered<Lanes>(state.codec).decode(Rule::kStateSpecs[k].role, codes, span.n, state.absmax[block], s[k]);
       }
@@ -171,26 +174,34 @@ struct Block {
   void store_states(const StepJob& job, const Span& span, int64_t block) {
     for (int k = 0; k < Rule::kStates; ++k) {
       const StateSlot& state = job.state[k];
-      if (state.codec == kUncoded) {
-        write<Lanes>(state.data, DType::kFloat32, span.begin, span.n, s[k]);
-      } else {
+      if (state.codec != kUncoded) {
         auto* codes = static_cast<uint8_t*>(state.data) + span.begin;
         state.absmax[block] = codec_numbered<Lanes>(state.codec).encode(Rule::kStateSpecs[k].role, s[k], span.n, codes);
+      } else if (s[k] == scratch_s[k]) {
+        Lanes::copy(static_cast<float*>(state.data) + span.begin, s[k], span.n * sizeof(float));
       }
     }
   }
 
-  // Calls visit(g, p, states) for every vector; what they hold afterwards is kept. Beyond n it does not matter.
+  // Calls visit(g, p, states) for every vector. What p is afterwards goes to `out`, and the states to where they were.
   template <class Visit>
-  void each_vector(int64_t n, const Visit& visit) {
+  void each_vector(int64_t n, float* out, const Visit& visit) {
     for (int64_t i = 0; i < n; i += Lanes::kWidth) {
       StatesOf<Number, Rule> states;
       for (int k = 0; k < Rule::kStates; ++k) states[k] = Number(Lanes::load(s[k] + i));
       Number x(Lanes::load(p + i));
       visit(Number(Lanes::load(g + i)), x, states);
-      Lanes::store(p + i, vector_of(x));
-      for (int k = 0; k < Rule::kStates; ++k) Lanes::store(s[k] + i, vector_of(states[k]));
+      store_as<Lanes>(out, DType::kFloat32, i, vector_of(x));
+      for (int k = 0; k < Rule::kStates; ++k) store_as<Lanes>(s[k], DType::kFloat32, i, vector_of(states[k]));
     }
+  }
+
+ private:
+  // The numbers themselves, or a copy that may be read beyond n.
+  static const float* whole(const float* x, int64_t n, float* scratch) {
+    if (n == kStateBlock || x == scratch) return x;
+    Lanes::copy(scratch, x, n * sizeof(float));
+    return scratch;
   }
 };
 
@@ -198,11 +209,13 @@ struct Block {
 template <class Lanes, class Rule, class Visit>
 void through_scratch(const StepJob& job, int64_t first, int64_t last, void* out, DType dtype, const Visit& visit) {
   Block<Lanes, Rule> elements;
+  alignas(64) float result[kStateBlock];
   for (int64_t block = first; block < last; ++block) {
     const Span span = span_of(job, block);
     elements.load(job, span, block);
-    elements.each_vector(span.n, visit);
-    write<Lanes>(out, dtype, span.begin, span.n, elements.p);
+    const bool in_place = dtype == DType::kFloat32 && span.n == kStateBlock;
+    elements.each_vector(span.n, in_place ? static_cast<float*>(out) + span.begin : result, visit);
+    if (!in_place) write<Lanes>(out, dtype, span.begin, span.n, result);
     elements.store_states(job, span, block);
   }
 }

@@ -79,14 +79,12 @@ class Call:
         self.op(*self.lists, **self.scalars, **from_norms)
         self.written()
 
-    def directions(self, part: slice, from_norms: Mapping[str, Tensor]) -> list[Tensor]:
-        """Takes the first half of the step of some parameters: float32 directions, NaN where an element is to be left
-        alone."""
+    def direct(self, part: slice, directions: list[Tensor], from_norms: Mapping[str, Tensor]) -> None:
+        """Takes the first half of the step of some parameters: writes float32 directions, NaN where an element is to be
+        left alone."""
         params, grads, *others = (tensors[part] for tensors in self.lists)
-        directions = [torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in params]
         operator = getattr(torch.ops.bnbops, self.plan.rule.direction)
         operator(params, grads, directions, *others, **self.scalars, **from_norms)
-        return directions
 
     def apply(self, part: slice, directions: list[Tensor], from_norms: Mapping[str, Tensor]) -> None:
         """Takes the second half, along directions. `written` comes when all parameters have it."""

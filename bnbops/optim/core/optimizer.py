@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from bnbops.optim.core.norms import whole_squared_norms
 from bnbops.optim.core.options import numbers_of
 from bnbops.optim.core.state import Plan
 from bnbops.optim.core.stateful import StatefulOptimizer
-from bnbops.optim.core.transform import Transform, take
+from bnbops.optim.core.transform import DirectionMemory, Transform, take
 from bnbops.tracing import is_exported, is_traced
 
 
@@ -110,19 +111,24 @@ class Optimizer(StatefulOptimizer):
             self._run(self._batches())
         return loss
 
+    @cached_property
+    def _direction_memory(self) -> DirectionMemory:
+        return DirectionMemory()
+
     def _run(self, batches: list[Batch]) -> None:
         """Batches become calls; norms of whole parameters what a call needs of them; and then operators write."""
         calls = [call for batch in batches for call in self._calls(batch)]
         transforms = [self._transform(call.plan.config) for call in calls]
         if not is_traced():  # a compiler checks all of the graph before it runs
             check(calls, in_halves=any(transforms[:1]))
+        memory = DirectionMemory() if is_traced() else self._direction_memory
         for call, transform in zip(calls, transforms, strict=True):
             clip = call.clip()
             factors = {**clip, **self._trust(call, clip)}
             if transform is None:
                 call.run(factors)
             else:
-                take(call, transform, factors)
+                take(call, transform, factors, memory)
 
     def _only_creates_states(self) -> bool:
         """Whether this is the step that torch.distributed.checkpoint takes to have states: gradients and lr are all 0.

@@ -8,11 +8,33 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from bnbops.lasting import lasting
 from bnbops.optim.core.call import Call
 from bnbops.optim.core.norms import trust_ratio, whole_squared_norms
 from bnbops.optim.core.parallel import gathered, own_parts
+from bnbops.tracing import is_traced
 
+_LINE = 16  # elements of a cache line
 LARGEST_RUN = 2**26  # elements whose directions there are at once, unless one parameter has more: 256 MiB
+
+
+class DirectionMemory:
+    """Memory for directions on the CPU that one step leaves to the next: faulting in fresh memory takes longer than all
+    else. It is as large as the largest run; what exceeds `LARGEST_RUN` is not kept."""
+
+    def __init__(self) -> None:
+        self._kept: Tensor | None = None
+
+    def directions(self, params: list[Tensor]) -> list[Tensor]:
+        """Float32 tensors of the parameters' shapes and devices, with anything in them."""
+        sizes = [-(param.numel() // -_LINE) * _LINE for param in params]
+        if is_traced() or sum(sizes) > LARGEST_RUN or any(param.device.type != "cpu" for param in params):
+            return [torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in params]
+        if self._kept is None or self._kept.numel() < sum(sizes):
+            with lasting():
+                self._kept = torch.empty(sum(sizes), dtype=torch.float32, device="cpu")
+        parts = self._kept[: sum(sizes)].split(sizes)
+        return [part[: x.numel()].view(x.shape) for part, x in zip(parts, params, strict=True)]
 
 
 class Run(NamedTuple):
@@ -60,17 +82,19 @@ class TrustRatio(Transform):
         return Along(trust=trust_ratio(weight, update, self.max_unorm, self.clip))
 
 
-def take(call: Call, transform: Transform, factors: Mapping[str, Tensor]) -> None:
+def take(call: Call, transform: Transform, factors: Mapping[str, Tensor], memory: DirectionMemory) -> None:
     """Takes a call's step through a transform, some parameters after the other.
 
     Args:
         call: whose operator has checked its arguments.
         transform: between the two halves.
         factors: the first half's keyword arguments that are made from norms, one number a parameter.
+        memory: for the directions.
     """
     for part in _runs([param.numel() for param in call.whole]):
         of_part = {name: x.narrow(0, part.start, part.stop - part.start) for name, x in factors.items()}
-        directions = call.directions(part, of_part)
+        directions = memory.directions(call.params[part])
+        call.direct(part, directions, of_part)
         along = _transformed(transform, Run(directions, call.params[part], call.whole[part]))
         call.apply(part, along.directions or directions, {} if along.trust is None else {"trust": along.trust})
     call.written()
