@@ -21,7 +21,7 @@ struct Work {
     for (size_t i = 0; i < a.params.size(); ++i) {
       if (!a.grads.empty()) grads.push_back(in_logical_order(a.grads[i]));
       const StepJob job = step_job(a, i, a.grads.empty() ? a.params[i] : grads.back());
-      items.push_back({job, static_cast<float*>(a.steps[i].mutable_data_ptr()), call.blocks});
+      items.push_back({job, mutable_data<float>(a.steps[i]), call.blocks});
       call.blocks += job.blocks;
     }
     records = fresh(some_tensor(a), static_cast<int64_t>(items.size() * record_size(rule)), ScalarType::Byte);
@@ -51,6 +51,8 @@ struct OptimizerOnCuda {
 
   template <class Rule, int kIndex>
   static void run(const StepNames& names, const StepArguments& a) {
+    const bool overflow = a.found_inf && on_host(*a.found_inf) && scalar(*a.found_inf) != 0;
+    if (overflow && a.directions.empty()) return;  // directions become NaN
     const OnDevice device(some_tensor(a));
     const Work work(a, kIndex, names.part);
     check_launch(step(kIndex, work.call, device.stream()), names.op, " of ", work.call.count, " parameters");

@@ -326,6 +326,19 @@ def test_percentile_clipping(percentile, shape):
         steps = [step + 1 for step in steps]
 
 
+def test_an_overflow_that_the_host_knows_launches_nothing():
+    """So an optimizer has an operator check its arguments before any writes; on the device, kernels have to look."""
+    group = random_group("adam", SHAPES, bits=8)
+    before, arguments = group.clone(), op_options(usual("adam"))
+    for found_inf, launches in ((torch.tensor(1.0), False), (torch.ones(1), True), (torch.tensor(0.0), True)):
+        with torch.autograd.profiler.profile() as profile:
+            on_cuda("adam_step_", *group.lists().values(), **arguments, found_inf=found_inf)
+        allocates = any("empty" in event.name for event in profile.function_events)  # for the records of a launch
+        assert allocates == launches
+        if found_inf.item():
+            assert_same(before, group)
+
+
 @pytest.mark.parametrize("changed", ["squares", "steps", "grad_scale", "found_inf"])
 def test_percentile_clipping_of_unusable_numbers_is_none(changed):
     value = 1.0 if changed == "found_inf" else math.nan
