@@ -26,14 +26,13 @@ def absmax_name(state: str, codec: str = BITSANDBYTES) -> str:
     return f"{state}_absmax" if codec == BITSANDBYTES else f"{state}_{codec}_absmax"
 
 
-def absmax_names(state: str) -> tuple[tuple[str, str], ...]:
-    """The codecs that a state may have, each with the key that tells it."""
-    return tuple((codec, absmax_name(state, codec)) for codec in CODECS)
+# By a state's name: the codecs that it may have, each with the key that tells it.
+_KEYS = {name: tuple((codec, absmax_name(name, codec)) for codec in CODECS) for name in STATES}
 
 
 def codec_of(state: Container[str], name: str) -> str:
     """The codec of a parameter's state; UNCODED if it has no scales."""
-    for codec, key in absmax_names(name):
+    for codec, key in _KEYS.get(name, ()):
         if key in state:
             return codec
     return UNCODED

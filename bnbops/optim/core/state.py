@@ -16,9 +16,9 @@ from bnbops.facts import NORM_HISTORY, STATE_BLOCK, UNCODED, Rule
 from bnbops.lasting import lasting
 from bnbops.optim.core.codec import (
     absmax_name,
-    absmax_names,
     absmax_shape,
     chosen_codec,
+    codec_of,
     dtype_of,
     fill,
     flat_absmax_shape,
@@ -43,24 +43,17 @@ class Plan(NamedTuple):
     rule: Rule  # whose operators take the step
     names: tuple[str, ...]  # of its states
     needed: tuple[str, ...]  # keys that a parameter's state must have
-    scales: tuple[tuple[tuple[str, str], ...], ...]  # of each: the codecs that it may have, and the keys that tell
 
     @classmethod
     def of(cls, config: dict[str, Any], rule: Rule) -> Plan:
         names = rule.state_names
         clips = config["percentile_clipping"] != 100
         needed = ("step", *names, "gnorm_vec") if clips else ("step", *names)
-        return cls(config, rule, names, needed, tuple(map(absmax_names, names)))
+        return cls(config, rule, names, needed)
 
     def codecs(self, state: Mapping[str, Tensor]) -> tuple[str, ...]:
         """Of a parameter's states, in their order."""
-        found = []
-        for known in self.scales:
-            found.append(UNCODED)
-            for codec, key in known:
-                if key in state:
-                    found[-1] = codec
-        return tuple(found)
+        return tuple(codec_of(state, name) for name in self.names)
 
 
 def names_of(state: Mapping[str, object]) -> list[str]:

@@ -111,7 +111,7 @@ class OptimizerOperators {
 
   template <class Rule, int kIndex, Part kPart>
   static void run(StableIValue* stack, uint64_t /*num_args*/, uint64_t /*num_outputs*/) {
-    const StepNames names = names_of<Rule>(kPart);
+    static const StepNames names = names_of<Rule>(kPart);
     StepArguments a = arguments_of<Rule>(kPart, names, stack);
     check_step(names, a);
     check_values<Rule>(names, a);
