@@ -9,19 +9,15 @@ checkpoint and load into tensors of their own. The files are DCP's, so `dcp.load
 from __future__ import annotations
 
 import io
-import json
 import os
-import shutil
-import zlib
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed import tensor as dtensor
@@ -37,6 +33,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 
+from bnbops.distributed.checkpoint_files import beside, checksum, make_room, put_in_place, read_metadata, verify
+from bnbops.distributed.ranks import gathered, share, together
 from bnbops.dtensors import is_dtensor
 from bnbops.lasting import usual_settings
 from bnbops.optim import Optimizer
@@ -44,8 +42,6 @@ from bnbops.optim.checkpoints.checkpoint import problem_with
 from bnbops.optim.checkpoints.loading import keeps_blocks
 from bnbops.optim.core.state import PER_PARAMETER
 
-_CHECKSUMS = "checksums.json"
-_CHUNK = 2**24
 _STATE = ("optimizer", "state")  # where states are in what is saved
 _SHOWN = 5  # names in a message
 T = TypeVar("T")
@@ -76,17 +72,17 @@ def save_checkpoint(
         RuntimeError: a rank could not write. The former checkpoint is as it was.
     """
     path = Path(path)
-    partial, former = _beside(path)
-    _together(lambda: _make_room(path, partial))
+    partial, former = beside(path)
+    together(lambda: make_room(path, partial))
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state, "extra": _packed(dict(extra or {}))}
     try:
         dcp.save(state, checkpoint_id=partial)
     except CheckpointException as error:
         raise RuntimeError(f"the checkpoint could not be written to '{partial}': {_first(error)}") from error
-    parts = _gathered(_together(lambda: {name: _checksum(partial / name) for name in _share(os.listdir(partial))}))
+    parts = gathered(together(lambda: {name: checksum(partial / name) for name in share(os.listdir(partial))}))
     checksums = {name: checksum for part in parts for name, checksum in part.items()}
-    _together(lambda: _put_in_place(path, partial, former, checksums))
+    together(lambda: put_in_place(path, partial, former, checksums))
 
 
 @usual_settings()
@@ -108,17 +104,17 @@ def load_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, path: st
         RuntimeError: it is damaged, or a rank cannot read it. Nothing has changed then, on any rank.
     """
     path = Path(path)
-    path = path if path.exists() or not (former := _beside(path)[1]).exists() else former
-    metadata = _together(lambda: _read_metadata(path))
-    _together(lambda: _verify(path))
+    path = path if path.exists() or not (former := beside(path)[1]).exists() else former
+    metadata = together(lambda: read_metadata(path))
+    together(lambda: verify(path))
     names = _param_names(model, optimizer)
-    state = _together(lambda: _targets(model, optimizer, names, metadata))
+    state = together(lambda: _targets(model, optimizer, names, metadata))
     try:
         dcp.load(state, checkpoint_id=path, planner=SafeLoadPlanner())
     except CheckpointException as error:
         raise RuntimeError(f"the checkpoint '{path}' cannot be read: {_first(error)}. Nothing was loaded") from error
     with _restored(optimizer):
-        _together(lambda: _set_optimizer(optimizer, names, state["optimizer"]))
+        together(lambda: _set_optimizer(optimizer, names, state["optimizer"]))
     set_model_state_dict(model, state["model"])
     return torch.load(io.BytesIO(bytes(state["extra"].tolist())), weights_only=True) if "extra" in state else {}
 
@@ -273,108 +269,7 @@ def _set_optimizer(optimizer: torch.optim.Optimizer, names: list[list[str]], sta
     optimizer.load_state_dict({"state": state_dict.get("state", {}), "param_groups": groups})
 
 
-# ---- ranks -----------------------------------------------------------------------------------------------------------
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _gathered(value: T) -> list[T]:
-    """What every rank has, by rank."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _together(function: Callable[[], T]) -> T:
-    """Calls a function on every rank, and raises on every rank if it raises on one."""
-    result, problem = None, None
-    try:
-        result = function()
-    except Exception as error:
-        problem = error
-    problems = _gathered(None if problem is None else f"{type(problem).__name__}: {problem}")
-    if problem is not None:
-        raise problem
-    for rank, other in enumerate(problems):
-        if other is not None:
-            raise RuntimeError(f"rank {rank} failed, so this one does nothing: {other}")
-    return result
-
-
-def _share(names: Iterable[str]) -> list[str]:
-    """This rank's part of what is the same on all."""
-    return sorted(names)[_rank() :: dist.get_world_size() if dist.is_initialized() else 1]
-
-
 def _first(error: CheckpointException) -> str:
     """One line of what DCP gathers from the ranks."""
     rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
     return f"rank {rank}: {type(cause).__name__}: {cause}"
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
-def _beside(path: Path) -> tuple[Path, Path]:
-    """Where a checkpoint is while it is not complete, and where the former one goes for a moment."""
-    return path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.former")
-
-
-def _make_room(path: Path, partial: Path) -> None:
-    if _rank() != 0:
-        return
-    if path.exists() and not (path / ".metadata").exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"'{path}' is no checkpoint and would be replaced by one; save to another path, or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if partial.exists():  # of a process that was killed
-        shutil.rmtree(partial)
-
-
-def _put_in_place(path: Path, partial: Path, former: Path, checksums: dict[str, int]) -> None:
-    if _rank() != 0:
-        return
-    with open(partial / _CHECKSUMS, "w") as file:
-        json.dump(checksums, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if path.exists():  # else `former` may be the only checkpoint, if a process was killed just here
-        shutil.rmtree(former, ignore_errors=True)
-        path.rename(former)
-    partial.rename(path)
-    shutil.rmtree(former, ignore_errors=True)
-
-
-def _checksum(path: Path) -> int:
-    value = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            value = zlib.crc32(chunk, value)
-    return value
-
-
-def _verify(path: Path) -> None:
-    """Reads this rank's share of the files, as torch does not notice changed bytes. `dcp.save` left no checksums."""
-    if not (sums := path / _CHECKSUMS).exists():
-        return
-    expected = json.loads(sums.read_text())
-    for name in _share(expected):
-        if not (path / name).exists():
-            raise RuntimeError(f"the checkpoint '{path}' lacks its file '{name}'; load another one")
-        if _checksum(path / name) != expected[name]:
-            raise RuntimeError(f"the checkpoint '{path}' is damaged: '{name}' is not as it was saved; load another one")
-
-
-def _read_metadata(path: Path) -> Metadata:
-    """DCP's table of contents: a pickle, so it must come from someone who is trusted."""
-    try:
-        return dcp.FileSystemReader(path).read_metadata()
-    except FileNotFoundError as error:
-        raise RuntimeError(
-            f"'{path}' is no checkpoint, or an incomplete one: it has no file '.metadata', which is written last"
-        ) from error
-    except Exception as error:
-        raise RuntimeError(f"the checkpoint '{path}' is damaged: '.metadata' cannot be read ({error})") from error
