@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from bnbops.tracing import is_compiling
+
 
 def traceable_weight(weight: Tensor) -> Tensor:
     """A frozen weight; under a default device within a graph as a plain tensor, whatever its class."""
-    if not torch.compiler.is_compiling() or torch._C._len_torch_function_stack() == 0:
+    if not is_compiling() or torch._C._len_torch_function_stack() == 0:
         return weight
     with torch._C.DisableTorchFunctionSubclass():
         return weight.detach()

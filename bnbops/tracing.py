@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import torch
+from torch._guards import CompileContext
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+
+def is_compiling() -> bool:
+    """Whether a compiler records what this thread calls. torch's own answer (2.13) is that of the process: while one
+    thread compiles, an eager step of another takes itself for compiled."""
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return torch.compiler.is_compiling() and (torch.compiler.is_exporting() or CompileContext.try_get() is not None)
 
 
 def is_traced() -> bool:
     """Whether a compiler, or `make_fx`, records what is called."""
-    return torch.compiler.is_compiling() or get_proxy_mode() is not None
+    return is_compiling() or get_proxy_mode() is not None
 
 
 def is_exported() -> bool:

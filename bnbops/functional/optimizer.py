@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bnbops.facts import RULES, STATE_BLOCK, Rule
+from bnbops.tracing import is_compiling
 
 
 class StepNumbers(NamedTuple):
@@ -250,5 +251,5 @@ def _write(p: Tensor, param: Tensor) -> None:
     """`param`, which may be p itself, to p."""
     if param is not p:
         p.copy_(param)
-    elif not torch.compiler.is_compiling():
+    elif not is_compiling():
         torch.autograd.graph.increment_version(p)  # operators from C++ write behind autograd's back

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bnbops.functional.four_bit import in_own_order, scale_arguments
 from bnbops.functional.quant_state import QuantState
+from bnbops.tracing import is_compiling
 
 
 def _weight_arguments(function: str, packed: Tensor, state: QuantState | None) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def matmul_4bit(
     weight = _weight_arguments("matmul_4bit", B, quant_state)
     rows, columns = weight["shape"]
     if A.shape[-1] == rows != columns:
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             warnings.warn(
                 f"matmul_4bit: weight was quantized from a [K, N] tensor, of shape {[rows, columns]}. Re-quantize from "
                 "the weight as [N, K] (out_features, in_features): bitsandbytes will refuse the other form",

@@ -19,6 +19,7 @@ from bnbops.nn.four_bit.format import Format, scales_of, set_scales, tensors_of
 from bnbops.nn.four_bit.parameter import Params4bit
 from bnbops.nn.weights.module import LOADING_ERRORS, QuantizedWeight, of_whole_layer
 from bnbops.nn.weights.parameter import QuantizedParameter
+from bnbops.tracing import is_compiling
 
 __all__ = ["Bnb4bitParametrization", "replace_parameter_4bit", "replace_parameter_4bit_prequantized"]
 
@@ -44,7 +45,7 @@ class Bnb4bitParametrization(nn.Module):
     def forward(self, quantized_param: Tensor) -> Tensor:
         """The parameter in its shape and dtype."""
         scales = scales_of(self, "")
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self.format.dequantize(quantized_param, scales)
         compute = partial(self.format.dequantize, quantized_param, scales)
         return forwards.once(self, (quantized_param, *scales.values()), compute)
@@ -194,12 +195,12 @@ class ParametrizedWeight(QuantizedWeight):
 
 
 def _start_hook(module: nn.Module, args: tuple[Any, ...], *, name: str) -> None:
-    if not torch.compiler.is_compiling() and (found := ParametrizedWeight.find(module, name)) is not None:
+    if not is_compiling() and (found := ParametrizedWeight.find(module, name)) is not None:
         forwards.begin(found.parametrization)
 
 
 def _stop_hook(module: nn.Module, args: tuple[Any, ...], output: Any, *, name: str) -> None:
-    if not torch.compiler.is_compiling() and (found := ParametrizedWeight.find(module, name)) is not None:
+    if not is_compiling() and (found := ParametrizedWeight.find(module, name)) is not None:
         forwards.end(found.parametrization)
 
 

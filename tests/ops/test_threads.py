@@ -372,6 +372,37 @@ def test_compiled_steps_of_several_threads() -> None:
     assert not torch._dynamo.config.trace_autograd_ops
 
 
+def test_a_step_while_another_thread_compiles() -> None:
+    """torch tells the whole process that it compiles, for as long as it does."""
+    compiling, stepped = threading.Event(), threading.Event()
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        compiling.set()
+        assert stepped.wait(60)
+        return graph.forward
+
+    def compile_something() -> None:
+        torch.compile(lambda x: x + 1, backend=backend)(torch.ones(3))
+
+    def step() -> list[Tensor]:
+        param = nn.Parameter(torch.ones(8, 8))
+        param.grad = torch.full((8, 8), 0.5)
+        optimizer = bnbops.optim.LAMB8bit([param], min_8bit_size=1)
+        optimizer.step()
+        return [param.detach(), optimizer.state[param]["step"]]
+
+    def step_meanwhile() -> list[Tensor]:
+        assert compiling.wait(60)
+        try:
+            return step()
+        finally:
+            stepped.set()
+
+    torch.compiler.reset()
+    _, found = in_threads(compile_something, step_meanwhile)
+    assert all(map(torch.equal, found, step()))
+
+
 # ---- switches of the process ---------------------------------------------------------------------------------------
 
 

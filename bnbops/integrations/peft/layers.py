@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bnbops.nn.kinds import quantized_weight
 from bnbops.nn.weights.module import QuantizedWeight
+from bnbops.tracing import is_compiling
 
 
 class MergesQuantized:
@@ -224,7 +225,7 @@ class ParamWrapper(_Lora, lora_layer.ParamWrapper):
         holder.extend([self._delta(name) for name in names])
         try:
             # what is compiled reads once anyway, and must not leave tensors in torch's cache
-            with nullcontext() if torch.compiler.is_compiling() else parametrize.cached():
+            with nullcontext() if is_compiling() else parametrize.cached():
                 yield
         finally:
             for i in range(before, len(holder)):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from bnbops.facts import FLOATS
+from bnbops.tracing import is_compiling
 
 cast_for_good = False  # while bnbops is installed as bitsandbytes, whose layers do it
 
@@ -15,7 +15,7 @@ def bias_for(module: nn.Linear, x: Tensor) -> Tensor | None:
     bias = module.bias
     if bias is None or bias.dtype == x.dtype:
         return bias
-    if cast_for_good and isinstance(bias, nn.Parameter) and not torch.compiler.is_compiling() and _fits(module, x):
+    if cast_for_good and isinstance(bias, nn.Parameter) and not is_compiling() and _fits(module, x):
         bias.data = bias.data.to(x.dtype)
         return bias
     return bias.to(x.dtype)

@@ -13,6 +13,7 @@ from bnbops.facts import FLOATS
 from bnbops.nn.four_bit.module import Module4bit
 from bnbops.nn.layers.nested import over_nested
 from bnbops.nn.weights.codes import codes_as_they_are
+from bnbops.tracing import is_compiling
 
 
 class Linear4bit(Module4bit, nn.Linear):
@@ -94,7 +95,7 @@ _warned: WeakSet[Linear4bit] = WeakSet()  # not an attribute: `forward` changes 
 
 def _warn_of_float16(layer: Linear4bit, x: Tensor) -> None:
     """On a CPU, in a layer's first forward. bitsandbytes warns there, too: of inference if there is one row."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or layer in _warned:
+    if x.device.type != "cpu" or is_compiling() or layer in _warned:
         return
     _warned.add(layer)
     what = "inference" if x.numel() == x.shape[-1] else "inference or training"

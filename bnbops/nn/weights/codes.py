@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from bnbops.tracing import is_compiling
 from bnbops.versions import torch_is
 
 # A context in which torch's functions take a quantized parameter for the plain tensor of its codes.
@@ -58,7 +59,7 @@ class CodesParameter(nn.Parameter):
         with codes_as_they_are():
             if func in _COMPUTING:
                 args, kwargs = _with_values(args, kwargs)
-            elif not torch.compiler.is_compiling():
+            elif not is_compiling():
                 _refuse_writing(func, args, kwargs)
                 _refuse_reading(func, args)
             if not torch.compiler.is_dynamo_compiling() and _is_faked(func):

@@ -17,7 +17,7 @@ from bnbops.optim.core.options import numbers_of
 from bnbops.optim.core.state import Plan
 from bnbops.optim.core.stateful import StatefulOptimizer
 from bnbops.optim.core.transform import DirectionMemory, Transform, take
-from bnbops.tracing import is_exported, is_traced
+from bnbops.tracing import is_compiling, is_exported, is_traced
 
 
 class Optimizer(StatefulOptimizer):
@@ -100,7 +100,7 @@ class Optimizer(StatefulOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             self._prepare()
             self._watch.check(self.state)
             if self._only_creates_states():
@@ -153,7 +153,7 @@ class Optimizer(StatefulOptimizer):
         return {"lr": config["lr"], "maximize": config["maximize"], **self._options(config)}
 
     def _batches(self) -> list[Batch]:
-        if torch.compiler.is_compiling() and self._held is not None:
+        if is_compiling() and self._held is not None:
             return self._held
         return [Batch.of(plan, params, self._arguments(plan.config)) for plan, params in self._plans()]
 
@@ -175,7 +175,7 @@ class Optimizer(StatefulOptimizer):
 
     def _param_lists(self) -> list[list[Tensor]]:
         """All parameters, without a look at param_groups in a graph that holds options."""
-        if torch.compiler.is_compiling() and self._held is not None:
+        if is_compiling() and self._held is not None:
             return [batch.params for batch in self._held]
         return [group["params"] for group in self.param_groups]
 
@@ -238,7 +238,7 @@ class Optimizer(StatefulOptimizer):
             NotImplementedError: the step is no operator (`PytorchLARS`).
         """
         self._check_operators()
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             self._prepare()
         plans = list(self._plans())
         if len(options) != len(plans):
@@ -255,7 +255,7 @@ class Optimizer(StatefulOptimizer):
 
     def _refuse_constants(self) -> None:
         """Raises RuntimeError in a function that is being traced by something that would not notice a new option."""
-        if is_exported() or (is_traced() and not torch.compiler.is_compiling()):
+        if is_exported() or (is_traced() and not is_compiling()):
             raise RuntimeError(
                 f"{type(self).__name__}.step() is being traced (make_fx, torch.export), which would make constants of "
                 "lr, weight_decay and all other options. In a function for make_fx call "

@@ -19,6 +19,7 @@ from bnbops.optim.core.options import MIN_8BIT_SIZE, CommonAndPaged, non_negativ
 from bnbops.optim.core.precision import variant
 from bnbops.optim.core.state import Plan
 from bnbops.optim.families.sgd import check_nesterov, undampened
+from bnbops.tracing import is_compiling
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -179,7 +180,7 @@ def pytorch_lars_step_(
                 f"PytorchLARS: a parameter of shape {list(param.shape)} needs a gradient and a float32 momentum_buffer "
                 f"of that shape, got {list(grad.shape)} and {buffer.dtype} {list(buffer.shape)}"
             )
-    if found_inf is not None and not torch.compiler.is_compiling() and found_inf.item():
+    if found_inf is not None and not is_compiling() and found_inf.item():
         return
     taken = torch.tensor(True, dtype=torch.bool, device="cpu") if found_inf is None else found_inf == 0
     for i, (param, buffer, step) in enumerate(zip(params, momentum_buffer, steps, strict=True)):

@@ -12,6 +12,8 @@ from typing import IO
 import torch
 from torch import Tensor, UntypedStorage
 
+from bnbops.tracing import is_compiling
+
 _ALIGNMENT = 64  # a cache line
 _CHUNK = 2**20  # what small tensors share
 _SMALL = _CHUNK // 16  # so that less than a sixteenth of a chunk is left over
@@ -92,7 +94,7 @@ class PagedMemory:
         Raises:
             RuntimeError: this is not the process that made the tensors.
         """
-        if torch.compiler.is_compiling():  # the compiler cannot trace os.getpid
+        if is_compiling():  # the compiler cannot trace os.getpid
             return
         if self._process not in (None, os.getpid()):
             raise RuntimeError(
