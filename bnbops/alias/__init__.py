@@ -23,7 +23,7 @@ def install_as_bitsandbytes() -> None:
     """
     global _installed
     from bnbops.alias import names, operators, repair
-    from bnbops.nn.layers import bias
+    from bnbops.nn.layers import linear_8bit
 
     with _turning:
         if _installed:
@@ -36,7 +36,7 @@ def install_as_bitsandbytes() -> None:
                 name=finder.NAME,
             )
         _installed = True
-        bias.cast_for_good = True
+        linear_8bit.cast_biases_for_good = True
         finder.install()
     names.rename()
     operators.install()
@@ -47,13 +47,13 @@ def uninstall_as_bitsandbytes() -> None:
     """Undoes `install_as_bitsandbytes()`. Does nothing where it was not called."""
     global _installed
     from bnbops.alias import names, operators, repair
-    from bnbops.nn.layers import bias
+    from bnbops.nn.layers import linear_8bit
 
     with _turning:
         if not _installed:
             return
         _installed = False
-        bias.cast_for_good = False
+        linear_8bit.cast_biases_for_good = False
     names.restore()
     operators.uninstall()
     finder.uninstall()

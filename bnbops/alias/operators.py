@@ -17,7 +17,7 @@ from bnbops import functional
 from bnbops._library import operator
 from bnbops.codebooks import ENTRIES
 from bnbops.functional.four_bit import in_own_order
-from bnbops.functional.optimizer import StepNumbers, optimizer_update_8bit_blockwise, update_32bit
+from bnbops.functional.optimizer import optimizer_update_8bit_blockwise, update_32bit
 
 _NAMESPACE = "bitsandbytes"
 _WEIGHT_TYPES = ("nf4", "fp4")  # bitsandbytes' own
@@ -240,35 +240,11 @@ def _int8_mixed_scaled_mm(
 # ---- optimizers ------------------------------------------------------------------------------------------------
 
 
-@_operator(
+_operator(
     "optimizer_update_32bit(str optimizer_name, Tensor(a0!) g, Tensor(a1!) p, Tensor(a2!) state1, Tensor(a3!)? state2, "
     f"Tensor(a4!)? unorm_vec, float max_unorm, float param_norm, {_STEP}, float weight_decay, int step, float lr, "
     "float gnorm_scale, bool skip_zeros=False) -> ()"
-)
-def _optimizer_update_32bit(
-    optimizer_name: str,
-    g: Tensor,
-    p: Tensor,
-    state1: Tensor,
-    state2: Tensor | None,
-    unorm_vec: Tensor | None,
-    max_unorm: float,
-    param_norm: float,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    lr: float,
-    gnorm_scale: float,
-    skip_zeros: bool = False,
-) -> None:
-    numbers = StepNumbers(beta1, beta2, beta3, alpha, eps, weight_decay, step, lr)
-    norm = (unorm_vec, max_unorm, param_norm)
-    update_32bit(optimizer_name, g, p, state1, state2, *norm, numbers, gnorm_scale, skip_zeros)
-
+)(update_32bit)
 
 _operator(
     "optimizer_update_8bit_blockwise(str optimizer_name, Tensor(a0!) g, Tensor(a1!) p, Tensor(a2!) state1, "

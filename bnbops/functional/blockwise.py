@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -50,17 +52,28 @@ def quantize_blockwise(
         raise ValueError(f"blocksize must be positive, got {blocksize}")
     code = (_DEFAULT_MAP if code is None else code).to(A.device)
     codes, scales = torch.ops.bnbops.quantize_blockwise(A, code, blocksize)
-    offset = state2 = None
-    if nested:
-        offset = scales.mean()
-        scales, state2 = quantize_blockwise(scales - offset, blocksize=blocksize)
-    if out is not None:
-        codes = out.copy_(codes)
-    if absmax is not None:
-        scales = absmax.copy_(scales)
     # A copy of the codebook: the state is the caller's, who may change it.
-    code = code.clone()
-    return codes, QuantState(scales, code=code, blocksize=blocksize, dtype=A.dtype, offset=offset, state2=state2)
+    described = {"code": code.clone(), "blocksize": blocksize, "dtype": A.dtype}
+    return returned(codes, scales, out, absmax, blocksize if nested else None, **described)
+
+
+def returned(
+    codes: Tensor,
+    scales: Tensor,
+    out: Tensor | None,
+    absmax: Tensor | None,
+    nested_blocksize: int | None,
+    **described: Any,
+) -> tuple[Tensor, QuantState]:
+    """What a quantization returns: codes and scales, copied to `out` and `absmax` where these are given. The scales are
+    quantized, too, if there is a `nested_blocksize`."""
+    offset = state2 = None
+    if nested_blocksize is not None:
+        offset = scales.mean()
+        scales, state2 = quantize_blockwise(scales - offset, blocksize=nested_blocksize)
+    codes = codes if out is None else out.copy_(codes)
+    scales = scales if absmax is None else absmax.copy_(scales)
+    return codes, QuantState(scales, offset=offset, state2=state2, **described)
 
 
 def dequantize_blockwise(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from bnbops.facts import FLOATS, FORMATS, in_words
-from bnbops.functional.blockwise import quantize_blockwise
+from bnbops.functional.blockwise import returned
 from bnbops.functional.quant_state import QuantState
 from bnbops.lasting import lasting
 
+_T = TypeVar("_T")
 _BLOCKSIZE = 64  # by default
 # What no weight can be in, but `get_4bit_type` knows. AF4: the quantiles that minimize the expected absolute error in
 # blocks of 64.
@@ -121,40 +125,9 @@ def quantize_4bit(
     blocksize = _BLOCKSIZE if blocksize is None else blocksize
     _check("quantize_4bit", A.dtype, blocksize, quant_type)
     packed, scales = torch.ops.bnbops.quantize_4bit(A, blocksize, quant_type, quant_storage)
-    offset = state2 = None
-    if compress_statistics:
-        offset = scales.mean()
-        scales, state2 = quantize_blockwise(scales - offset, blocksize=256)
-    if out is not None:
-        packed = out.copy_(packed)
-    if absmax is not None:
-        scales = absmax.copy_(scales)
-    code = get_4bit_type(quant_type, device=A.device)
-    return packed, QuantState(scales, A.shape, code, blocksize, quant_type, A.dtype, offset, state2)
-
-
-def quantize_nf4(
-    A: Tensor,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int | None = None,
-    compress_statistics: bool = False,
-    quant_storage: torch.dtype = torch.uint8,
-) -> tuple[Tensor, QuantState]:
-    """`quantize_4bit` to NF4."""
-    return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "nf4", quant_storage)
-
-
-def quantize_fp4(
-    A: Tensor,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int | None = None,
-    compress_statistics: bool = False,
-    quant_storage: torch.dtype = torch.uint8,
-) -> tuple[Tensor, QuantState]:
-    """`quantize_4bit` to FP4."""
-    return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "fp4", quant_storage)
+    described = {"shape": A.shape, "code": get_4bit_type(quant_type, device=A.device), "dtype": A.dtype}
+    described |= {"blocksize": blocksize, "quant_type": quant_type}
+    return returned(packed, scales, out, absmax, 256 if compress_statistics else None, **described)
 
 
 def dequantize_4bit(
@@ -171,7 +144,7 @@ def dequantize_4bit(
 
     Args:
         A: packed codes of any shape; `[1, n]` and other transposes of packed codes give the transposed result.
-        quant_state: what `quantize_4bit` returned; or else
+        quant_state: what `quantize_4bit` returned, whose own type counts; or else
         absmax: fp32 scales, one a block, with `out`,
         blocksize: elements that share a scale, 64 by default, and
         quant_type: "nf4" or another format (docs/linear_4bit.md).
@@ -207,23 +180,23 @@ def dequantize_4bit(
     return out.t() if transposed else out
 
 
-def dequantize_nf4(
-    A: Tensor,
-    quant_state: QuantState | None = None,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int | None = None,
-) -> Tensor:
-    """`dequantize_4bit` from NF4. A given state's own type counts."""
-    return dequantize_4bit(A, quant_state, absmax, out, blocksize, "nf4")
+def of_type(function: Callable[..., _T], quant_type: str) -> Callable[..., _T]:
+    """The function without its argument `quant_type`, which always is this one."""
+    signature = inspect.signature(function)
+    place = list(signature.parameters).index("quant_type")
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> _T:
+        if len(args) > place:
+            return function(*args[:place], quant_type, *args[place:], **kwargs)
+        return function(*args, quant_type=quant_type, **kwargs)
+
+    others = [parameter for name, parameter in signature.parameters.items() if name != "quant_type"]
+    call.__signature__ = signature.replace(parameters=others)  # type: ignore[attr-defined]  # what inspect looks for
+    call.__name__ = call.__qualname__ = function.__name__.replace("4bit", quant_type)
+    call.__doc__ = f"`{function.__name__}` with `quant_type={quant_type!r}`."
+    return call
 
 
-def dequantize_fp4(
-    A: Tensor,
-    quant_state: QuantState | None = None,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int | None = None,
-) -> Tensor:
-    """`dequantize_4bit` from FP4. A given state's own type counts."""
-    return dequantize_4bit(A, quant_state, absmax, out, blocksize, "fp4")
+quantize_nf4, quantize_fp4 = of_type(quantize_4bit, "nf4"), of_type(quantize_4bit, "fp4")
+dequantize_nf4, dequantize_fp4 = of_type(dequantize_4bit, "nf4"), of_type(dequantize_4bit, "fp4")

@@ -149,8 +149,8 @@ def optimizer_update_32bit(
         RuntimeError: a dtype, device or number that the operator refuses.
     """
     norm = torch.linalg.vector_norm(p, dtype=torch.float32) if max_unorm > 0 else 0.0
-    n = StepNumbers(beta1, beta2, beta3, alpha, eps, weight_decay, step, lr)
-    update_32bit(optimizer_name, g, p, state1, state2, unorm_vec, max_unorm, norm, n, gnorm_scale, skip_zeros)
+    numbers = (beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale)
+    update_32bit(optimizer_name, g, p, state1, state2, unorm_vec, max_unorm, norm, *numbers, skip_zeros)
 
 
 @torch.no_grad()
@@ -163,11 +163,19 @@ def update_32bit(
     unorm_vec: Tensor | None,
     max_unorm: float,
     param_norm: Tensor | float,
-    n: StepNumbers,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    lr: float,
     gnorm_scale: float,
-    skip_zeros: bool,
+    skip_zeros: bool = False,
 ) -> None:
-    """`optimizer_update_32bit` for a parameter whose norm is known."""
+    """`optimizer_update_32bit` for a parameter whose norm is known: what bitsandbytes' operator takes."""
+    n = StepNumbers(beta1, beta2, beta3, alpha, eps, weight_decay, step, lr)
     meant, states, g = _meaning(optimizer_name), _states(optimizer_name, state1, state2, p), _gradient(g, p, skip_zeros)
     param = p.contiguous()
     if max_unorm <= 0:

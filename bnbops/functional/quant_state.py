@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from bnbops.facts import FORMATS_4BIT
 
 # To add to what is wrong with the entries of a state dict.
 NO_NUMBERS = "quantized entries cannot be averaged or cast: do that with the float weights, and quantize the result"
-_PACKED_PREFIX = "quant_state.bitsandbytes__"
+PACKED = "quant_state.bitsandbytes__"  # and the quant_type
+_KEYS = ("absmax", "quant_map", "blocksize", "dtype", "quant_type", "shape")
+_NESTED_KEYS = ("nested_absmax", "nested_quant_map", "nested_blocksize", "nested_dtype", "nested_offset")
 
 
 def _pack(source_dict: dict[str, Any]) -> Tensor:
@@ -33,16 +36,13 @@ def _unpack(tensor_data: Tensor, key: str = "tensor_data") -> dict[str, Any]:
 
 
 def _check_complete(values: dict[str, Any]) -> None:
-    tensors, others = ["absmax", "quant_map"], ["blocksize", "dtype", "quant_type", "shape"]
-    if "nested_absmax" in values:
-        tensors += ["nested_absmax", "nested_quant_map"]
-        others += ["nested_blocksize", "nested_dtype", "nested_offset"]
-    if missing := [name for name in (*tensors, *others) if name not in values]:
+    needed = (*_KEYS, *(_NESTED_KEYS if "nested_absmax" in values else ()))
+    if missing := [name for name in needed if name not in values]:
         raise ValueError(
             f"there is no {', '.join(missing)} in the quantization state, only {', '.join(sorted(values))}"
         )
-    for name in tensors:
-        if not isinstance(values[name], Tensor):
+    for name in needed:
+        if name.endswith(("absmax", "quant_map")) and not isinstance(values[name], Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(values[name]).__name__}")
 
 
@@ -53,6 +53,7 @@ def _dtype_from_name(name: str) -> torch.dtype:
     return dtype
 
 
+@dataclass(eq=False, repr=False)
 class QuantState:
     """Scales and description of a quantized tensor, attribute for attribute as bitsandbytes has it.
 
@@ -67,34 +68,21 @@ class QuantState:
         state2: QuantState of the scales (nested), or None.
     """
 
+    absmax: Tensor
+    shape: torch.Size | None = None
+    code: Tensor | None = None
+    blocksize: int | None = None
+    quant_type: str | None = None
+    dtype: torch.dtype | None = None
+    offset: Tensor | None = None
+    state2: QuantState | None = None
+
     valid_quant_types = FORMATS_4BIT
-    valid_qs_keys = (
-        *("absmax", "quant_map", "quant_state", "quant_type", "blocksize", "dtype", "shape"),
-        *("nested_absmax", "nested_quant_map", "nested_blocksize", "nested_dtype", "nested_offset"),
-    )
+    valid_qs_keys = (*_KEYS, *_NESTED_KEYS, "quant_state")
+    valid_qs_type_keys = tuple(f"bitsandbytes__{quant_type}" for quant_type in FORMATS_4BIT)
 
-    valid_qs_type_keys = tuple(f"bitsandbytes__{quant_type}" for quant_type in valid_quant_types)
-
-    def __init__(
-        self,
-        absmax: Tensor,
-        shape: torch.Size | None = None,
-        code: Tensor | None = None,
-        blocksize: int | None = None,
-        quant_type: str | None = None,
-        dtype: torch.dtype | None = None,
-        offset: Tensor | None = None,
-        state2: QuantState | None = None,
-    ) -> None:
-        self.absmax = absmax
-        self.shape = shape
-        self.code = code
-        self.blocksize = blocksize
-        self.quant_type = quant_type
-        self.dtype = dtype
-        self.offset = offset
-        self.state2 = state2
-        self.nested = state2 is not None
+    def __post_init__(self) -> None:
+        self.nested = self.state2 is not None
 
     @classmethod
     def from_dict(cls, qs_dict: dict[str, Any], device: torch.device | str) -> QuantState:
@@ -106,7 +94,7 @@ class QuantState:
         values = dict(qs_dict)
         packed = [k for k, v in values.items() if "quant_state" in k and isinstance(v, Tensor)]
         if len(packed) > 1 or (not packed and "quant_type" not in {k.split(".")[-1] for k in values}):
-            expected = f"{_PACKED_PREFIX}{' or ...'.join(FORMATS_4BIT)}"
+            expected = f"{PACKED}{' or ...'.join(FORMATS_4BIT)}"
             raise ValueError(
                 f"expected exactly one packed item ending in {expected}, or unpacked items with 'quant_type'; "
                 f"got the keys {sorted(values)}"
@@ -118,26 +106,21 @@ class QuantState:
             raise ValueError(f"unknown keys in a quantization state: {sorted(unknown)}")
         _check_complete(values)
 
-        offset = state2 = None
+        def described(prefix: str, **others: Any) -> QuantState:
+            return cls(
+                absmax=values[prefix + "absmax"].to(device),
+                code=values[prefix + "quant_map"].to(device),
+                blocksize=values[prefix + "blocksize"],
+                dtype=_dtype_from_name(values[prefix + "dtype"]),
+                **others,
+            )
+
+        nested: dict[str, Any] = {}
         if "nested_absmax" in values:
             offset = torch.tensor(float(values["nested_offset"]), dtype=torch.float32, device=device)
-            state2 = cls(
-                absmax=values["nested_absmax"].to(device),
-                blocksize=values["nested_blocksize"],
-                code=values["nested_quant_map"].to(device),
-                dtype=_dtype_from_name(values["nested_dtype"]),
-            )
-        shape = values["shape"]
-        return cls(
-            absmax=values["absmax"].to(device),
-            shape=None if shape is None else torch.Size(shape),
-            code=values["quant_map"].to(device),
-            blocksize=values["blocksize"],
-            quant_type=values["quant_type"],
-            dtype=_dtype_from_name(values["dtype"]),
-            offset=offset,
-            state2=state2,
-        )
+            nested = {"offset": offset, "state2": described("nested_")}
+        shape = None if values["shape"] is None else torch.Size(values["shape"])
+        return described("", shape=shape, quant_type=values["quant_type"], **nested)
 
     def as_dict(self, packed: bool = False) -> dict[str, Any]:
         """Tensors and plain values by bitsandbytes' names; `packed` puts the plain values into one uint8 tensor."""
@@ -162,7 +145,7 @@ class QuantState:
             return values
         tensors = {k: v for k, v in values.items() if isinstance(v, Tensor)}
         plain = {k: v for k, v in values.items() if not isinstance(v, Tensor)}
-        return tensors | {_PACKED_PREFIX + self.quant_type: _pack(plain)}
+        return tensors | {PACKED + self.quant_type: _pack(plain)}
 
     def to(self, device: torch.device | str) -> None:
         """Moves all tensors, in place."""
@@ -195,5 +178,3 @@ class QuantState:
             return type(a) is type(b) and a == b
 
         return all(same(getattr(self, name), getattr(other, name)) for name in vars(self))
-
-    __hash__ = None  # type: ignore[assignment]  # mutable

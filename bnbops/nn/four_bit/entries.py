@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbops.functional.quant_state import QuantState
+from bnbops.functional.quant_state import PACKED, QuantState
 from bnbops.nn.four_bit.format import NAMES, tensors_of
 from bnbops.nn.weights.finite import is_finite
 
-PACKED = "quant_state.bitsandbytes__"  # and the quant_type
 STATISTICS = (
     *("absmax", "quant_map", "nested_absmax", "nested_quant_map"),
     *(f"{PACKED}{quant_type}" for quant_type in QuantState.valid_quant_types),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -74,28 +75,11 @@ class StableEmbedding(Embedding):
     cast to less; the output has the weight's dtype.
     """
 
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        padding_idx: int | None = None,
-        max_norm: float | None = None,
-        norm_type: float = 2.0,
-        scale_grad_by_freq: bool = False,
-        sparse: bool = False,
-        _weight: Tensor | None = None,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        _freeze: bool = False,
-    ) -> None:
-        super().__init__(
-            *(num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse),
-            *(_weight, device, dtype),
-            _freeze=_freeze,
-        )
+    @functools.wraps(Embedding.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         norm_dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        self.norm = nn.LayerNorm(embedding_dim, device=self.weight.device, dtype=norm_dtype)
+        self.norm = nn.LayerNorm(self.embedding_dim, device=self.weight.device, dtype=norm_dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """The normalized rows of the indices."""

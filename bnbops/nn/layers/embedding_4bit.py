@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from bnbops.functional.four_bit import of_type
 from bnbops.nn.four_bit.module import Module4bit
 from bnbops.nn.layers.frozen_table import FrozenTable
 from bnbops.nn.layers.nested import over_nested
@@ -71,28 +70,10 @@ class Embedding4bit(Module4bit, FrozenTable):
 class EmbeddingFP4(Embedding4bit):
     """`Embedding4bit` with `quant_type="fp4"`."""
 
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        dtype: torch.dtype | None = None,
-        quant_storage: torch.dtype = torch.uint8,
-        device: torch.device | str | int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(num_embeddings, embedding_dim, dtype, "fp4", quant_storage, device, **kwargs)
+    __init__ = of_type(Embedding4bit.__init__, "fp4")
 
 
 class EmbeddingNF4(Embedding4bit):
     """`Embedding4bit` with `quant_type="nf4"`."""
 
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        dtype: torch.dtype | None = None,
-        quant_storage: torch.dtype = torch.uint8,
-        device: torch.device | str | int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(num_embeddings, embedding_dim, dtype, "nf4", quant_storage, device, **kwargs)
+    __init__ = of_type(Embedding4bit.__init__, "nf4")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from bnbops.facts import FLOATS
+from bnbops.functional.four_bit import of_type
 from bnbops.nn.four_bit.module import Module4bit
 from bnbops.nn.layers.nested import over_nested
 from bnbops.nn.weights.codes import codes_as_they_are
@@ -108,40 +108,10 @@ def _warn_of_float16(layer: Linear4bit, x: Tensor) -> None:
 class LinearFP4(Linear4bit):
     """`Linear4bit` with `quant_type="fp4"`."""
 
-    def __init__(
-        self,
-        input_features: int,
-        output_features: int,
-        bias: bool = True,
-        compute_dtype: torch.dtype | None = None,
-        compress_statistics: bool = True,
-        quant_storage: torch.dtype = torch.uint8,
-        device: torch.device | str | int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            *(input_features, output_features, bias, compute_dtype, compress_statistics),
-            *("fp4", quant_storage, device),
-            **kwargs,
-        )
+    __init__ = of_type(Linear4bit.__init__, "fp4")
 
 
 class LinearNF4(Linear4bit):
     """`Linear4bit` with `quant_type="nf4"`."""
 
-    def __init__(
-        self,
-        input_features: int,
-        output_features: int,
-        bias: bool = True,
-        compute_dtype: torch.dtype | None = None,
-        compress_statistics: bool = True,
-        quant_storage: torch.dtype = torch.uint8,
-        device: torch.device | str | int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            *(input_features, output_features, bias, compute_dtype, compress_statistics),
-            *("nf4", quant_storage, device),
-            **kwargs,
-        )
+    __init__ = of_type(Linear4bit.__init__, "nf4")

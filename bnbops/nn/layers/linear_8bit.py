@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnbops.facts import FLOATS
 from bnbops.functional.products_int8 import MatmulLtState, linear
 from bnbops.nn.int8.module import Int8Module
-from bnbops.nn.int8.parameter import Int8Params
-from bnbops.nn.layers.bias import bias_for
 from bnbops.nn.layers.nested import over_nested
 from bnbops.nn.weights.codes import codes_as_they_are
+from bnbops.tracing import is_compiling
 
-__all__ = ["Int8Params", "Linear8bitLt"]
+cast_biases_for_good = False  # while bnbops is installed as bitsandbytes, whose layers do it
 
 
 class Linear8bitLt(Int8Module, nn.Linear):
@@ -69,7 +69,7 @@ class Linear8bitLt(Int8Module, nn.Linear):
             weight, scales = (self.weight, None) if floats else self._quantized_weight()
             if x.is_nested:
                 return over_nested(self.forward, x)
-            return linear(x, weight, scales, bias_for(self, x), self.threshold, self.training)
+            return linear(x, weight, scales, _bias_for(self, x), self.threshold, self.training)
 
     @property
     def state(self) -> MatmulLtState:
@@ -90,6 +90,22 @@ class Linear8bitLt(Int8Module, nn.Linear):
     def extra_repr(self) -> str:
         """As in torch, with the options."""
         return f"{super().extra_repr()}, has_fp16_weights={self.has_fp16_weights}, threshold={self.threshold}"
+
+
+def _bias_for(module: nn.Linear, x: Tensor) -> Tensor | None:
+    """The module's bias in the dtype of its input."""
+    bias = module.bias
+    if bias is None or bias.dtype == x.dtype:
+        return bias
+    if cast_biases_for_good and isinstance(bias, nn.Parameter) and not is_compiling() and _fits(module, x):
+        bias.data = bias.data.to(x.dtype)
+        return bias
+    return bias.to(x.dtype)
+
+
+def _fits(module: nn.Linear, x: Tensor) -> bool:
+    """Whether the product will not refuse x: a failed call must not have cast anything."""
+    return x.dtype in FLOATS and x.dim() > 0 and x.shape[-1] == module.in_features and x.device == module.weight.device
 
 
 def _of_layer(name: str) -> Any:
