@@ -79,18 +79,7 @@ def gemv_4bit(
 ) -> Tensor:
     """`A @ W.t()` for a weight W in 4 bits: `matmul_4bit` under its older name.
 
-    Args:
-        A: fp32, bf16 or fp16 tensor `[..., K]`.
-        B: packed codes of W, of any shape, or a transpose of them.
-        out: tensor `[..., N]` to copy the result into.
-        transposed_A, transposed_B: unused; the state knows W's shape.
-        state: W's scales and its shape `[N, K]`.
-
-    Returns:
-        Tensor `[..., N]` in A's dtype (`out`, if given).
-
-    Raises:
-        ValueError: no state, or one of a weight that is no matrix.
-        RuntimeError: shapes or dtypes that do not fit.
+    Args, results and errors are as there, but for `transposed_A` and `transposed_B`, which are unused, and for a W that
+    was quantized as `[K, N]`, which does not fit.
     """
     return _written(torch.ops.bnbops.linear_4bit(A, bias=None, **_weight_arguments("gemv_4bit", B, state)), out)

@@ -70,15 +70,10 @@ class _LinearOfFloatWeight(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
-        grad_x = grad_weight = grad_bias = None
-        if need_x:
-            grad_x = torch.ops.bnbops.linear_int8_input_grad(grad, *quantize_weight(weight))
         rows = grad.reshape(-1, grad.shape[-1])
-        if need_weight:
-            grad_weight = (rows.T @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
-        if need_bias:
-            grad_bias = rows.sum(0)
-        return grad_x, grad_weight, grad_bias, None, None
+        grad_x = torch.ops.bnbops.linear_int8_input_grad(grad, *quantize_weight(weight)) if need_x else None
+        grad_weight = (rows.T @ x.reshape(-1, x.shape[-1])).to(weight.dtype) if need_weight else None
+        return grad_x, grad_weight, rows.sum(0) if need_bias else None, None, None
 
 
 def _product(

@@ -13,19 +13,9 @@ from torch import Tensor, nn
 
 
 class _Value(NamedTuple):
-    """A value, and the tensors that it was made from with their versions: others may be loaded meanwhile."""
-
-    sources: tuple[Tensor, ...]
-    versions: tuple[int, ...]
     value: Tensor
-
-    def is_of(self, sources: Sequence[Tensor]) -> bool:
-        same = len(sources) == len(self.sources) and all(map(lambda a, b: a is b, sources, self.sources))
-        return same and _versions(sources) == self.versions
-
-
-def _versions(sources: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(0 if source.is_inference() else source._version for source in sources)
+    sources: Sequence[Tensor]  # which are kept, so that others have other ids
+    versions: list[tuple[int, int]]
 
 
 @dataclass
@@ -65,7 +55,8 @@ def once(owner: nn.Module, sources: Sequence[Tensor], compute: Callable[[], Tens
         return compute()
     mode = torch.is_inference_mode_enabled()
     found = reader.values.get(mode)
-    if found is None or not found.is_of(sources):
-        versions = _versions(sources)  # before it is computed: what is written meanwhile makes it old
-        found = reader.values[mode] = _Value(tuple(sources), versions, compute())
+    # Other sources may be loaded meanwhile; what is written while the value is computed makes it old.
+    versions = [(id(source), 0 if source.is_inference() else source._version) for source in sources]
+    if found is None or found.versions != versions:
+        found = reader.values[mode] = _Value(compute(), sources, versions)
     return found.value

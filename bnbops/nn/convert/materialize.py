@@ -27,20 +27,13 @@ def check_sources(sources: Sources, model: nn.Module) -> None:
         ValueError: missing or unexpected names, other shapes, several values for a shared tensor; or a model with
             parameters that cannot be loaded one by one.
     """
-    parameters = places_by_tensor(model)
-    for places in parameters.values():
+    parameters, buffers = places_by_tensor(model).values(), _buffers(model)
+    for places in parameters:
         _check_loadable(places)
-    names = [[place.name for place in places] for places in parameters.values()]
-    shapes = {place.name: place.tensor.shape for places in parameters.values() for place in places}
-    unsaved = set()
-    for places in _buffers(model).values():
-        buffer = places[0].module._buffers[places[0].attribute]
-        shapes |= {place.name: buffer.shape for place in places}
-        if not all(place.attribute in place.module._non_persistent_buffers_set for place in places):
-            names.append([place.name for place in places])
-        elif buffer.is_meta:
-            names.append([place.name for place in places])
-            unsaved.add(places[0].name)
+    shapes = {place.name: place.tensor.shape for places in (*parameters, *buffers) for place in places}
+    unsaved = {places[0].name for places in buffers if all(map(_is_unsaved, places))}
+    needed = [places for places in buffers if places[0].name not in unsaved or places[0].tensor.is_meta]
+    names = [[place.name for place in places] for places in (*parameters, *needed)]
 
     missing = [group[0] for group in names if not any(name in sources for name in group)]
     unexpected = sorted(sources.keys() - shapes.keys())
@@ -62,11 +55,8 @@ def check_sources(sources: Sources, model: nn.Module) -> None:
 def load_others(model: nn.Module, sources: Sources, quantized: set[str], device: torch.device | None) -> list[Change]:
     """Reads every tensor but the `quantized` ones. The changes that are returned put them into the model."""
     parameters = [places for places in places_by_tensor(model).values() if places[0].name not in quantized]
-    changes = [_change(places, places[0].tensor, sources, device) for places in parameters]
-    for places in _buffers(model).values():
-        if any(place.name in sources for place in places):
-            changes.append(_change(places, places[0].module._buffers[places[0].attribute], sources, device))
-    return changes
+    buffers = [places for places in _buffers(model) if any(place.name in sources for place in places)]
+    return [_change(places, sources, device) for places in (*parameters, *buffers)]
 
 
 def read(names: Iterable[str], sources: Sources, like: Tensor, device: torch.device | None, transient: bool) -> Tensor:
@@ -88,7 +78,8 @@ def read(names: Iterable[str], sources: Sources, like: Tensor, device: torch.dev
 
 
 @lasting()
-def _change(places: list[Place], old: Tensor, sources: Sources, device: torch.device | None) -> Change:
+def _change(places: list[Place], sources: Sources, device: torch.device | None) -> Change:
+    old = places[0].tensor
     new = read([place.name for place in places], sources, old, device, transient=not old.is_meta)
     if isinstance(old, nn.Parameter) and old.is_meta:
         new = nn.Parameter(new, requires_grad=old.requires_grad)
@@ -105,14 +96,26 @@ def _change(places: list[Place], old: Tensor, sources: Sources, device: torch.de
     return change
 
 
-def _buffers(model: nn.Module) -> dict[int, list[Place]]:
+class _Buffer(Place):
+    """The place of a buffer."""
+
+    @property
+    def tensor(self) -> Tensor | None:
+        return self.module._buffers[self.attribute]
+
+
+def _buffers(model: nn.Module) -> Iterable[list[Place]]:
     """All places of each buffer."""
     places: dict[int, list[Place]] = defaultdict(list)
     for path, module in model.named_modules(remove_duplicate=False):
         for attribute, buffer in module._buffers.items():
             if buffer is not None:
-                places[id(buffer)].append(Place(path, module, attribute))
-    return places
+                places[id(buffer)].append(_Buffer(path, module, attribute))
+    return places.values()
+
+
+def _is_unsaved(buffer: Place) -> bool:
+    return buffer.attribute in buffer.module._non_persistent_buffers_set
 
 
 def _check_loadable(places: list[Place]) -> None:

@@ -160,9 +160,8 @@ def _obstacle(place: Place, kind: type[Quantization]) -> str | None:
             return f"there is no {kind.formats[0]} form of 3-D parameters"
         if is_parametrized(module, place.attribute):
             return "it is parametrized"
-    else:
-        if (reason := _module_obstacle(place)) is not None:
-            return reason
+    elif (reason := _module_obstacle(place)) is not None:
+        return reason
     if type(tensor) is not nn.Parameter:
         return f"its weight is a {type(tensor).__name__}"
     if tensor.dtype not in FLOATS:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from bnbops.functional.four_bit import get_4bit_type, scale_arguments
 from bnbops.functional.quant_state import NO_NUMBERS, QuantState
@@ -60,10 +61,8 @@ class Format(NamedTuple):
 
     def arguments(self, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         """absmax and, if doubly quantized, the nested arguments of the operators."""
-        if len(tensors) == 1:
-            return tensors["absmax"], {}
-        nested = {name: tensor for name, tensor in tensors.items() if name != "absmax"}
-        return tensors["absmax"], nested | {"nested_blocksize": self.nested_blocksize}
+        nested: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if name != "absmax"}
+        return tensors["absmax"], nested and nested | {"nested_blocksize": self.nested_blocksize}
 
     def dequantize(self, packed: Tensor, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """The weight in its shape, and in `dtype` or its own."""
@@ -75,24 +74,14 @@ class Format(NamedTuple):
     def state(self, tensors: dict[str, Tensor]) -> QuantState:
         """The registered tensors as bitsandbytes shows them, in the same memory."""
         # .data: a view that autograd knows of keeps its base in use, and torch refuses to swap parameters in use
-        tensors = {name: tensor.data for name, tensor in tensors.items()}
-        absmax, offset, state2 = tensors["absmax"], None, None
-        if len(tensors) == 1:
-            absmax = from_bits(absmax)
-        else:
-            absmax2, offset, code = (from_bits(tensors[name]) for name in ("nested_absmax", "nested_offset", _BUFFER))
-            offset = offset.view(())
-            state2 = QuantState(absmax2, code=code, blocksize=self.nested_blocksize, dtype=torch.float32)
-        return QuantState(
-            absmax.view(-1),
-            shape=torch.Size(self.shape),
-            code=get_4bit_type(self.quant_type, absmax.device),
-            blocksize=self.blocksize,
-            quant_type=self.quant_type,
-            dtype=self.dtype,
-            offset=offset,
-            state2=state2,
-        )
+        absmax, *nested = (tensors[name].data.view(-1) for name in NAMES if name in tensors)
+        code = get_4bit_type(self.quant_type, absmax.device)
+        own = (torch.Size(self.shape), code, self.blocksize, self.quant_type, self.dtype)
+        if not nested:
+            return QuantState(from_bits(absmax), *own)
+        scales, offset, code = map(from_bits, nested)
+        state2 = QuantState(scales, code=code, blocksize=self.nested_blocksize, dtype=torch.float32)
+        return QuantState(absmax, *own, offset.view(()), state2)
 
 
 # ---- the tensors to register, by name ------------------------------------------------------------------------------
@@ -112,19 +101,12 @@ def tensors_of(state: QuantState) -> dict[str, Tensor]:
 
 
 def set_scales(module: nn.Module, prefix: str, tensors: dict[str, Tensor]) -> None:
-    """Registers new tensors; of an empty dict the names alone."""
+    """Registers tensors, or the parameters that another module has; of an empty dict the names alone."""
     for name in _PARAMETERS:
         tensor = tensors.get(name)
-        parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
-        module.register_parameter(prefix + name, parameter)
+        new = tensor is not None and not isinstance(tensor, nn.Parameter)
+        module.register_parameter(prefix + name, nn.Parameter(tensor, requires_grad=False) if new else tensor)
     module.register_buffer(prefix + _BUFFER, tensors.get(_BUFFER))
-
-
-def share_scales(module: nn.Module, prefix: str, owner: nn.Module) -> None:
-    """Registers what another module has."""
-    for name in _PARAMETERS:
-        module._parameters[prefix + name] = owner._parameters[prefix + name]
-    module._buffers[prefix + _BUFFER] = owner._buffers[prefix + _BUFFER]
 
 
 def scales_of(module: nn.Module, prefix: str) -> dict[str, Tensor]:
@@ -139,11 +121,6 @@ def scales_of(module: nn.Module, prefix: str) -> dict[str, Tensor]:
 def packed_bytes(shape: Sequence[int]) -> int:
     """Two codes a byte."""
     return (math.prod(shape) + 1) // 2
-
-
-def _on_meta(value: Any) -> Any:
-    """Operators check tensors without data as they check others."""
-    return torch.empty(value.shape, dtype=value.dtype, device="meta") if isinstance(value, Tensor) else value
 
 
 def check_settings(shape: Sequence[int], blocksize: int, quant_type: str, quant_storage: torch.dtype) -> None:
@@ -177,18 +154,17 @@ def check_state(packed: Tensor, state: QuantState) -> None:
         )
     if state.nested and state.absmax.dtype != torch.uint8:
         raise ValueError(f"absmax is {state.absmax.dtype}, expected uint8, codes of scales; {NO_NUMBERS}")
-    if not are_scales(state.state2.absmax if state.nested else state.absmax):
-        raise ValueError(
-            f"{'nested_absmax' if state.nested else 'absmax'} has values that are negative, infinite or NaN"
-        )
+    name, scales = ("nested_absmax", state.state2.absmax) if state.nested else ("absmax", state.absmax)
+    if not are_scales(scales):
+        raise ValueError(f"{name} has values that are negative, infinite or NaN")
     if state.nested and not is_finite(state.offset.view(1)):
         raise ValueError("nested_offset is infinite or NaN")
     absmax, nested = scale_arguments(state)
-    arguments = (absmax, state.blocksize, state.quant_type, list(state.shape), state.dtype)
+    arguments = (packed, absmax, state.blocksize, state.quant_type, list(state.shape), state.dtype)
+    # Operators check tensors without data as they check others.
+    arguments, nested = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (arguments, nested))
     try:
-        torch.ops.bnbops.dequantize_4bit(
-            *map(_on_meta, (packed, *arguments)), **{k: _on_meta(v) for k, v in nested.items()}
-        )
+        torch.ops.bnbops.dequantize_4bit(*arguments, **nested)
     except RuntimeError as error:
         raise ValueError(str(error).removeprefix("bnbops::")) from None
     if state.code is not None and not state.code.is_meta:

@@ -21,7 +21,6 @@ from bnbops.nn.four_bit.format import (
     packed_bytes,
     scales_of,
     set_scales,
-    share_scales,
     tensors_of,
 )
 from bnbops.nn.four_bit.parameter import Params4bit
@@ -109,12 +108,13 @@ class Module4bit(QuantizedModule):
         absmax, nested = self._format.arguments(scales_of(self, _PREFIX))
         return weight, absmax, self._format.blocksize, self._format.quant_type, nested
 
-    def _describe_4bit(self) -> str:
-        weight, format = self.weight, self._format
+    def extra_repr(self) -> str:
+        """As in torch, with the format."""
+        of_layer, format = super().extra_repr(), self._format
         if format is None:
-            return f"{getattr(weight, 'quant_type', '4 bits')}, not quantized yet"
+            return f"{of_layer}, {getattr(self.weight, 'quant_type', '4 bits')}, not quantized yet"
         nested = ", double quantization" if self.weight_nested_absmax is not None else ""
-        return f"{format.quant_type}, blocksize={format.blocksize}{nested}"
+        return f"{of_layer}, {format.quant_type}, blocksize={format.blocksize}{nested}"
 
     # ---- how the weight gets here ------------------------------------------------------------------------------
 
@@ -183,9 +183,8 @@ class Module4bit(QuantizedModule):
             other._link()
 
     def _share_scales(self, owner: Module4bit) -> None:
-        """Registers what another module has."""
         self._format = owner._format
-        share_scales(self, _PREFIX, owner)
+        set_scales(self, _PREFIX, scales_of(owner, _PREFIX))
 
     def _link(self) -> None:
         """Lets a Params4bit show what the module holds."""

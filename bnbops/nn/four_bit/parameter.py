@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from copy import copy, deepcopy
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,21 +18,18 @@ from bnbops.nn.weights.memory import give_back
 from bnbops.nn.weights.parameter import QuantizedParameter
 
 # What the constructor takes beside the data, and what `__dict__` holds.
-_ATTRIBUTES = (
-    *("quant_state", "blocksize", "compress_statistics", "quant_type", "quant_storage", "module", "bnb_quantized"),
-)
+_SETTINGS = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+_ATTRIBUTES = ("quant_state", *_SETTINGS, "module", "bnb_quantized")
 
 
-def _of_state(*path: str) -> property:
+def _of_state(path: str) -> property:
     """A read-only attribute of the quantization state: FSDP resolves dotted keys of a state dict by getattr."""
 
     def get(self: Params4bit) -> Any:
-        value = self.quant_state
-        for name in path:
-            if value is None:
-                raise AttributeError(f"a '{type(self).__name__}' without {'.'.join(path)}: not (doubly) quantized")
-            value = getattr(value, name)
-        return value
+        try:
+            return attrgetter(path)(self.quant_state)
+        except AttributeError:
+            raise AttributeError(f"a '{type(self).__name__}' without {path}: not (doubly) quantized") from None
 
     return property(get)
 
@@ -160,16 +158,8 @@ class Params4bit(QuantizedParameter):
         data = data.detach().to(data.device if device is None else device).contiguous()
         state = QuantState.from_dict(quantized_stats, device=data.device)
         check_state(data, state)
-        self = cls(
-            data,
-            requires_grad,
-            quant_state=state,
-            blocksize=state.blocksize,
-            compress_statistics=state.nested,
-            quant_type=state.quant_type,
-            quant_storage=data.dtype,
-            module=module,
-        )
+        settings = (state.blocksize, state.nested, state.quant_type, data.dtype)
+        self = cls(data, requires_grad, state, *settings, module)
         self._tell_module()
         return self
 
@@ -178,19 +168,13 @@ class Params4bit(QuantizedParameter):
         cls, data: Tensor, format: Format, nested: bool, quant_storage: torch.dtype, device: torch.device
     ) -> Params4bit:
         """Floats in the format of a weight that there is already, but for its dtype; `nested`: double quantization."""
-        settings = {"blocksize": format.blocksize, "compress_statistics": nested, "quant_type": format.quant_type}
-        return cls(data, quant_storage=quant_storage, **settings)._quantize_on(device)
+        settings = (format.blocksize, nested, format.quant_type, quant_storage)
+        return cls(data, False, None, *settings)._quantize_on(device)
 
-    absmax = _of_state("absmax")
-    code = _of_state("code")
-    quant_map = _of_state("code")
-    offset = _of_state("offset")
-    state2 = _of_state("state2")
-    nested_absmax = _of_state("state2", "absmax")
-    nested_blocksize = _of_state("state2", "blocksize")
-    nested_quant_map = _of_state("state2", "code")
-    nested_dtype = _of_state("state2", "dtype")
-    nested_offset = _of_state("offset")
+    absmax, code, offset, state2 = map(_of_state, ("absmax", "code", "offset", "state2"))
+    nested_absmax, nested_quant_map = _of_state("state2.absmax"), _of_state("state2.code")
+    nested_blocksize, nested_dtype = _of_state("state2.blocksize"), _of_state("state2.dtype")
+    quant_map, nested_offset = code, offset
 
     _values_by = "bnbops.functional.dequantize_4bit(weight.data, weight.quant_state)"
 
@@ -226,8 +210,8 @@ class Params4bit(QuantizedParameter):
 
     @module.setter
     def module(self, module: nn.Module | weakref.ref[nn.Module] | None) -> None:
-        is_module = isinstance(module, nn.Module)
-        self.__dict__["module"] = weakref.ref(module) if is_module else module  # else of another one's `__dict__`
+        # What is no module is of another one's `__dict__`.
+        self.__dict__["module"] = weakref.ref(module) if isinstance(module, nn.Module) else module
 
     # ---- conversions -------------------------------------------------------------------------------------------
 
@@ -239,13 +223,8 @@ class Params4bit(QuantizedParameter):
         if self.is_cpu:
             give_back(self.nbytes)  # of the weights before this one
         with lasting(self):
-            packed, state = quantize_4bit(
-                self.data.to(device).contiguous(),
-                blocksize=self.blocksize,
-                compress_statistics=bool(self.compress_statistics),
-                quant_type=self.quant_type,
-                quant_storage=self.quant_storage,
-            )
+            settings = {name: getattr(self, name) for name in _SETTINGS}
+            packed, state = quantize_4bit(self.data.to(device).contiguous(), **settings)
             self._become(type(self)(packed, **self._attributes(quant_state=state)))
         self._tell_module()
         return self

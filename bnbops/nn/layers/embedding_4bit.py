@@ -63,9 +63,6 @@ class Embedding4bit(Module4bit, FrozenTable):
                 input, weight, absmax, self._shape, blocksize, quant_type, self.dtype, **nested
             )
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self._describe_4bit()}"
-
 
 class EmbeddingFP4(Embedding4bit):
     """`Embedding4bit` with `quant_type="fp4"`."""

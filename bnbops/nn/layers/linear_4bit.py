@@ -86,9 +86,6 @@ class Linear4bit(Module4bit, nn.Linear):
             )
             return out if self.compute_dtype is None else out.to(x.dtype)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self._describe_4bit()}"
-
 
 _warned: WeakSet[Linear4bit] = WeakSet()  # not an attribute: `forward` changes nothing of a module
 
