@@ -45,12 +45,7 @@ class QuantizationPlan:
 
 
 def quantization_plan(
-    model: nn.Module,
-    quant: str = "nf4",
-    *,
-    skip: Skip | None = None,
-    embeddings: bool = False,
-    experts: bool = True,
+    model: nn.Module, quant: str = "nf4", *, skip: Skip | None = None, embeddings: bool = False, experts: bool = True
 ) -> QuantizationPlan:
     """What `bnbops.nn.quantize_` would convert, and what it would leave and why.
 

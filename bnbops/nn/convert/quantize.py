@@ -132,11 +132,7 @@ def _check(
 
 
 def _read(
-    model: nn.Module,
-    names: list[str],
-    quantization: Quantization,
-    sources: Sources | None,
-    device: torch.device | None,
+    model: nn.Module, names: list[str], quantization: Quantization, sources: Sources | None, device: torch.device | None
 ) -> Tensor:
     """The float weight."""
     tensor = find(model, names[0]).tensor

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from bnbops.default_device import traceable_weight
-from bnbops.dtensors import is_dtensor
 from bnbops.functional.quant_state import QuantState
 from bnbops.lasting import lasting
 from bnbops.nn.four_bit.entries import STATISTICS, check_entry, entries, keys_of, take_statistics
@@ -24,7 +23,6 @@ from bnbops.nn.four_bit.format import (
     tensors_of,
 )
 from bnbops.nn.four_bit.parameter import Params4bit
-from bnbops.nn.weights.codes import check_name
 from bnbops.nn.weights.module import LOADING_ERRORS, QuantizedModule, of_quantized_layer, of_whole_layer
 from bnbops.nn.weights.tied import entries_before, hold, others
 
@@ -63,11 +61,7 @@ class Module4bit(QuantizedModule):
         """
         if self._format is None:
             return None
-        if is_dtensor(self.weight_absmax):
-            raise RuntimeError(
-                f"the weight of this {type(self).__name__} is sharded: call unshard() on the module that fully_shard "
-                "was given, which gathers weight and scales, and reshard() afterwards"
-            )
+        self._check_gathered()
         return self._format.state(scales_of(self, _PREFIX))
 
     @quant_state.setter
@@ -118,27 +112,11 @@ class Module4bit(QuantizedModule):
 
     # ---- how the weight gets here ------------------------------------------------------------------------------
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in torch, but a quantized Params4bit that becomes `weight` brings its scales with it, and a plain float
-        parameter becomes a Params4bit, to be quantized.
-
-        Raises:
-            ValueError: a weight of another shape.
-        """
-        if name != "weight":
-            check_name(name, param)
-            super().register_parameter(name, param)
-            return
-        param = self._as_params_4bit(param)
-        adopts = isinstance(param, Params4bit)
-        if adopts and param.quant_state is not None:
-            self._check_size(param.quant_state.shape, "quantized weight")
-        super().register_parameter(name, param)
-        if adopts:
-            self._adopt(param)
-
-    def _as_params_4bit(self, param: nn.Parameter | None) -> nn.Parameter | None:
+    def _accepted(self, param: nn.Parameter | None) -> nn.Parameter | None:
+        """A plain float parameter becomes a Params4bit, to be quantized; plain codes become one that is."""
         held = self._parameters.get("weight")
+        if isinstance(param, Params4bit) and param.quant_state is not None:
+            self._check_size(param.quant_state.shape, "quantized weight")
         if type(param) is not nn.Parameter or not isinstance(held, Params4bit):
             return param
         if param.is_floating_point() and tuple(param.shape) == self._shape:
@@ -153,8 +131,10 @@ class Module4bit(QuantizedModule):
         vars(new).update(vars(param))  # Transformers marks what it has loaded, and draws the others anew
         return new
 
-    def _adopt(self, weight: Params4bit) -> None:
-        """Takes the scales that the weight brings along; a tied weight's from the module that has them."""
+    def _adopt(self, weight: nn.Parameter | None) -> None:
+        """A tied weight's scales are those of the module that has them."""
+        if not isinstance(weight, Params4bit):
+            return
         owner = weight.module
         tied = isinstance(owner, Module4bit) and owner is not self and owner._parameters.get("weight") is weight
         if not tied:
@@ -202,11 +182,15 @@ class Module4bit(QuantizedModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
-        weight = self._parameters.get("weight")
-        if isinstance(weight, Params4bit) and weight.bnb_quantized and self._format is None:
-            self._adopt(weight)  # tied: the other module has quantized it
+        self._adopt_of_other()
         self._link()
         return self
+
+    def _adopt_of_other(self) -> None:
+        """Of a tied weight that the other module has quantized, or loaded."""
+        weight = self._parameters.get("weight")
+        if isinstance(weight, Params4bit) and weight.bnb_quantized and self._format is None:
+            self._adopt(weight)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -275,7 +259,5 @@ class Module4bit(QuantizedModule):
         self._link()
 
     def _has_format_of(self, new: Params4bit) -> bool:
-        weight = self.weight
-        if weight.bnb_quantized and self._format is None:
-            self._adopt(weight)  # tied: the other module has loaded it
-        return Format.of(new.quant_state) == self._format and weight.dtype == new.dtype
+        self._adopt_of_other()
+        return Format.of(new.quant_state) == self._format and self.weight.dtype == new.dtype

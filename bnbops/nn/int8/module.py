@@ -13,7 +13,6 @@ from bnbops.dtensors import is_dtensor
 from bnbops.functional.quant_state import NO_NUMBERS
 from bnbops.nn.int8.entries import check_scales, take_entries
 from bnbops.nn.int8.parameter import Int8Params, quantize_rows
-from bnbops.nn.weights.codes import check_name
 from bnbops.nn.weights.module import QuantizedModule, of_quantized_layer, of_whole_layer
 from bnbops.nn.weights.scale_bits import from_bits, to_bits
 from bnbops.nn.weights.tied import hold, others
@@ -90,22 +89,15 @@ class Int8Module(QuantizedModule):
             raise RuntimeError(f"the int8 weight of this {type(self).__name__} has no scales; set weight.SCB")
         return weight, scales
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in torch. A new weight brings its scales with it.
-
-        Raises:
-            ValueError: a weight of another shape, or with more or fewer scales than rows.
-        """
-        check_name(name, param)
-        if name == "weight" and isinstance(param, Int8Params) and param.SCB is not None:
-            rows, scales = param.shape[0], param.SCB.numel()
-            if rows != scales:
-                raise ValueError(f"the weight has {rows} rows, but its SCB has {scales} scales")
-        held = self._parameters.get("weight")
-        if name == "weight" and isinstance(held, Int8Params) and type(param) in (nn.Parameter, Int8Params):
+    def _accepted(self, param: nn.Parameter | None) -> nn.Parameter | None:
+        if isinstance(param, Int8Params) and param.SCB is not None and len(param) != param.SCB.numel():
+            raise ValueError(f"the weight has {len(param)} rows, but its SCB has {param.SCB.numel()} scales")
+        if isinstance(self._parameters.get("weight"), Int8Params) and type(param) in (nn.Parameter, Int8Params):
             self._check_size(param.shape, "weight" if param.is_floating_point() else "quantized weight")
-        super().register_parameter(name, param)
-        if name == "weight" and isinstance(param, Int8Params):
+        return param
+
+    def _adopt(self, weight: nn.Parameter | None) -> None:
+        if isinstance(weight, Int8Params):
             self.weight_scale = None
             self._adopt_scales()
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bnbops.dtensors import is_dtensor
 from bnbops.lasting import lasting
+from bnbops.nn.weights.codes import check_name
 from bnbops.nn.weights.finite import is_finite
 from bnbops.nn.weights.parameter import QuantizedParameter, sparing_integers
 from bnbops.nn.weights.tied import saved_as
@@ -42,12 +43,16 @@ class QuantizedWeight:
         Raises:
             RuntimeError: the weight is sharded, and not gathered at the moment.
         """
+        self._check_gathered()
+        return self._dequantized(dtype)
+
+    def _check_gathered(self) -> None:
         if is_dtensor(next(iter(self.tensors().values()))):
             raise RuntimeError(
                 f"the weight of this {type(self).__name__} is sharded: call unshard() on the module that fully_shard "
-                "was given, and reshard() afterwards; to merge adapters, load the model into one process"
+                "was given, which gathers weight and scales, and reshard() afterwards; to merge adapters, load the "
+                "model into one process"
             )
-        return self._dequantized(dtype)
 
     @torch.no_grad()
     def requantized(self, weight: Tensor) -> QuantizedParameter:
@@ -93,6 +98,8 @@ class QuantizedModule(QuantizedWeight, nn.Module):
     What a kind of weights defines:
 
     _scale_names: what a quantized module registers beside "weight".
+    _accepted(parameter): what becomes `weight` if this parameter is assigned. Raises ValueError if it does not fit.
+    _adopt(weight): registers the scales that a new weight brings with it, if it is of this kind.
     _is_whole(): whether all of the data are at hand, as bitsandbytes' entries need them (neither sharded nor meta).
     _entries(key, keep_vars): the entries of the weight, which is called `key`.
     _entries_again(key, first, state_dict): the same of one that another module has saved there before, as `first`.
@@ -132,6 +139,20 @@ class QuantizedModule(QuantizedWeight, nn.Module):
             )
         super().reset_parameters()
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in torch, but what becomes `weight` brings its scales with it.
+
+        Raises:
+            ValueError: a weight of another shape, or with scales that do not fit it.
+        """
+        if name != "weight":
+            check_name(name, param)
+            super().register_parameter(name, param)
+        else:
+            param = self._accepted(param)
+            super().register_parameter(name, param)
+            self._adopt(param)
+
     def _check_size(self, shape: Sequence[int], what: str) -> None:
         if tuple(shape) != self._shape:
             raise ValueError(
@@ -162,20 +183,15 @@ class QuantizedModule(QuantizedWeight, nn.Module):
             destination.pop(prefix + name, None)
         if not self.is_quantized:
             return
-        first = saved_as(self.weight, destination, key)
-        again = first != key
-        destination.update(self._entries_again(key, first, destination) if again else self._entries(key, keep_vars))
+        if (first := saved_as(self.weight, destination, key)) == key:
+            destination.update(self._entries(key, keep_vars))
+        else:
+            destination.update(self._entries_again(key, first, destination))
 
     def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *reports: list[str]
     ) -> None:
+        missing_keys, _, error_msgs = reports
         key, assign = prefix + "weight", local_metadata.get("assign_to_params_buffers", False)
         state_dict, before = dict(state_dict), self.weight
         try:
@@ -185,9 +201,7 @@ class QuantizedModule(QuantizedWeight, nn.Module):
             return
         if new is not None and not assign:
             self._materialize(state_dict, prefix)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *reports)
         if absent is not None:
             own = {key, *(prefix + name for name in self._scale_names)}
             missing_keys[:] = [name for name in missing_keys if name not in own]
