@@ -14,7 +14,7 @@ from bnbops.dtensors import is_dtensor
 from bnbops.functional.quant_state import QuantState
 from bnbops.lasting import lasting
 from bnbops.nn import forwards
-from bnbops.nn.four_bit.entries import check_entry, entries, take_statistics
+from bnbops.nn.four_bit.entries import entries, take_statistics, weight_of
 from bnbops.nn.four_bit.format import Format, scales_of, set_scales, tensors_of
 from bnbops.nn.four_bit.parameter import Params4bit
 from bnbops.nn.weights.module import LOADING_ERRORS, QuantizedWeight, of_whole_layer
@@ -250,11 +250,6 @@ def _load_hook(
 
 
 def _read(found: ParametrizedWeight, data: Tensor, statistics: dict[str, Tensor]) -> Params4bit:
-    check_entry(data, statistics, found.weight_shape)
-    data = data.detach().to(data.device if found.holder.original.is_meta else found.holder.original.device)
-    if not statistics:
-        return found.quantized(data)
-    new = Params4bit.from_prequantized(data, statistics)
-    if (shape := tuple(new.quant_state.shape)) != found.weight_shape:
-        raise ValueError(f"the quantized parameter has shape {list(shape)}, not {list(found.weight_shape)}")
-    return new
+    device = None if found.holder.original.is_meta else found.holder.original.device
+    new = weight_of(data, statistics, found.weight_shape, device)
+    return found.quantized(data.detach().to(device)) if new is None else new

@@ -8,10 +8,10 @@ from functools import partial
 from torch import Tensor, nn
 
 from bnbops.facts import FORMATS_4BIT
+from bnbops.functional.quant_state import PACKED
 from bnbops.lasting import lasting
 from bnbops.nn.convert.materialize import Change
 from bnbops.nn.convert.places import Place, find
-from bnbops.nn.four_bit.entries import PACKED
 from bnbops.nn.kinds import KINDS
 from bnbops.nn.weights.parameter import QuantizedParameter
 from bnbops.nn.weights.quantization import Quantization

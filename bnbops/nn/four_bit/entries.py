@@ -3,32 +3,25 @@ them."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bnbops.facts import FORMATS_4BIT
 from bnbops.functional.quant_state import PACKED, QuantState
-from bnbops.nn.four_bit.format import NAMES, tensors_of
+from bnbops.nn.four_bit.parameter import Params4bit
 from bnbops.nn.weights.finite import is_finite
 
-STATISTICS = (
-    *("absmax", "quant_map", "nested_absmax", "nested_quant_map"),
-    *(f"{PACKED}{quant_type}" for quant_type in QuantState.valid_quant_types),
-)
-
-
-def keys(key: str) -> list[str]:
-    """All that a state dict may have beside the codes."""
-    return [f"{key}.{name}" for name in STATISTICS]
+_TENSORS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+STATISTICS = (*_TENSORS, *(PACKED + quant_type for quant_type in FORMATS_4BIT))
 
 
 def keys_of(key: str, state: QuantState) -> list[str]:
     """What `entries` has beside the codes."""
-    nested = ("nested_absmax", "nested_quant_map") if state.nested else ()
-    return [f"{key}.{name}" for name in ("absmax", "quant_map", *nested, f"{PACKED}{state.quant_type}")]
+    tensors = _TENSORS if state.nested else _TENSORS[:2]
+    return [f"{key}.{name}" for name in (*tensors, f"{PACKED}{state.quant_type}")]
 
 
 def entries(key: str, packed: Tensor, state: QuantState) -> dict[str, Tensor]:
@@ -43,34 +36,24 @@ def take_statistics(state_dict: dict[str, Any], key: str) -> dict[str, Tensor]:
     return {name: state_dict.pop(f"{key}.{name}") for name in found}
 
 
-def registered(key: str, name: str, read: Callable[[str], Tensor]) -> Tensor | None:
-    """A tensor that the module of the packed weight `key` registers by the name `weight_<name>`; None for other names.
-    `read` gives an entry by its key.
+def weight_of(
+    data: Any, statistics: Mapping[str, Tensor], shape: tuple[int, ...], device: torch.device | None = None
+) -> Params4bit | None:
+    """The quantized weight that entries describe, on a device or its own; None for floats, yet to be quantized.
 
     Raises:
-        KeyError: there is nothing.
-    """
-    if name not in NAMES:
-        return None
-    found = {}
-    for each in STATISTICS:
-        with contextlib.suppress(KeyError):
-            found[each] = read(f"{key}.{each}")
-    if not found:
-        raise KeyError(key)
-    return tensors_of(QuantState.from_dict(found, device="cpu"))[name]
-
-
-def check_entry(data: Any, statistics: dict[str, Tensor], shape: tuple[int, ...]) -> None:
-    """Refuses what cannot become a weight of this shape: no tensor, or without statistics no floats to quantize.
-
-    Raises:
-        ValueError: it says why.
+        ValueError: what cannot become a weight of this shape.
     """
     if not isinstance(data, Tensor):
         raise ValueError(f"expected a tensor, got {type(data).__name__}")
     if statistics:
-        return
+        weight = Params4bit.from_prequantized(data, dict(statistics), device=device)
+        if (found := tuple(weight.quant_state.shape)) != shape:
+            raise ValueError(
+                f"the quantized weight has shape {list(found)}, expected {list(shape)}: make a new layer for it, or "
+                "resize before quantization"
+            )
+        return weight
     if not data.is_floating_point() or tuple(data.shape) != shape:
         codes = "; int8 codes are for a Linear8bitLt or an Embedding8bit" if data.dtype == torch.int8 else ""
         raise ValueError(
@@ -79,3 +62,4 @@ def check_entry(data: Any, statistics: dict[str, Tensor], shape: tuple[int, ...]
         )
     if not is_finite(data):
         raise ValueError("NaN and infinite values cannot be quantized")
+    return None

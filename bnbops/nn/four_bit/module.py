@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bnbops.default_device import traceable_weight
 from bnbops.functional.quant_state import QuantState
 from bnbops.lasting import lasting
-from bnbops.nn.four_bit.entries import STATISTICS, check_entry, entries, keys_of, take_statistics
+from bnbops.nn.four_bit.entries import STATISTICS, entries, keys_of, take_statistics, weight_of
 from bnbops.nn.four_bit.format import (
     NAMES,
     Format,
@@ -246,11 +246,8 @@ class Module4bit(QuantizedModule):
 
     def _read(self, data: Tensor, statistics: dict[str, Tensor], assign: bool) -> Params4bit:
         """Packed codes with what describes them, or floats, which a quantized module quantizes."""
-        check_entry(data, statistics, self._shape)
         device = self._device_for(data, assign)
-        if statistics:
-            new = Params4bit.from_prequantized(data, statistics, device=device)
-            self._check_size(new.quant_state.shape, "quantized weight")
+        if (new := weight_of(data, statistics, self._shape, device)) is not None:
             return new
         new = self.weight._float(data)
         return new if self._format is None else new.to(device)

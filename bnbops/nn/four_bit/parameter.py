@@ -18,8 +18,8 @@ from bnbops.nn.weights.memory import give_back
 from bnbops.nn.weights.parameter import QuantizedParameter
 
 # What the constructor takes beside the data, and what `__dict__` holds.
-_SETTINGS = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
-_ATTRIBUTES = ("quant_state", *_SETTINGS, "module", "bnb_quantized")
+SETTINGS = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+_ATTRIBUTES = ("quant_state", *SETTINGS, "module", "bnb_quantized")
 
 
 def _of_state(path: str) -> property:
@@ -223,7 +223,7 @@ class Params4bit(QuantizedParameter):
         if self.is_cpu:
             give_back(self.nbytes)  # of the weights before this one
         with lasting(self):
-            settings = {name: getattr(self, name) for name in _SETTINGS}
+            settings = {name: getattr(self, name) for name in SETTINGS}
             packed, state = quantize_4bit(self.data.to(device).contiguous(), **settings)
             self._become(type(self)(packed, **self._attributes(quant_state=state)))
         self._tell_module()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
 from bnbops.facts import FORMATS_4BIT
-from bnbops.nn.four_bit import entries
-from bnbops.nn.four_bit.format import check_settings
-from bnbops.nn.four_bit.parameter import Params4bit
+from bnbops.functional.quant_state import PACKED, QuantState
+from bnbops.nn.four_bit.entries import STATISTICS, weight_of
+from bnbops.nn.four_bit.format import NAMES, check_settings, tensors_of
+from bnbops.nn.four_bit.parameter import SETTINGS, Params4bit
 from bnbops.nn.layers.embedding_4bit import Embedding4bit
 from bnbops.nn.layers.linear_4bit import Linear4bit
 from bnbops.nn.parametrize import parametrize_4bit
@@ -26,14 +28,27 @@ class Quantization4bit(Quantization):
     bits = 4
     becomes: ClassVar = {"linear": "Linear4bit", "embedding": "Embedding4bit", "expert": "a 4-bit parametrization"}
 
-    keys = staticmethod(entries.keys)
-    registered = staticmethod(entries.registered)
     parametrize = staticmethod(parametrize_4bit)
 
     @staticmethod
+    def keys(key: str) -> list[str]:
+        return [f"{key}.{name}" for name in STATISTICS]
+
+    @staticmethod
+    def registered(key: str, name: str, read: Callable[[str], Tensor]) -> Tensor | None:
+        if name not in NAMES:
+            return None
+        found = {}
+        for each in STATISTICS:
+            with contextlib.suppress(KeyError):
+                found[each] = read(f"{key}.{each}")
+        if not found:
+            raise KeyError(key)
+        return tensors_of(QuantState.from_dict(found, device="cpu"))[name]
+
+    @staticmethod
     def format_of(statistics: Mapping[str, Tensor]) -> str | None:
-        packed = (name for name in statistics if name.startswith(entries.PACKED))
-        return next((name.removeprefix(entries.PACKED) for name in packed), None)
+        return next((name.removeprefix(PACKED) for name in statistics if name.startswith(PACKED)), None)
 
     def check(self) -> None:
         if self.threshold != 6.0:
@@ -52,12 +67,8 @@ class Quantization4bit(Quantization):
 
     @property
     def _settings(self) -> dict[str, object]:
-        return {
-            "blocksize": self.blocksize,
-            "compress_statistics": self.double_quant,
-            "quant_type": self.quant,
-            "quant_storage": self.quant_storage,
-        }
+        own = (self.blocksize, self.double_quant, self.quant, self.quant_storage)
+        return dict(zip(SETTINGS, own, strict=True))
 
     def parameter(self, data: Tensor) -> Params4bit:
         return Params4bit(data, **self._settings)._quantize_on(data.device)  # also on meta, where .to() does not
@@ -65,10 +76,8 @@ class Quantization4bit(Quantization):
     def loaded(
         self, data: Tensor, statistics: Mapping[str, Tensor], shape: tuple[int, ...]
     ) -> tuple[Params4bit, Quantization4bit]:
-        weight = Params4bit.from_prequantized(data, dict(statistics))
+        weight = weight_of(data, statistics, shape)
         state = weight.quant_state
-        if tuple(state.shape) != shape:
-            raise ValueError(f"the quantized weight has shape {list(state.shape)}, expected {list(shape)}")
         stored = {"double_quant": state.nested, "blocksize": state.blocksize, "quant_storage": weight.quant_storage}
         return weight, replace(self, **stored)
 
