@@ -51,12 +51,14 @@ def in_own_order(packed: Tensor) -> tuple[Tensor, bool]:
     return packed.contiguous(), False
 
 
-def scale_arguments(state: QuantState) -> tuple[Tensor, dict[str, Any]]:
-    """absmax and the keyword arguments `nested_*` that the 4-bit operators take."""
+def weight_arguments(state: QuantState) -> dict[str, Any]:
+    """What the 4-bit operators take beside the codes."""
+    described = {"shape": list(state.shape or ()), "blocksize": state.blocksize, "quant_type": state.quant_type}
     if (second := state.state2) is None:
-        return state.absmax.float(), {}
+        return described | {"absmax": state.absmax.float()}
     assert state.offset is not None
-    return state.absmax, {
+    return described | {
+        "absmax": state.absmax,
         "nested_absmax": second.absmax.float(),
         "nested_code": second.code,
         "nested_offset": state.offset.float(),
@@ -164,19 +166,17 @@ def dequantize_4bit(
         blocksize = _BLOCKSIZE if blocksize is None else blocksize
         quant_state = QuantState(absmax, out.shape, None, blocksize, quant_type, out.dtype)
     _check("dequantize_4bit", quant_state.dtype, quant_state.blocksize, quant_state.quant_type)
-    shape = list(quant_state.shape or ())
     packed, transposed = in_own_order(A)
-    if transposed and len(shape) != 2:
+    weight = weight_arguments(quant_state)
+    if transposed and len(weight["shape"]) != 2:
         raise ValueError(
-            f"packed codes of shape {list(A.shape)} stand for a transposed matrix, but the state's shape is {shape}; "
-            "pass them as [n, 1]"
+            f"packed codes of shape {list(A.shape)} stand for a transposed matrix, but the state's shape is "
+            f"{weight['shape']}; pass them as [n, 1]"
         )
-    scales, nested = scale_arguments(quant_state)
-    args = (packed, scales, quant_state.blocksize, quant_state.quant_type, shape, quant_state.dtype)
     if out is None:
-        out = torch.ops.bnbops.dequantize_4bit(*args, **nested)
+        out = torch.ops.bnbops.dequantize_4bit(packed, **weight, dtype=quant_state.dtype)
     else:
-        torch.ops.bnbops.dequantize_4bit.out(*args, **nested, out=out)
+        torch.ops.bnbops.dequantize_4bit.out(packed, **weight, dtype=quant_state.dtype, out=out)
     return out.t() if transposed else out
 
 

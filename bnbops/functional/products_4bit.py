@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbops.functional.four_bit import in_own_order, scale_arguments
+from bnbops.functional.four_bit import in_own_order, weight_arguments
 from bnbops.functional.quant_state import QuantState
 from bnbops.tracing import is_compiling
 
@@ -17,15 +17,13 @@ def _weight_arguments(function: str, packed: Tensor, state: QuantState | None) -
     """What the operators take to know a weight matrix."""
     if state is None:
         raise ValueError(f"{function} needs the state that quantize_4bit returned")
-    shape = list(state.shape or ())
-    if len(shape) != 2:
+    weight = weight_arguments(state)
+    if len(weight["shape"]) != 2:
         raise ValueError(
-            f"{function} multiplies by a matrix, but the state's shape is {shape}; the experts of a "
+            f"{function} multiplies by a matrix, but the state's shape is {weight['shape']}; the experts of a "
             "three-dimensional weight go through torch.ops.bnbops.grouped_linear_4bit"
         )
-    scales, nested = scale_arguments(state)
-    weight = {"weight": in_own_order(packed)[0], "absmax": scales, "shape": shape}
-    return weight | {"blocksize": state.blocksize, "quant_type": state.quant_type} | nested
+    return weight | {"weight": in_own_order(packed)[0]}
 
 
 def _written(result: Tensor, out: Tensor | None) -> Tensor:

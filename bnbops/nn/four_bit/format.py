@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from bnbops.functional.four_bit import get_4bit_type, scale_arguments
+from bnbops.functional.four_bit import get_4bit_type, weight_arguments
 from bnbops.functional.quant_state import NO_NUMBERS, QuantState
 from bnbops.nn.weights.finite import are_scales, is_finite
 from bnbops.nn.weights.scale_bits import from_bits, to_bits
@@ -59,17 +59,14 @@ class Format(NamedTuple):
             return packed.view(-1, 1)
         return packed.view(*self.shape[:-1], self.shape[-1] // 2 // packed.element_size())
 
-    def arguments(self, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-        """absmax and, if doubly quantized, the nested arguments of the operators."""
-        nested: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if name != "absmax"}
-        return tensors["absmax"], nested and nested | {"nested_blocksize": self.nested_blocksize}
+    def arguments(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """What the operators take beside the codes."""
+        described = {"shape": self.shape, "blocksize": self.blocksize, "quant_type": self.quant_type, **tensors}
+        return described | ({"nested_blocksize": self.nested_blocksize} if _BUFFER in tensors else {})
 
     def dequantize(self, packed: Tensor, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """The weight in its shape, and in `dtype` or its own."""
-        absmax, nested = self.arguments(tensors)
-        return torch.ops.bnbops.dequantize_4bit(
-            packed, absmax, self.blocksize, self.quant_type, self.shape, dtype or self.dtype, **nested
-        )
+        return torch.ops.bnbops.dequantize_4bit(packed, dtype=dtype or self.dtype, **self.arguments(tensors))
 
     def state(self, tensors: dict[str, Tensor]) -> QuantState:
         """The registered tensors as bitsandbytes shows them, in the same memory."""
@@ -159,12 +156,10 @@ def check_state(packed: Tensor, state: QuantState) -> None:
         raise ValueError(f"{name} has values that are negative, infinite or NaN")
     if state.nested and not is_finite(state.offset.view(1)):
         raise ValueError("nested_offset is infinite or NaN")
-    absmax, nested = scale_arguments(state)
-    arguments = (packed, absmax, state.blocksize, state.quant_type, list(state.shape), state.dtype)
     # Operators check tensors without data as they check others.
-    arguments, nested = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (arguments, nested))
+    arguments = {"A": packed, "dtype": state.dtype, **weight_arguments(state)}
     try:
-        torch.ops.bnbops.dequantize_4bit(*arguments, **nested)
+        torch.ops.bnbops.dequantize_4bit(**tree_map_only(Tensor, lambda tensor: tensor.to("meta"), arguments))
     except RuntimeError as error:
         raise ValueError(str(error).removeprefix("bnbops::")) from None
     if state.code is not None and not state.code.is_meta:

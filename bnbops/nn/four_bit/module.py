@@ -76,7 +76,7 @@ class Module4bit(QuantizedModule):
         return self._format is not None
 
     def _dequantized(self, dtype: torch.dtype | None) -> Tensor:
-        weight, *_ = self._arguments()
+        weight = self._arguments()["weight"]
         return self._format.dequantize(weight, scales_of(self, _PREFIX), dtype)
 
     def _requantized(self, weight: Tensor) -> Params4bit:
@@ -85,8 +85,8 @@ class Module4bit(QuantizedModule):
         new.quant_state.dtype = self._format.dtype
         return new
 
-    def _arguments(self) -> tuple[Tensor, Tensor, int, str, dict[str, Any]]:
-        """The weight, absmax, blocksize, quant_type and the nested arguments of an operator."""
+    def _arguments(self) -> dict[str, Any]:
+        """What an operator takes to know the weight."""
         if self._format is None:
             raise RuntimeError(
                 f"the weight of this {type(self).__name__} is not quantized yet: load its float weights, then call "
@@ -99,8 +99,7 @@ class Module4bit(QuantizedModule):
                 f"{weight.dtype}: choose quant_storage=torch.uint8, which neither casts of a sharded model nor "
                 "FSDP's mixed precision touch, or their dtype"
             )
-        absmax, nested = self._format.arguments(scales_of(self, _PREFIX))
-        return weight, absmax, self._format.blocksize, self._format.quant_type, nested
+        return {"weight": weight, **self._format.arguments(scales_of(self, _PREFIX))}
 
     def extra_repr(self) -> str:
         """As in torch, with the format."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnbops.functional.four_bit import quantize_4bit, scale_arguments
+from bnbops.functional.four_bit import quantize_4bit, weight_arguments
 from bnbops.functional.quant_state import QuantState
 from bnbops.lasting import lasting
 from bnbops.nn.four_bit.format import Format, check_state, packed_bytes, tensors_of
@@ -196,11 +196,8 @@ class Params4bit(QuantizedParameter):
         if (state := self.quant_state) is None:
             raise RuntimeError("this Params4bit holds codes, but has no quant_state that tells their meaning")
         dtype = state.dtype if dtype is None else dtype
-        absmax, nested = scale_arguments(state)
         exact = torch.float32 if dtype == torch.float64 else dtype
-        return torch.ops.bnbops.dequantize_4bit(
-            self.data, absmax, state.blocksize, state.quant_type, state.shape, exact, **nested
-        ).to(dtype)
+        return torch.ops.bnbops.dequantize_4bit(self.data, dtype=exact, **weight_arguments(state)).to(dtype)
 
     @property
     def module(self) -> nn.Module | None:

@@ -56,12 +56,10 @@ class Embedding4bit(Module4bit, FrozenTable):
     def forward(self, input: Tensor) -> Tensor:
         """The dequantized rows of the indices."""
         with codes_as_they_are():
-            weight, absmax, blocksize, quant_type, nested = self._arguments()
+            weight = self._arguments()
             if input.is_nested:
                 return over_nested(self.forward, input)
-            return torch.ops.bnbops.embedding_4bit(
-                input, weight, absmax, self._shape, blocksize, quant_type, self.dtype, **nested
-            )
+            return torch.ops.bnbops.embedding_4bit(input, dtype=self.dtype, **weight)
 
 
 class EmbeddingFP4(Embedding4bit):

@@ -74,16 +74,14 @@ class Linear4bit(Module4bit, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """`x @ weight.T + bias`, the weight dequantized on the fly. Changes nothing of the module."""
         with codes_as_they_are():
-            weight, absmax, blocksize, quant_type, nested = self._arguments()
+            weight = self._arguments()
             if x.is_nested:
                 return over_nested(self.forward, x)
             if x.dtype == torch.float16 and self.compute_dtype is None:
                 _warn_of_float16(self, x)
             values = x if self.compute_dtype is None else x.to(self.compute_dtype)
             bias = None if self.bias is None else self.bias.to(values.dtype)
-            out = torch.ops.bnbops.linear_4bit(
-                values, weight, absmax, bias, self._shape, blocksize, quant_type, **nested
-            )
+            out = torch.ops.bnbops.linear_4bit(values, bias=bias, **weight)
             return out if self.compute_dtype is None else out.to(x.dtype)
 
 
