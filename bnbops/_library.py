@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -111,6 +112,11 @@ def operator(name: str) -> torch._ops.OpOverload:
     """The operator "op" or "op.overload"."""
     packet, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.bnbops, packet), overload or "default")
+
+
+def defaults(overload: torch._ops.OpOverload) -> dict[str, Any]:
+    """Of the arguments that have one, by name."""
+    return {a.name: a.default_value for a in overload._schema.arguments if a.has_default_value()}
 
 
 def library_path() -> Path:

@@ -156,6 +156,17 @@ MOST_INT8_PRODUCTS: int = _facts["most_int8_products"]
 """Of two int8, whose sum an int32 holds for certain."""
 
 
+def codec_at(codec: str, place: int) -> str:
+    """What an operator's argument of this name says of a state: one for all, or one each with commas between."""
+    names = codec.split(",")
+    return names[0] if len(names) == 1 else names[place]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """ "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def in_words(values: Iterable[str]) -> str:
     """ "'nf4' or 'fp4'"."""
     return " or ".join(map(repr, values))

@@ -3,6 +3,6 @@
 They compute shapes and dtypes, and refuse by shape or dtype what the real kernels refuse.
 """
 
-from . import autograd, blockwise, four_bit, int8, norms, optimizer
+from . import autograd, blockwise, four_bit, int8, optimizer
 
-__all__ = ["autograd", "blockwise", "four_bit", "int8", "norms", "optimizer"]
+__all__ = ["autograd", "blockwise", "four_bit", "int8", "optimizer"]

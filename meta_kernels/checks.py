@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbops._library import implementations, operator
-from bnbops.facts import FLOATS
+from bnbops._library import defaults, implementations, operator
+from bnbops.facts import FLOATS, name_of
 
 Arguments = SimpleNamespace
 Problem = str | bool
@@ -56,12 +56,11 @@ def fake(op: str, *rows: Row, result: Callable[[Arguments], Any] = lambda a: Non
 
     `like` is the argument on whose device tensors have to be, the first one by default; of a list, its first tensor.
     """
-    schema = operator(op)._schema.arguments
-    names = [argument.name for argument in schema]
-    defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    names = [argument.name for argument in operator(op)._schema.arguments]
+    given = defaults(operator(op))
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        a = Arguments(**defaults | dict(zip(names, args, strict=False)) | kwargs)
+        a = Arguments(**given | dict(zip(names, args, strict=False)) | kwargs)
         first = getattr(a, like or names[0])
         first = next(iter(first), None) if isinstance(first, list) else first
         a.device = None if first is None else first.device
@@ -102,10 +101,6 @@ device = must(lambda a, x: a.device in (None, x.device), "is on another device t
 def readable(a: Arguments, x: Tensor) -> Problem:
     """Numbers that a kernel takes from its device or from the CPU."""
     return x.device.type != "cpu" and device(a, x)
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def dtype(*allowed: torch.dtype, words: str | None = None) -> Check:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bnbops.codebooks import ENTRIES
-from bnbops.facts import FLOATS, FORMATS, in_words
+from bnbops.facts import FLOATS, FORMATS, in_words, name_of
 
 from . import checks as C
 from .checks import Arguments, Problem, Row, blocks, fake, row
@@ -79,7 +79,7 @@ def _whole_storage(a: Arguments, A: Tensor) -> Problem:
     numel, size = A.numel(), a.quant_storage.itemsize
     return blocks(numel, 2) % size != 0 and (
         f"has {numel} elements, {blocks(numel, 2)} bytes when packed, which is not a whole number of "
-        f"{C.name_of(a.quant_storage)} ({size} bytes each); use quant_storage uint8"
+        f"{name_of(a.quant_storage)} ({size} bytes each); use quant_storage uint8"
     )
 
 

@@ -1,4 +1,4 @@
-"""Fakes of the operators of optimizers, from the table of rules: their schemas are made alike."""
+"""Fakes of the operators of optimizers, from the table of rules: their schemas are made alike. And of norms."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from bnbops.facts import CODECS, ROLES, RULES, STATE_BLOCK, UNCODED, Rule
+from bnbops.facts import CODECS, NORM_HISTORY, ROLES, RULES, STATE_BLOCK, UNCODED, Rule, codec_at, name_of
 
 from . import checks as C
 from .checks import Arguments, Check, Problem, Row, blocks, each, fake, row
@@ -30,7 +30,7 @@ _shape = C.must(lambda a, x: x.shape == a.params.shape, "has shape {shape}, but 
 
 
 def _grad_dtype(a: Arguments, grad: Tensor) -> Problem:
-    words = f"{C.name_of(a.params.dtype)} (its parameter's dtype) or float32"
+    words = f"{name_of(a.params.dtype)} (its parameter's dtype) or float32"
     return C.dtype(a.params.dtype, torch.float32, words=words)(a, grad)
 
 
@@ -65,12 +65,6 @@ def _codec_names(a: Arguments, codec: str) -> Problem:
     return not fits and f"must be {_known}, or one of these for each state with commas between, got '{codec}'"
 
 
-def _codec_of(a: Arguments, place: int) -> str:
-    """What `codec` names for a state."""
-    names = a.codec.split(",")
-    return names[0] if len(names) == 1 else names[place]
-
-
 def _codecs(count: int) -> Row:
     def one_each(a: Arguments, codec: str) -> Problem:
         found = codec.count(",") + 1
@@ -83,7 +77,7 @@ def _scales_fit(place: int, name: str) -> Row:
     """Scales where the codec has them, and only there; one name for all states is of those that have scales."""
 
     def check(a: Arguments, absmax: list[Tensor]) -> Problem:
-        coded = _codec_of(a, place) != UNCODED
+        coded = codec_at(a.codec, place) != UNCODED
         fits = coded if absmax else not coded or "," not in a.codec or not a.params
         words = f"has {len(absmax)} tensors, which does not fit the codec that '{a.codec}' names for {name}"
         return not fits and words
@@ -95,7 +89,7 @@ def _code_dtype(place: int, scales: str) -> Check:
     def check(a: Arguments, state: Tensor) -> Problem:
         if getattr(a, scales) is None:
             return C.dtype(torch.float32, words=f"float32, as there is no {scales}")(a, state)
-        return C.dtype(CODECS[_codec_of(a, place)].dtype)(a, state)
+        return C.dtype(CODECS[codec_at(a.codec, place)].dtype)(a, state)
 
     return check
 
@@ -175,4 +169,40 @@ fake(
     row("codes", lambda a, x: C.dtype(CODECS[a.codec].dtype)(a, x)),
     row("absmax", C.float32, C.device, C.contiguous, _rows_or_flat("codes")),
     result=lambda a: torch.empty(a.codes.shape, dtype=torch.float32, device=a.device),
+)
+
+
+# ---- norms -----------------------------------------------------------------------------------------------------
+
+
+def _any_tensor(a: Arguments) -> Iterator[str]:
+    if not a.tensors:
+        yield "needs at least one tensor"
+
+
+fake(
+    "squared_norms",
+    _any_tensor,
+    each("tensors", row("tensors", C.floats, C.device)),
+    result=lambda a: a.tensors[0].new_empty((len(a.tensors),), dtype=torch.float64),
+)
+fake(
+    "percentile_clip_",
+    row("percentile", C.must(lambda a, x: 0 <= x < NORM_HISTORY, f"must be in [0, {NORM_HISTORY}), got {{x}}")),
+    row("steps", C.as_many(lambda a: len(a.gnorm_vec), "has {found} tensors for {needed} in gnorm_vec")),
+    row(
+        "squared_norms",
+        C.float64,
+        C.contiguous,
+        C.shape(lambda a: [len(a.gnorm_vec)], ", one number for each of gnorm_vec"),
+    ),
+    each(
+        "gnorm_vec",
+        row("gnorm_vec", C.float32, C.device, C.contiguous, C.shape(lambda a: [NORM_HISTORY])),
+        row("steps", C.float32, C.one_element, C.device),
+    ),
+    row("grad_scale", *_flag),
+    row("found_inf", *_flag),
+    like="squared_norms",
+    result=lambda a: a.squared_norms.new_empty((len(a.gnorm_vec),), dtype=torch.float32),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,14 @@ class Sample:
         """Arguments by their name in the schema; those left to their default are missing."""
         names = [argument.name for argument in overload._schema.arguments if not argument.kwarg_only]
         return dict(zip(names, self.args, strict=False)) | self.kwargs
+
+
+def with_out(calls: Sequence[Sample], out_of: Callable[..., Tensor]) -> list[Sample]:
+    """The calls with an `out` made of their arguments; the first one also with one that is not contiguous."""
+    outs = [(call, call.name, out_of(*call.args)) for call in calls]
+    first, _, out = outs[0]
+    outs += [(first, "strided out", strided(out)), (first, "transposed out", out.t().contiguous().t())]
+    return [Sample(name, call.args, call.kwargs | {"out": out}) for call, name, out in outs]
 
 
 def copied(x: Tensor, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Samples of the operators of optimizers: steps and their halves, states outside a step, norms."""
+"""Samples of the operators of optimizers: steps and their halves, states outside a step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbops.facts import CODECS, DEFAULT_CODEC, ROLES, RULES, STATE_BLOCK, UNCODED, Codec, Role, Rule, State
+from bnbops.facts import CODECS, DEFAULT_CODEC, ROLES, STATE_BLOCK, UNCODED, Codec, Role, Rule, State, name_of
 from bnbops.testing.sample import DTYPES, Sample, full, normal, random_codes, strided, tensor
 
 # ---- optimizer steps -------------------------------------------------------------------------------------------
@@ -29,27 +29,34 @@ _VARIATIONS: dict[str, dict[str, Any]] = {
 _SHAPES = ((3, 300), (70,))
 
 
-def _step(rule: Rule) -> list[Sample]:
+def steps(rule: Rule) -> list[Sample]:
     """Made from the facts alone, so that a new optimizer gets its samples with its rule."""
     return _essential_steps(rule) + (_further_steps(rule) if rule.name == "adam" else [])
 
 
+def _usual(rule: Rule) -> dict[str, float]:
+    return {option.name: _OPTIONS[option.name] for option in rule.options}
+
+
+def _halved(rule: Rule) -> Tensor:
+    """Other options, to take the place of the usual ones."""
+    return tensor([x / 2 if isinstance(x, float) else x for x in _usual(rule).values()], torch.float64)
+
+
 def _essential_steps(rule: Rule) -> list[Sample]:
     """What may differ from one rule to the next."""
-    sample, names = partial(_step_sample, rule), [option.name for option in rule.options]
+    sample = partial(_step_sample, rule)
     trust: dict[str, Any] = {"trust": tensor([0.3, 2.0])} if rule.trust != "none" else {}
     scaling: dict[str, Any] = {"grad_scale": full((1,), 4.0), "found_inf": full((1,), 0.0), "clip": tensor([0.5, 1.0])}
-    halved = [_OPTIONS[o] / 2 if isinstance(_OPTIONS[o], float) else _OPTIONS[o] for o in names]
-    held: dict[str, Any] = {"options": tensor(halved, torch.float64)}
     found = [
         sample("float32 states, float32", 32),
         sample("8-bit states in rows, bfloat16", 8, dtype=torch.bfloat16),
         sample("flat 8-bit states, float16", 8, "flat", dtype=torch.float16),
         sample("maximize, scaled and clipped gradients", 8, maximize=True, codec=DEFAULT_CODEC, **scaling, **trust),
-        sample("options in a tensor", 32, **held),
-        sample("non-finite gradient elements", 32, grad=_with_non_finite),
+        sample("options in a tensor", 32, options=_halved(rule)),
+        sample("non-finite gradient elements", 32, grad=with_non_finite),
         *_mixed_steps(rule),
-        *(sample(what, 8, **options) for what, options in _VARIATIONS.items() if options.keys() <= {*names}),
+        *(sample(what, 8, **options) for what, options in _VARIATIONS.items() if options.keys() <= _usual(rule).keys()),
     ]
     return [s for s in found if rule.states or "8-bit" not in s.name]
 
@@ -59,16 +66,16 @@ def _further_steps(rule: Rule) -> list[Sample]:
     sample = partial(_step_sample, rule)
     low, one, overflow = torch.bfloat16, full((1,), 1.0), tensor(1.0)
     return [
-        *(sample(f"float32 states, {dtype}".replace("torch.", ""), 32, dtype=dtype) for dtype in DTYPES[1:]),
-        *(sample(f"8-bit states in rows, {dtype}".replace("torch.", ""), 8, dtype=dtype) for dtype in DTYPES[::2]),
-        *(sample(f"flat 8-bit states, {dtype}".replace("torch.", ""), 8, "flat", dtype=dtype) for dtype in DTYPES[:2]),
+        *(sample(f"float32 states, {name_of(dtype)}", 32, dtype=dtype) for dtype in DTYPES[1:]),
+        *(sample(f"8-bit states in rows, {name_of(dtype)}", 8, dtype=dtype) for dtype in DTYPES[::2]),
+        *(sample(f"flat 8-bit states, {name_of(dtype)}", 8, "flat", dtype=dtype) for dtype in DTYPES[:2]),
         sample("float32 states, float32 gradients", 32, dtype=low, grad_dtype=torch.float32),
         sample("8-bit states, float32 gradients", 8, dtype=low, grad_dtype=torch.float32),
         sample("three dimensions", 8, shapes=((2, 3, 90),)),
         sample("strided gradients", 8, grad=strided),
         sample("expanded gradients", 32, grad=lambda g: g.flatten()[0].expand(g.shape)),
         sample("transposed gradients", 8, shapes=((30, 40),), grad=lambda g: g.t().contiguous().t()),
-        sample("8-bit states, non-finite gradient elements", 8, grad=_with_non_finite),
+        sample("8-bit states, non-finite gradient elements", 8, grad=with_non_finite),
         sample("maximize", 8, maximize=True),
         sample("float32 lr, scaled gradients", 32, lr=tensor([0.1]), grad_scale=4 * one, found_inf=0 * one),
         sample("overflow found", 8, grad_scale=4 * one, found_inf=overflow),
@@ -103,8 +110,7 @@ def _step_sample(
     if isinstance(coded, str):
         changed["codec"] = coded
     steps = [tensor(float(3 * i)) for i in range(len(shapes))]
-    options = {option.name: _OPTIONS[option.name] for option in rule.options}
-    kwargs = {"lr": tensor(0.1, torch.float64), **options, **changed}
+    kwargs = {"lr": tensor(0.1, torch.float64), **_usual(rule), **changed}
     return Sample(what, (params, grads, *states, *absmax, steps), kwargs)
 
 
@@ -117,7 +123,7 @@ def _mixed_steps(rule: Rule) -> list[Sample]:
     return found
 
 
-def _direction(rule: Rule) -> list[Sample]:
+def directions(rule: Rule) -> list[Sample]:
     """The samples of the whole step, with memory for the directions."""
     found = []
     for s in _essential_steps(rule):
@@ -129,27 +135,25 @@ def _direction(rule: Rule) -> list[Sample]:
     return [*found, replace(overflow, name="overflow found", kwargs={**overflow.kwargs, "found_inf": tensor(1.0)})]
 
 
-def _apply(rule: Rule) -> list[Sample]:
+def applications(rule: Rule) -> list[Sample]:
     """Steps along directions, some of whose elements are to be left alone."""
-    options = {option.name: _OPTIONS[option.name] for option in rule.options}
-    halved = [value / 2 if isinstance(value, float) else value for value in options.values()]
 
     def sample(what: str, dtype: torch.dtype = torch.float32, **changed: Any) -> Sample:
         params = [normal(*shape, seed=1).to(dtype) for shape in _SHAPES]
         directions = [normal(*shape, seed=2) for shape in _SHAPES]
         for x in directions:
             x.view(-1)[1::5] = math.nan
-        kwargs = {"lr": tensor(0.1, torch.float64), **options, **changed}
+        kwargs = {"lr": tensor(0.1, torch.float64), **_usual(rule), **changed}
         return Sample(what, (params, directions, [tensor(1.0), tensor(4.0)]), kwargs)
 
     trust = {"trust": tensor([0.3, 2.0])} if rule.trust == "direction" else {}
     return [
-        *(sample(f"{dtype}".removeprefix("torch."), dtype, **trust) for dtype in DTYPES),
-        sample("options in a tensor", options=tensor(halved, torch.float64)),
+        *(sample(name_of(dtype), dtype, **trust) for dtype in DTYPES),
+        sample("options in a tensor", options=_halved(rule)),
     ]
 
 
-def _encode_state() -> list[Sample]:
+def encoded() -> list[Sample]:
     x = normal(3, 301)
     special = tensor([math.nan, 1.0, -0.0, 0.0] + [0.0] * 4 + [math.inf, -1.0, math.nan, 0.0])
     found = []
@@ -167,19 +171,17 @@ def _encode_state() -> list[Sample]:
     return found
 
 
-def _decode_state() -> list[Sample]:
-    shape, found = (3, 301), []
+def decoded() -> list[Sample]:
+    def sample(
+        what: str, codec: Codec, role: str, layout: str = "rows", view: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> Sample:
+        codes = view(_codes(codec, ROLES[role], (3, 301)))
+        return Sample(f"{codec.name}, {what}", (codes, _scales(tuple(codes.shape), layout, 1), codec.name, role))
+
+    found = []
     for codec in CODECS.values():
-        for role in ROLES.values():
-            codes = _codes(codec, role, shape)
-            found.append(
-                Sample(f"{codec.name}, {role.name}", (codes, _scales(shape, "rows", 1), codec.name, role.name))
-            )
-        codes = _codes(codec, ROLES["signed"], shape)
-        found += [
-            Sample(f"{codec.name}, flat", (codes, _scales(shape, "flat", 1), codec.name, "signed")),
-            Sample(f"{codec.name}, transposed", (codes.t(), _scales((301, 3), "rows", 1), codec.name, "signed")),
-        ]
+        found += [sample(role, codec, role) for role in ROLES]
+        found += [sample("flat", codec, "signed", "flat"), sample("transposed", codec, "signed", view=Tensor.t)]
     return found
 
 
@@ -203,46 +205,7 @@ def _scales(shape: tuple[int, ...], layout: str, seed: int) -> Tensor:
     return 0.1 * normal(shape[0], -(math.prod(shape[1:]) // -STATE_BLOCK), seed=seed).abs()
 
 
-def _with_non_finite(grad: Tensor) -> Tensor:
+def with_non_finite(grad: Tensor) -> Tensor:
     for start, value in enumerate((math.nan, math.inf, -math.inf)):
         grad.view(-1)[start::7] = value
     return grad
-
-
-# ---- norms -----------------------------------------------------------------------------------------------------
-
-
-def _squared_norms() -> list[Sample]:
-    x = normal(5, 301)
-    return [
-        Sample("every dtype", ([x.to(dtype) for dtype in DTYPES],)),
-        Sample("one tensor", ([normal(9000)],)),
-        Sample("strided, transposed, expanded", ([strided(x), x.t(), x[0].expand(7, 301)],)),
-        Sample("non-finite elements", ([_with_non_finite(x.clone()), full((3,), math.nan)],)),
-        Sample("scalar and empty", ([tensor(-3.0), full((0,), 0.0), full((3, 0), 0.0)],)),
-    ]
-
-
-def _percentile_clip() -> list[Sample]:
-    def sample(what: str, steps: tuple[float, ...], percentile: int, **scaling: Tensor) -> Sample:
-        history = [normal(100, seed=i).square() for i in range(len(steps))]
-        norms = 10 * normal(len(steps), seed=1).square().double()
-        return Sample(what, (history, norms, [tensor(t) for t in steps]), {"percentile": percentile, **scaling})
-
-    return [
-        sample("first step and later ones", (0.0, 5.0, 99.0, 250.0), 5),
-        sample("scaled gradients", (0.0, 5.0), 50, grad_scale=full((1,), 4.0), found_inf=full((1,), 0.0)),
-        sample("overflow found", (0.0, 5.0), 99, grad_scale=tensor(4.0), found_inf=tensor(1.0)),
-        sample("no parameters", (), 0),
-    ]
-
-
-BUILDERS: dict[str, Callable[[], list[Sample]]] = {
-    **{rule.step: partial(_step, rule) for rule in RULES.values()},
-    **{rule.direction: partial(_direction, rule) for rule in RULES.values()},
-    **{rule.apply: partial(_apply, rule) for rule in RULES.values()},
-    "encode_state": _encode_state,
-    "decode_state": _decode_state,
-    "squared_norms": _squared_norms,
-    "percentile_clip_": _percentile_clip,
-}

@@ -120,7 +120,7 @@ def test_wrong_operators_are_named(capsys, monkeypatch):
     output = capsys.readouterr().out
     count = len(samples("quantize_blockwise"))
     assert f"of {count} samples differ" in output
-    assert "\n      float32: absmax wrong\n" in output
+    assert "\n      float32: absmax of codes off by " in output
     assert output.count("differ") == 1 and output.endswith("operators that are wrong: 1\n")
 
 

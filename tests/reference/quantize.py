@@ -8,7 +8,10 @@ Everything is float64: a result of the library is compared with the real number,
 import torch
 from torch import Tensor
 
-MAX_ABSMAX = torch.finfo(torch.float32).max  # an infinite block is scaled by this
+from bnbops.testing.expect import expect_nearest as assert_nearest
+from bnbops.testing.references import blockwise
+
+__all__ = ["assert_nearest"]
 
 
 def dynamic_map(signed: bool, decades: int = 7) -> Tensor:
@@ -43,27 +46,14 @@ def fp8_map(exponent_bits: int = 5, precision_bits: int = 2) -> Tensor:
     return torch.tensor(sorted(values), dtype=torch.float64)
 
 
-def blocks(x: Tensor, blocksize: int) -> list[Tensor]:
-    """Flat blocks in logical order; the last one may be short."""
-    return list(x.double().flatten().split(blocksize)) if x.numel() else []
-
-
-def block_absmax(block: Tensor) -> float:
-    """The largest magnitude. NaN does not count, infinity counts as the largest float."""
-    magnitudes = [abs(x) for x in block.tolist() if x == x]
-    return min(max(magnitudes, default=0.0), MAX_ABSMAX)
-
-
-def normalise(block: Tensor) -> Tensor:
-    """The block over its absmax, within [-1, 1]. NaN, and every element of an all-zero block, counts as zero."""
-    absmax = block_absmax(block)
-    return (block / absmax).nan_to_num(nan=0.0).clamp(-1, 1) if absmax > 0 else torch.zeros_like(block)
+def blocks(x: Tensor, blocksize: int) -> Tensor:
+    """A scale for each flat block of `blocksize` elements; the last one may be short."""
+    return torch.zeros(-(-x.numel() // blocksize))
 
 
 def normalised(x: Tensor, blocksize: int) -> Tensor:
-    """Each element over the absmax of its block (fp64, shape of `x`): what the encoder looks up."""
-    parts = [normalise(block) for block in blocks(x, blocksize)]
-    return torch.cat(parts).view(x.shape) if parts else x.double()
+    """Each element over the absmax of its flat block (fp64, shape of `x`): what the encoder looks up."""
+    return blockwise.normalised(x, blocks(x, blocksize), blocksize)
 
 
 def nearest(x: Tensor, code: Tensor) -> Tensor:
@@ -89,23 +79,10 @@ def nearest_on_grid(x: Tensor, code: Tensor) -> Tensor:
 
 def quantize(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     """Codes of `x`'s shape and one fp32 absmax per flat block."""
-    absmax = torch.tensor([block_absmax(block) for block in blocks(x, blocksize)], dtype=torch.float32)
+    absmax = blockwise.block_absmax(x, blocks(x, blocksize), blocksize).float()
     return nearest(normalised(x, blocksize), code), absmax
 
 
 def dequantize(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
     """One fp32 product per element, rounded once more to `dtype`."""
-    scale = absmax.repeat_interleave(blocksize)[: codes.numel()].view(codes.shape)
-    return (code[codes.long()] * scale).to(dtype)
-
-
-def assert_nearest(x: Tensor, codes: Tensor, code: Tensor, *, slack: float | Tensor) -> None:
-    """Each entry chosen is nearest to `x`, or `x` lies within `slack` (absolute) of the midpoint that decides.
-
-    Past a midpoint by d, the other neighbour is 2 d farther away than the nearest one; equal entries are equally good.
-    """
-    x, code = x.double().flatten(), code.double()
-    nearest = code[nearest_by_midpoints(x, code).long()]
-    excess = (x - code[codes.flatten().long()]).abs() - (x - nearest).abs()
-    worst = (excess - 2 * torch.as_tensor(slack).flatten()).amax() if x.numel() else torch.tensor(0.0)
-    assert worst <= 0, f"a code misses the nearest entry by {worst:.3g} more than the slack allows"
+    return blockwise.decode(codes, absmax, code, blocksize).to(dtype)

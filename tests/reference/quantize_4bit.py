@@ -7,7 +7,7 @@ the bit as the library has to (fp32, one rounding an operation); products of mat
 import torch
 from torch import Tensor
 
-from reference.quantize import MAX_ABSMAX
+from bnbops.testing.references.blockwise import MAX_ABSMAX
 
 STORAGE_DTYPES = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32)
 

@@ -1,17 +1,17 @@
-"""Sample inputs of the int8 operators."""
+"""The int8 operators: sample calls, and what they give."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from bnbops.facts import name_of
 from bnbops.nn.weights.scale_bits import to_bits
-from bnbops.testing.sample import DTYPES, Sample, full, integers, normal, strided, uniform
-
-__all__ = ["BUILDERS"]
+from bnbops.testing.expect import Arguments, Checked, exactly, expect, expect_product, expect_within
+from bnbops.testing.references import int8 as ref
+from bnbops.testing.sample import DTYPES, Sample, full, integers, normal, strided, uniform, with_out
 
 _K, _N = 70, 67  # one vector and a rest; one panel of columns and a rest
 
@@ -42,8 +42,8 @@ def _with_special(x: Tensor) -> Tensor:
 def _quant() -> list[Sample]:
     x = normal(5, _K)
     return [
-        *(Sample(f"{dtype}".removeprefix("torch."), (x.to(dtype),)) for dtype in DTYPES),
-        *(Sample(f"outliers, {d}".replace("torch.", ""), (_with_outliers(x.clone()).to(d), 6.0)) for d in DTYPES),
+        *(Sample(name_of(dtype), (x.to(dtype),)) for dtype in DTYPES),
+        *(Sample(f"outliers, {name_of(d)}", (_with_outliers(x.clone()).to(d), 6.0)) for d in DTYPES),
         Sample("every column has an outlier", (x, 1e-9)),
         Sample("no outliers", (x, 1e9)),
         Sample("three dimensions", (normal(2, 3, _K), 1.0)),
@@ -95,18 +95,7 @@ def _matmul() -> list[Sample]:
 
 
 def _matmul_out() -> list[Sample]:
-    calls = []
-    for sample in _matmul():
-        A, B = sample.args
-        out = full((*A.shape[:-1], B.shape[0]), -1, dtype=torch.int32)
-        calls.append(Sample(sample.name, sample.args, {"out": out}))
-    first, strided_out = calls[0].args, full((5, 2 * _N), -1, dtype=torch.int32)[:, ::2]
-    transposed = full((_N, 5), -1, dtype=torch.int32).t()
-    return [
-        *calls,
-        Sample("strided out", first, {"out": strided_out}),
-        Sample("transposed out", first, {"out": transposed}),
-    ]
+    return with_out(_matmul(), lambda A, B: full((*A.shape[:-1], B.shape[0]), -1, torch.int32))
 
 
 def _mm_dequant() -> list[Sample]:
@@ -114,7 +103,7 @@ def _mm_dequant() -> list[Sample]:
     rows, columns, bias = 1e-3 * _scales(5), _scales(_N, seed=1), normal(_N)
     return [
         Sample("defaults", (A, rows, columns)),
-        *(Sample(f"to {d}".replace("torch.", ""), (A, rows, columns, d, bias.to(d))) for d in DTYPES),
+        *(Sample(f"to {name_of(d)}", (A, rows, columns, d, bias.to(d))) for d in DTYPES),
         Sample("float16 bias", (A, rows, columns), {"bias": bias.half()}),
         Sample("three dimensions", (A[:4].view(2, 2, _N), rows[:4], columns, torch.float32)),
         Sample("one dimension", (A[0], rows[:1], columns)),
@@ -130,7 +119,7 @@ def _scaled_mm() -> list[Sample]:
     rows, columns, bias = _scales(5), 1e-2 * _scales(_N, seed=1), normal(_N)
     return [
         Sample("defaults", (A, B, rows, columns)),
-        *(Sample(f"to {d}".replace("torch.", ""), (A, B, rows, columns, bias.to(d), d)) for d in DTYPES),
+        *(Sample(f"to {name_of(d)}", (A, B, rows, columns, bias.to(d), d)) for d in DTYPES),
         Sample("three dimensions", (_codes(2, 3, _K), B, _scales(6).view(2, 3), columns), {"dtype": torch.float32}),
         Sample("one dimension", (A[0], B, rows[:1], columns, bias)),
         Sample("transposed", (_codes(_K, 5).t(), _codes(_K, _N).t(), strided(rows), columns)),
@@ -146,16 +135,10 @@ def _scaled_mm() -> list[Sample]:
 
 def _linear() -> list[Sample]:
     x, weight, scale, bias = normal(5, _K), _codes(_N, _K), 0.1 * _scales(_N), normal(_N, seed=1)
-
-    def outliers(d: torch.dtype) -> Tensor:
-        return _with_outliers(x.clone()).to(d)
-
+    far = _with_outliers(x.clone())
     return [
-        *(Sample(f"{d}".removeprefix("torch."), (x.to(d), weight, scale, None, 0.0)) for d in DTYPES),
-        *(
-            Sample(f"outliers, {d}".replace("torch.", ""), (outliers(d), weight, scale, bias.to(d), 6.0))
-            for d in DTYPES
-        ),
+        *(Sample(name_of(d), (x.to(d), weight, scale, None, 0.0)) for d in DTYPES),
+        *(Sample(f"outliers, {name_of(d)}", (far.to(d), weight, scale, bias.to(d), 6.0)) for d in DTYPES),
         Sample("every column has an outlier", (x, weight, scale, bias, 1e-9)),
         Sample("many rows", (normal(300, 24), _codes(9, 24), scale[:9], None, 1.0)),
         Sample("three dimensions", (normal(2, 3, _K), weight, scale, bias, 1.0)),
@@ -166,8 +149,8 @@ def _linear() -> list[Sample]:
         Sample("no products", (x[:, :0], weight[:, :0], scale, bias, 1.0)),
         Sample("nan, infinity and zeros", (_with_special(x.clone()), weight, scale, bias, 0.0)),
         Sample("nan and zeros with a threshold", (_with_special(x.clone())[[0, 2]], weight, scale, bias, 1.0)),
-        Sample("bits of scales", (outliers(torch.bfloat16), weight, to_bits(scale), None, 6.0)),
-        *(Sample(f"requires grad, {d}".replace("torch.", ""), _differentiable(d)) for d in DTYPES[:2]),
+        Sample("bits of scales", (far.bfloat16(), weight, to_bits(scale), None, 6.0)),
+        *(Sample(f"requires grad, {name_of(d)}", _differentiable(d)) for d in DTYPES[:2]),
     ]
 
 
@@ -186,7 +169,7 @@ def _weight_only() -> list[Sample]:
 def _input_grad() -> list[Sample]:
     grad, weight, scale = normal(5, _N), _codes(_N, _K), 0.1 * _scales(_N)
     return [
-        *(Sample(f"{d}".removeprefix("torch."), (grad.to(d), weight, scale)) for d in DTYPES),
+        *(Sample(name_of(d), (grad.to(d), weight, scale)) for d in DTYPES),
         Sample("several panels", (normal(3, 9), _codes(9, 1100), scale[:9])),
         Sample("three dimensions", (normal(2, 3, _N), weight, scale)),
         Sample("one dimension", (grad[0], weight, scale)),
@@ -198,15 +181,41 @@ def _input_grad() -> list[Sample]:
     ]
 
 
-BUILDERS: dict[str, Callable[[], list[Sample]]] = {
-    "int8_vectorwise_quant": _quant,
-    "int8_vectorwise_dequant": _dequant,
-    "int8_double_quant": _quant,
-    "int8_linear_matmul": _matmul,
-    "int8_linear_matmul.out": _matmul_out,
-    "int8_mm_dequant": _mm_dequant,
-    "int8_scaled_mm": _scaled_mm,
-    "linear_int8": _linear,
-    "linear_int8_weight_only": _weight_only,
-    "linear_int8_input_grad": _input_grad,
+# ---- references ------------------------------------------------------------------------------------------------
+
+
+def _double_quant(a: Arguments) -> tuple[Tensor, ...]:
+    rows, row_stats, outliers = ref.quantize_rows(a.A, a.threshold)
+    columns, column_stats = ref.quantize_columns(a.A, a.threshold)
+    return rows, columns, row_stats, column_stats, outliers
+
+
+def _scaled(sums: Tensor, a: Arguments) -> Tensor:
+    return ref.dequantize_product(sums, a.row_stats, a.col_stats, a.bias, a.dtype or torch.float16)
+
+
+def _expect_linear(a: Arguments, result: Tensor) -> None:
+    expect(result.dtype == a.x.dtype, "result of the wrong dtype")
+    expect_within(result, *ref.linear(a.x, a.weight, a.scale, a.bias, a.threshold), "values")
+
+
+def _expect_product(a: Arguments, result: Tensor) -> None:
+    """x @ weight.T + bias, or grad @ weight, of the weight in the dtype of x."""
+    x, bias = (a.grad, None) if hasattr(a, "grad") else (a.x, a.bias)
+    weight = ref.dequantize(a.weight, a.scale).to(x.dtype)
+    expect_product(result, x, weight if hasattr(a, "grad") else weight.t(), bias)
+
+
+_product = exactly(lambda a: ref.product(a.A, a.B))
+OPERATORS: dict[str, Checked] = {
+    "int8_vectorwise_quant": (_quant, exactly(lambda a: ref.quantize_rows(a.A, a.threshold))),
+    "int8_vectorwise_dequant": (_dequant, exactly(lambda a: ref.dequantize(a.A, a.stats))),
+    "int8_double_quant": (_quant, exactly(_double_quant)),
+    "int8_linear_matmul": (_matmul, _product),
+    "int8_linear_matmul.out": (_matmul_out, _product),
+    "int8_mm_dequant": (_mm_dequant, exactly(lambda a: _scaled(a.A, a))),
+    "int8_scaled_mm": (_scaled_mm, exactly(lambda a: _scaled(ref.product(a.A, a.B), a))),
+    "linear_int8": (_linear, _expect_linear),
+    "linear_int8_weight_only": (_weight_only, _expect_product),
+    "linear_int8_input_grad": (_input_grad, _expect_product),
 }
