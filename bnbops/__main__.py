@@ -25,8 +25,7 @@ def info(args: argparse.Namespace) -> int:
     """Prints versions, the machine and what is missing for what, checks every operator: 1 if one is wrong."""
     say = (lambda _line: None) if args.json else print
     found = report.collect()
-    for line in _lines(found):
-        say(line)
+    say("\n".join(_lines(found)))
     operators: dict[str, dict[str, Any]] = {}
     for device in ["cpu"] + ["cuda"] * (bnbops.has_cuda and torch.cuda.is_available()):
         say(f"operators on {device}, against plain torch:")
@@ -34,9 +33,7 @@ def info(args: argparse.Namespace) -> int:
         for name, count, problems in self_check.run(device):
             operators[device][name] = {"samples": count, "problems": problems}
             state = f"{len(problems)} of {count} samples differ" if problems else f"ok ({count} samples)"
-            say(f"  {name:<32}{state}")
-            for problem in problems:
-                say(f"      {problem}")
+            say("\n      ".join([f"  {name:<32}{state}", *problems]))
     wrong = sum(bool(result["problems"]) for results in operators.values() for result in results.values())
     say(f"operators that are wrong: {wrong}" if wrong else "all operators are right")
     if args.json:
@@ -124,10 +121,9 @@ def _count(text: str) -> float:
 
 def _option(text: str) -> tuple[str, Any]:
     name, _, value = text.partition("=")
+    is_word = value.isidentifier() and value not in ("True", "False", "None")
     try:
-        return name, value if value.isidentifier() and value not in ("True", "False", "None") else ast.literal_eval(
-            value
-        )
+        return name, value if is_word else ast.literal_eval(value)
     except (ValueError, SyntaxError):
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE such as momentum=0.9, got {text!r}") from None
 

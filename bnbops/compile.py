@@ -20,8 +20,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from bnbops.compile_errors import GraphBreakError, NothingTrainedError, explain
-from bnbops.default_device import traceable_backward
-from bnbops.dynamo import TraceableStep, allow_as_graph_inputs, dynamo_mended, unwrapped
+from bnbops.dynamo import TraceableStep, allow_as_graph_inputs, dynamo_mended, traceable_backward, unwrapped
 from bnbops.versions import require_torch_for
 
 __all__ = ["CompiledTrainStep", "GraphBreakError", "NothingTrainedError", "compiled_train_step"]
@@ -221,15 +220,8 @@ def compiled_train_step(
     optimizers = _as_optimizers(optimizer, step_fn)
     if step_fn is not None and not callable(step_fn):
         raise TypeError(f"compiled_train_step: step_fn must be a function, got {type(step_fn).__name__}")
-    make = functools.partial(
-        CompiledTrainStep,
-        optimizers=optimizers,
-        accumulate=accumulate,
-        backend=backend,
-        mode=mode,
-        options=options,
-        dynamic=dynamic,
-    )
+    how = {"backend": backend, "mode": mode, "options": options, "dynamic": dynamic}
+    make = functools.partial(CompiledTrainStep, optimizers=optimizers, accumulate=accumulate, **how)
     return make if step_fn is None else make(step_fn)
 
 

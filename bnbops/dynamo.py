@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,10 +12,12 @@ import torch
 from torch._dynamo.variables import ConstantVariable, TensorVariable, torch_function
 from torch._dynamo.variables import torch as torch_functions
 from torch.optim import Optimizer
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from bnbops.versions import torch_is
 
-__all__ = ["TraceableStep", "allow_as_graph_inputs", "dynamo_mended", "unwrapped"]
+__all__ = ["TraceableStep", "allow_as_graph_inputs", "dynamo_mended", "traceable_backward", "unwrapped"]
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
@@ -44,6 +46,29 @@ def allow_as_graph_inputs(leaves: Iterable[torch.Tensor]) -> None:
     """Undo Dynamo's mark on an optimizer's parameters, which makes the next trace take them for constants."""
     for leaf in leaves:
         torch._dynamo.mark_static_address(leaf, guard=False)
+
+
+class _Traceable(DeviceContext):
+    """A default device (`torch.set_default_device`, `with torch.device(...)`): a torch function mode, which all calls
+    go through. Dynamo traces that, but for `Tensor.backward` (as of torch 2.14): it knows the method alone."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.backward:
+            return args[0].backward(*args[1:], **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@contextmanager
+def traceable_backward() -> Iterator[None]:
+    """Lets Dynamo trace `loss.backward()`. What the traced code makes is on the default device as before."""
+    modes = _get_current_function_mode_stack()
+    if not modes or not isinstance(modes[0], DeviceContext):
+        yield
+        return
+    with _Traceable(modes[0].device):
+        yield
 
 
 _lock = threading.Lock()

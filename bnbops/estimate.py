@@ -7,13 +7,13 @@ import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from bnbops import optim
-from bnbops.facts import FLOATS, STATE_BLOCK
+from bnbops.facts import FLOATS, STATE_BLOCK, name_of
 from bnbops.optim.core.codec import scale_keys
 from bnbops.optim.core.manager import GlobalOptimManager
 from bnbops.optim.core.state import PER_PARAMETER, cuts_between_blocks
@@ -52,11 +52,11 @@ class Estimate:
 def optimizers() -> dict[str, type[optim.Optimizer]]:
     """The classes of `bnbops.optim` by name."""
     public = {name: getattr(optim, name) for name in optim.__all__}
-    return {
-        name: value
-        for name, value in public.items()
-        if inspect.isclass(value) and issubclass(value, optim.Optimizer) and value is not optim.Optimizer
-    }
+    return {name: value for name, value in public.items() if _is_optimizer(value)}
+
+
+def _is_optimizer(value: Any) -> TypeGuard[type[optim.Optimizer]]:
+    return inspect.isclass(value) and issubclass(value, optim.Optimizer) and value is not optim.Optimizer
 
 
 def estimate(
@@ -112,9 +112,9 @@ def estimate(
 
 
 def _find(optimizer: str | type[optim.Optimizer]) -> type[optim.Optimizer]:
-    known = optimizers()
-    if inspect.isclass(optimizer) and issubclass(optimizer, optim.Optimizer) and optimizer is not optim.Optimizer:
+    if _is_optimizer(optimizer):
         return optimizer
+    known = optimizers()
     by_name = {name.lower(): cls for name, cls in known.items()}
     if not isinstance(optimizer, str) or optimizer.lower() not in by_name:
         raise ValueError(f"unknown optimizer {optimizer!r}; bnbops.optim has {', '.join(known)}")
@@ -145,7 +145,7 @@ def _of_count(count: float, dtype: torch.dtype | None) -> list[nn.Parameter]:
 
 def _parameter(shape: Iterable[int], dtype: torch.dtype, trainable: bool) -> nn.Parameter:
     if trainable and dtype not in FLOATS:
-        raise ValueError(f"the optimizers take parameters of {_names(FLOATS)}, not {_names([dtype])}")
+        raise ValueError(f"the optimizers take parameters of {', '.join(map(name_of, FLOATS))}, not {name_of(dtype)}")
     return nn.Parameter(torch.empty(tuple(shape), dtype=dtype, device="meta"), requires_grad=trainable)
 
 
@@ -153,12 +153,8 @@ def _grad_dtype(param: Tensor, grad_dtype: torch.dtype | None) -> torch.dtype:
     possible = dict.fromkeys([param.dtype, torch.float32])
     if grad_dtype is None or grad_dtype in possible:
         return grad_dtype or param.dtype
-    taken, given = _names(possible, " or "), _names([grad_dtype])
-    raise ValueError(f"gradients of {_names([param.dtype])} parameters are {taken}, not {given}")
-
-
-def _names(dtypes: Iterable[torch.dtype], separator: str = ", ") -> str:
-    return separator.join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    taken = " or ".join(map(name_of, possible))
+    raise ValueError(f"gradients of {name_of(param.dtype)} parameters are {taken}, not {name_of(grad_dtype)}")
 
 
 def _states(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch._guards import CompileContext
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
@@ -18,6 +19,15 @@ def is_compiling() -> bool:
 def is_traced() -> bool:
     """Whether a compiler, or `make_fx`, records what is called."""
     return is_compiling() or get_proxy_mode() is not None
+
+
+def traceable_weight(weight: Tensor) -> Tensor:
+    """A frozen weight; under a default device (a torch function mode, which all calls go through) within a graph as a
+    plain tensor, whatever its class: Dynamo (as of torch 2.14) does not trace attributes of tensors that have one."""
+    if not is_compiling() or torch._C._len_torch_function_stack() == 0:
+        return weight
+    with torch._C.DisableTorchFunctionSubclass():
+        return weight.detach()
 
 
 def is_exported() -> bool:

@@ -3,10 +3,12 @@ a class's name (Transformers' Trainer, for the 8-bit optimizers whose embeddings
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 from bnbops import functional, nn, optim
 from bnbops.alias import autograd, optimizer
 
-_own: dict[type, str] = {}
+_undo = ExitStack()
 
 
 def rename() -> None:
@@ -21,14 +23,12 @@ def rename() -> None:
         autograd.MatmulLtState: "bitsandbytes.autograd._functions",
     }
     for value, module in (layers | optimizers | bases | others).items():
-        _own[value] = value.__module__
+        _undo.callback(setattr, value, "__module__", value.__module__)
         value.__module__ = module
 
 
 def restore() -> None:
-    for value, module in _own.items():
-        value.__module__ = module
-    _own.clear()
+    _undo.close()
 
 
 def _classes(module: object) -> list[type]:

@@ -168,22 +168,9 @@ def _gemv_4bit(A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code
 
 
 @_operator(f"gemv_4bit.out{_GEMV_4BIT}, {_OUT}")
-def _gemv_4bit_out(
-    A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int, out: Tensor
-) -> None:
-    _write(out, torch.ops.bitsandbytes.gemv_4bit(A, B, shapeB, absmax, code, blocksize))
-
-
-def _fake_gemv_4bit(
-    A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int
-) -> Tensor:
-    return torch.ops.bnbops.linear_4bit(A, in_own_order(B)[0], absmax, None, shapeB, blocksize, "nf4")
-
-
-_FAKES = {"gemv_4bit": _fake_gemv_4bit}  # of the operators that look at values
-
-
-def _write(out: Tensor, result: Tensor) -> None:
+def _gemv_4bit_out(*arguments: Any) -> None:
+    *inputs, out = arguments
+    result = torch.ops.bitsandbytes.gemv_4bit(*inputs)
     if out.shape != result.shape or out.dtype != result.dtype:
         raise ValueError(
             f"out must have shape {list(result.shape)} and {result.dtype}, got {list(out.shape)} and {out.dtype}"
@@ -191,19 +178,21 @@ def _write(out: Tensor, result: Tensor) -> None:
     out.copy_(result)
 
 
+def _gemv_4bit_fake(A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, _code: Tensor, size: int) -> Tensor:
+    return torch.ops.bnbops.linear_4bit(A, in_own_order(B)[0], absmax, None, shapeB, size, "nf4")
+
+
+_FAKES = {"gemv_4bit": _gemv_4bit_fake}  # of the operators that look at values
+
+
 # ---- LLM.int8 --------------------------------------------------------------------------------------------------
 
 
-@_operator("int8_vectorwise_quant(Tensor A, float threshold=0.0) -> (Tensor, Tensor, Tensor?)")
-def _int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
-    return functional.int8_vectorwise_quant(A, threshold)
-
-
-@_operator("int8_double_quant(Tensor A, float threshold=0.0) -> (Tensor, Tensor, Tensor, Tensor, Tensor?)")
-def _int8_double_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    return functional.int8_double_quant(A, threshold=threshold)
-
-
+_QUANT = "_quant(Tensor A, float threshold=0.0) -> (Tensor, Tensor"
+_operator(f"int8_vectorwise{_QUANT}, Tensor?)")(functional.int8_vectorwise_quant)
+_operator(f"int8_double{_QUANT}, Tensor, Tensor, Tensor?)")(
+    lambda A, threshold=0.0: functional.int8_double_quant(A, threshold=threshold)
+)
 _same(
     "int8_vectorwise_dequant(Tensor A, Tensor stats) -> Tensor",
     "int8_linear_matmul(Tensor A, Tensor B) -> Tensor",
@@ -245,6 +234,7 @@ _operator(
     f"Tensor(a4!)? unorm_vec, float max_unorm, float param_norm, {_STEP}, float weight_decay, int step, float lr, "
     "float gnorm_scale, bool skip_zeros=False) -> ()"
 )(update_32bit)
+
 
 _operator(
     "optimizer_update_8bit_blockwise(str optimizer_name, Tensor(a0!) g, Tensor(a1!) p, Tensor(a2!) state1, "

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import copy
+from functools import update_wrapper
 from typing import Any
 
 import peft
@@ -20,13 +20,7 @@ from peft.utils.integrations import init_empty_weights
 from peft.utils.other import _get_submodules
 from torch import Tensor, nn
 
-from bnbops.integrations.peft.layers import (
-    AdaLoraLinear,
-    IA3Linear,
-    LoraEmbedding,
-    LoraLinear,
-    ParamWrapper,
-)
+from bnbops.integrations.peft.layers import AdaLoraLinear, IA3Linear, LoraEmbedding, LoraLinear, ParamWrapper
 from bnbops.nn.parametrize import ParametrizedWeight
 from bnbops.nn.weights.module import QuantizedModule, is_quantized
 
@@ -53,18 +47,13 @@ def _layer_class(base: nn.Module, parameter_name: str | None, linear: type, embe
     return found
 
 
-def _creating(
-    original: Callable[..., nn.Module], linear: type, embedding: type | None
-) -> staticmethod[..., nn.Module | None]:
+def _creating(original: Callable[..., nn.Module], linear: type, embedding: type | None) -> staticmethod[..., nn.Module]:
     """`_create_new_module` of one of PEFT's models, which knows bnbops' layers first."""
 
-    @functools.wraps(original)
     def create(config: Any, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        custom = getattr(config, "_custom_modules", None) or ()
-        layer = None
-        if not any(isinstance(base, kind) for kind in custom):
-            layer = _layer_class(base, kwargs.get("parameter_name"), linear, embedding)
+        custom = isinstance(base, tuple(getattr(config, "_custom_modules", None) or ()))
+        layer = None if custom else _layer_class(base, kwargs.get("parameter_name"), linear, embedding)
         if layer is None:
             return original(config, adapter_name, target, *args, **kwargs)
         return layer(target, adapter_name, config=config, **kwargs)
@@ -75,7 +64,6 @@ def _creating(
 def _unflagged(original: Callable[..., Any]) -> Callable[..., Any]:
     """A method that asks for bitsandbytes, or refuses to merge, if the model has one of Transformers' flags."""
 
-    @functools.wraps(original)
     def call(self: BaseTuner, *args: Any, **kwargs: Any) -> Any:
         attributes, names = vars(self.model), ("is_loaded_in_4bit", "is_loaded_in_8bit")
         flags = {} if is_bnb_available() else {name: attributes.pop(name) for name in names if name in attributes}
@@ -91,7 +79,6 @@ def _injecting(original: Callable[..., list[str]]) -> Callable[..., list[str]]:
     """`_inject_parameters`, which follows `target_parameters`: for parametrized ones it knows full names only, nests
     them in another order than float ones, so that their adapters do not fit each other, and has no second adapter."""
 
-    @functools.wraps(original)
     def inject(
         self: BaseTuner, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
@@ -131,7 +118,6 @@ def _parameters_4bit(model: nn.Module) -> list[tuple[str, str]]:
 def _dequantizing(original: Callable[[nn.Module], Tensor]) -> Callable[[nn.Module], Tensor]:
     """`dequantize_module_weight`, with which DoRA reads a weight."""
 
-    @functools.wraps(original)
     def dequantize_module_weight(module: nn.Module) -> Tensor:
         return module.dequantized() if is_quantized(module) else original(module)
 
@@ -141,7 +127,6 @@ def _dequantizing(original: Callable[[nn.Module], Tensor]) -> Callable[[nn.Modul
 def _making_loraplus(original: Callable[..., Any]) -> Callable[..., Any]:
     """`create_loraplus_optimizer`, which gives embeddings 32-bit state through bitsandbytes' manager."""
 
-    @functools.wraps(original)
     def create_loraplus_optimizer(model: nn.Module, optimizer_cls: type, **kwargs: Any) -> Any:
         if not optimizer_cls.__module__.startswith("bnbops."):
             return original(model, optimizer_cls, **kwargs)
@@ -173,8 +158,10 @@ def register() -> None:
     """Lets PEFT adapt bnbops' layers, in this process. Importing `bnbops.integrations.peft` does it; twice is once."""
     with _turning:
         for owner, name, make in () if _originals else _PATCHES:
+            original, made = getattr(owner, name), make(getattr(owner, name))
+            update_wrapper(getattr(made, "__func__", made), original)
             _originals.append((owner, name, vars(owner)[name]))
-            setattr(owner, name, make(getattr(owner, name)))
+            setattr(owner, name, made)
 
 
 def unregister() -> None:

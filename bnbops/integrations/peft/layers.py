@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -173,27 +173,20 @@ class LoraLinear(_Lora, lora.Linear):
 class _Dora(variants.DoraLinearVariant):
     """PEFT notes how the weight lies when an adapter is made; that of a `Conv1D` turns when it is dequantized."""
 
-    @staticmethod
-    def forward(module: LoraLinear, active_adapter: str, *args: Any, **kwargs: Any) -> Tensor:
-        _turn(module, active_adapter)
-        return variants.DoraLinearVariant.forward(module, active_adapter, *args, **kwargs)
 
-    @staticmethod
-    def merge_safe(module: LoraLinear, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        _turn(module, active_adapter)
-        return variants.DoraLinearVariant.merge_safe(module, active_adapter, orig_weight)
+def _turning(method: Callable[..., Any]) -> Callable[..., Any]:
+    def call(module: LoraLinear, active_adapter: str, *args: Any, **kwargs: Any) -> Any:
+        dora = module.lora_magnitude_vector[active_adapter]
+        if dora.fan_in_fan_out != module.fan_in_fan_out:
+            dora.fan_in_fan_out = module.fan_in_fan_out
+            dora._cache_clear()
+        return method(module, active_adapter, *args, **kwargs)
 
-    @staticmethod
-    def merge_unsafe(module: LoraLinear, active_adapter: str, orig_weight: Tensor) -> None:
-        _turn(module, active_adapter)
-        variants.DoraLinearVariant.merge_unsafe(module, active_adapter, orig_weight)
+    return call
 
 
-def _turn(module: LoraLinear, adapter: str) -> None:
-    dora = module.lora_magnitude_vector[adapter]
-    if dora.fan_in_fan_out != module.fan_in_fan_out:
-        dora.fan_in_fan_out = module.fan_in_fan_out
-        dora._cache_clear()
+for _name in ("forward", "merge_safe", "merge_unsafe"):
+    setattr(_Dora, _name, staticmethod(_turning(getattr(variants.DoraLinearVariant, _name))))
 
 
 class LoraEmbedding(_Lora, lora.Embedding):

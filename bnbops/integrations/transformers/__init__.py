@@ -12,21 +12,23 @@ require("transformers", "bnbops.integrations.transformers")
 
 from bnbops.integrations.transformers.bitsandbytes import load_bitsandbytes_checkpoints  # noqa: E402
 from bnbops.integrations.transformers.config import BnbOpsConfig  # noqa: E402
+from bnbops.integrations.transformers.models import keep_embeddings_in_32_bits  # noqa: E402
 from bnbops.integrations.transformers.quantizer import BnbOpsHfQuantizer, register  # noqa: E402
 
 register()
 
-# Modules with what else is exported, imported on first use: they bring in the Trainer.
-_LAZY: dict[str, str] = {
-    "CompiledStep": "trainer",
-    "CompiledTrainer": "trainer",
-    "keep_embeddings_in_32_bits": "embeddings",
-}
+_OF_TRAINER = ("CompiledStep", "CompiledTrainer")  # imported on first use
 
-__all__ = ["BnbOpsConfig", "BnbOpsHfQuantizer", "load_bitsandbytes_checkpoints", *_LAZY]
+__all__ = [
+    "BnbOpsConfig",
+    "BnbOpsHfQuantizer",
+    "keep_embeddings_in_32_bits",
+    "load_bitsandbytes_checkpoints",
+    *_OF_TRAINER,
+]
 
 
 def __getattr__(name: str) -> object:
-    if name in _LAZY:
-        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    if name in _OF_TRAINER:
+        return getattr(import_module(f"{__name__}.trainer"), name)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -17,7 +17,7 @@ from transformers.training_args import ParallelMode
 from bnbops.compile import CompiledTrainStep, compiled_train_step
 from bnbops.dynamo import unwrapped
 from bnbops.integrations.requirements import require
-from bnbops.integrations.transformers.embeddings import keep_embeddings_in_32_bits
+from bnbops.integrations.transformers.models import keep_embeddings_in_32_bits
 from bnbops.optim.core.optimizer import Optimizer
 
 __all__ = ["CompiledStep", "CompiledTrainer"]

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnbops.default_device import traceable_weight
 from bnbops.functional.quant_state import QuantState
 from bnbops.lasting import lasting
 from bnbops.nn.four_bit.entries import STATISTICS, entries, keys_of, take_statistics, weight_of
@@ -25,6 +24,7 @@ from bnbops.nn.four_bit.format import (
 from bnbops.nn.four_bit.parameter import Params4bit
 from bnbops.nn.weights.module import LOADING_ERRORS, QuantizedModule, of_quantized_layer, of_whole_layer
 from bnbops.nn.weights.tied import entries_before, hold, others
+from bnbops.tracing import traceable_weight
 
 _PREFIX = "weight_"
 

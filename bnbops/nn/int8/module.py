@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnbops.default_device import traceable_weight
 from bnbops.dtensors import is_dtensor
 from bnbops.functional.quant_state import NO_NUMBERS
 from bnbops.nn.int8.entries import check_scales, take_entries
@@ -16,6 +15,7 @@ from bnbops.nn.int8.parameter import Int8Params, quantize_rows
 from bnbops.nn.weights.module import QuantizedModule, of_quantized_layer, of_whole_layer
 from bnbops.nn.weights.scale_bits import from_bits, to_bits
 from bnbops.nn.weights.tied import hold, others
+from bnbops.tracing import traceable_weight
 
 
 class Int8Module(QuantizedModule):
