@@ -7,7 +7,6 @@ code that calls bitsandbytes' directly.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -30,53 +29,34 @@ class StepNumbers(NamedTuple):
     lr: float
 
 
-class _Meaning(NamedTuple):
-    """The rule that bitsandbytes means, and its options."""
-
-    rule: Rule
-    options: Callable[[StepNumbers], dict[str, Any]]
-
-    @property
-    def states(self) -> int:
-        return len(self.rule.states)
-
-
-def _adam(n: StepNumbers) -> dict[str, Any]:
-    return {"beta1": n.beta1, "beta2": n.beta2, "eps": n.eps}
-
-
-_ADAM = _Meaning(RULES["adam"], _adam)
-_MOMENTUM = _Meaning(RULES["momentum"], lambda n: {"momentum": n.beta1, "dampening": 0.0, "nesterov": False})
-_MEANINGS = {
-    "adam": _ADAM,
-    "lamb": _ADAM,  # of which bitsandbytes makes LAMB by `max_unorm`
-    "momentum": _MOMENTUM,
-    "lars": _MOMENTUM,
-    "lion": _Meaning(RULES["lion"], lambda n: {"beta1": n.beta1, "beta2": n.beta2}),
-    "rmsprop": _Meaning(RULES["rmsprop"], lambda n: {"alpha": n.beta1, "eps": n.eps}),
-    "adagrad": _Meaning(RULES["adagrad"], lambda n: {"lr_decay": 0.0, "eps": n.eps}),
-    "ademamix": _Meaning(
-        RULES["ademamix"], lambda n: {**_adam(n), "beta3": n.beta3, "alpha": n.alpha, "t_alpha": 0, "t_beta3": 0}
-    ),
-}
+_NAMES = ("adam", "lamb", "momentum", "lars", "lion", "rmsprop", "adagrad", "ademamix")
+# The rules that they mean: of "adam" bitsandbytes makes LAMB, and of "momentum" LARS, by `max_unorm`.
+_RULES = {name: RULES[{"lamb": "adam", "lars": "momentum"}.get(name, name)] for name in _NAMES}
+_CONSTANTS = {
+    "dampening": 0.0,
+    "nesterov": False,
+    "lr_decay": 0.0,
+    "t_alpha": 0,
+    "t_beta3": 0,
+}  # it has no such options
 _SHORTENED = ("adam", "lamb", "momentum", "lars", "rmsprop")  # by max_unorm
 
 
-def _meaning(optimizer_name: str) -> _Meaning:
-    if optimizer_name not in _MEANINGS:
-        raise ValueError(f"optimizer_name must be one of {', '.join(_MEANINGS)}; got {optimizer_name!r}")
-    return _MEANINGS[optimizer_name]
+def _rule(optimizer_name: str) -> Rule:
+    if optimizer_name not in _RULES:
+        raise ValueError(f"optimizer_name must be one of {', '.join(_RULES)}; got {optimizer_name!r}")
+    return _RULES[optimizer_name]
 
 
 def _states(optimizer_name: str, state1: Tensor, state2: Tensor | None, p: Tensor) -> list[Tensor]:
     """One tensor of p's shape for each of the rule's states: AdEMAMix' first two are together in state1."""
-    meant = _meaning(optimizer_name)
-    stacked = meant.states == 3
+    count = len(_rule(optimizer_name).states)
+    stacked = count == 3
     given = [*(state1 if stacked else [state1]), *([] if state2 is None else [state2])]
-    if meant.states > 1 and state2 is None:
+    if count > 1 and state2 is None:
         raise ValueError(f"{optimizer_name} needs a state2")
-    given = given[: meant.states]
-    if len(given) != meant.states or any(state.numel() != p.numel() for state in given):
+    given = given[:count]
+    if len(given) != count or any(state.numel() != p.numel() for state in given):
         shapes = ", ".join(str(list(s.shape)) for s in (state1, state2) if s is not None)
         expected = f"[2, *p.shape] and p's, {list(p.shape)}" if stacked else f"p's, {list(p.shape)}"
         raise ValueError(f"the states of {optimizer_name} must have shape {expected}; got {shapes}")
@@ -91,16 +71,18 @@ def _gradient(g: Tensor, p: Tensor, skip_zeros: bool) -> Tensor:
 
 
 def _take_step(
-    meant: _Meaning, p: Tensor, g: Tensor, states: list[Tensor], n: StepNumbers, gnorm_scale: float = 1.0
+    rule: Rule, p: Tensor, g: Tensor, states: list[Tensor], n: StepNumbers, gnorm_scale: float = 1.0
 ) -> None:
     step = torch.full((), n.step - 1, dtype=torch.float32, device=p.device)
     clip = None if gnorm_scale == 1 else torch.full((1,), gnorm_scale, dtype=torch.float32, device=p.device)
-    getattr(torch.ops.bnbops, meant.rule.step)(
+    numbers: dict[str, Any] = n._asdict() | _CONSTANTS
+    if len(rule.states) == 1:
+        numbers |= {"momentum": n.beta1, "alpha": n.beta1}
+    getattr(torch.ops.bnbops, rule.step)(
         *([p], [g], *([s] for s in states), *([] for _ in states), [step]),
         lr=torch.full((), n.lr, dtype=torch.float64, device="cpu"),
-        weight_decay=n.weight_decay,
         clip=clip,
-        **meant.options(n),
+        **{option.name: numbers[option.name] for option in rule.options},
     )
 
 
@@ -176,15 +158,15 @@ def update_32bit(
 ) -> None:
     """`optimizer_update_32bit` for a parameter whose norm is known: what bitsandbytes' operator takes."""
     n = StepNumbers(beta1, beta2, beta3, alpha, eps, weight_decay, step, lr)
-    meant, states, g = _meaning(optimizer_name), _states(optimizer_name, state1, state2, p), _gradient(g, p, skip_zeros)
+    rule, states, g = _rule(optimizer_name), _states(optimizer_name, state1, state2, p), _gradient(g, p, skip_zeros)
     param = p.contiguous()
     if max_unorm <= 0:
-        _take_step(meant, param, g, states, n, gnorm_scale)
+        _take_step(rule, param, g, states, n, gnorm_scale)
     elif optimizer_name in _SHORTENED:
-        coupled = meant is not _ADAM
+        coupled = rule is not RULES["adam"]
         g = g.float() * gnorm_scale + (n.weight_decay * p.float() if coupled else 0.0)
         update = torch.zeros_like(param, dtype=torch.float32)  # a step from 0 of length 1: nothing but the update
-        _take_step(meant, update, g, states, n._replace(lr=1.0, weight_decay=0.0))
+        _take_step(rule, update, g, states, n._replace(lr=1.0, weight_decay=0.0))
         corrections = 1.0 if coupled else (1 - n.beta1**n.step) / math.sqrt(1 - n.beta2**n.step)
         norm, longest = torch.linalg.vector_norm(update) * corrections, max_unorm * param_norm
         scale = torch.where(norm > longest, longest / norm, 1.0)
@@ -233,19 +215,16 @@ def optimizer_update_8bit_blockwise(
         ValueError: an unknown name, or tensors that do not fit.
         RuntimeError: a dtype, device or number that the operators refuse.
     """
-    meant, codes, g = _meaning(optimizer_name), _states(optimizer_name, state1, state2, p), _gradient(g, p, skip_zeros)
-    if meant.states > 1 and (qmap2 is None or absmax2 is None):
+    rule, codes, g = _rule(optimizer_name), _states(optimizer_name, state1, state2, p), _gradient(g, p, skip_zeros)
+    if len(codes) > 1 and (qmap2 is None or absmax2 is None):
         raise ValueError(f"{optimizer_name} needs qmap2 and absmax2")
-    scales = [*(absmax1 if meant.states == 3 else [absmax1]), *([absmax2] if meant.states > 1 else [])]
-    maps = [qmap1, qmap1, qmap2] if meant.states == 3 else [qmap1, qmap2][: meant.states]
+    scales = [*(absmax1 if len(codes) == 3 else [absmax1]), *([absmax2] if len(codes) > 1 else [])]
+    maps = [qmap1, qmap1, qmap2] if len(codes) == 3 else [qmap1, qmap2][: len(codes)]
     coded = list(zip(codes, scales, maps, strict=True))
-    states = [
-        torch.ops.bnbops.dequantize_blockwise(code, absmax, qmap, STATE_BLOCK, torch.float32)
-        for code, absmax, qmap in coded
-    ]
+    states = [torch.ops.bnbops.dequantize_blockwise(*each, STATE_BLOCK, torch.float32) for each in coded]
     param = p.clone(memory_format=torch.contiguous_format)
     n = StepNumbers(beta1, beta2, beta3, alpha, eps, weight_decay, step, lr)
-    _take_step(meant, param, g, states, n, gnorm_scale)
+    _take_step(rule, param, g, states, n, gnorm_scale)
     results = [
         torch.ops.bnbops.quantize_blockwise(state, qmap, STATE_BLOCK) for state, qmap in zip(states, maps, strict=True)
     ]
