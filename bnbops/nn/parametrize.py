@@ -219,21 +219,13 @@ def _save_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, local
 
 
 def _load_hook(
-    module: nn.Module,
-    state_dict: dict[str, Any],
-    prefix: str,
-    local_metadata: dict[str, Any],
-    strict: bool,
-    missing_keys: list[str],
-    unexpected_keys: list[str],
-    error_msgs: list[str],
-    *,
-    name: str,
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *others: Any, name: str
 ) -> None:
     """Takes bitsandbytes' keys or a float parameter, then shows torch the tensors by their own names."""
     found, inner = ParametrizedWeight.find(module, name), f"{prefix}parametrizations.{name}."
     if found is None or inner + "original" in state_dict:
         return
+    _, missing_keys, _, error_msgs = others
     key, original = prefix + name, found.holder.original
     statistics, data = take_statistics(state_dict, key), state_dict.pop(key, None)
     if data is None:
@@ -243,13 +235,10 @@ def _load_hook(
         return
     else:
         try:
-            found._replace(_read(found, data, statistics), local_metadata.get("assign_to_params_buffers", False))
+            device = None if original.is_meta else original.device
+            new = weight_of(data, statistics, found.weight_shape, device)
+            new = found.quantized(data.detach().to(device)) if new is None else new
+            found._replace(new, local_metadata.get("assign_to_params_buffers", False))
         except LOADING_ERRORS as error:
             error_msgs.append(f"{key}: {error}")
     state_dict.update({inner + each: tensor.data for each, tensor in found.tensors().items()})
-
-
-def _read(found: ParametrizedWeight, data: Tensor, statistics: dict[str, Tensor]) -> Params4bit:
-    device = None if found.holder.original.is_meta else found.holder.original.device
-    new = weight_of(data, statistics, found.weight_shape, device)
-    return found.quantized(data.detach().to(device)) if new is None else new

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import accumulate
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -123,8 +125,7 @@ def skip_rule(model: nn.Module, skip: Skip | None) -> Reason:
 
 def with_prefixes(name: str) -> list[str]:
     """The name, and those of all modules around it."""
-    parts = name.split(".")
-    return [".".join(parts[: end + 1]) for end in range(len(parts))]
+    return list(accumulate(name.split("."), "{}.{}".format))
 
 
 def matches(names: Iterable[str], pattern: str) -> bool:
@@ -136,10 +137,8 @@ def _output_embeddings(model: nn.Module) -> set[nn.Module]:
     """Those that Transformers' models name."""
     heads = set()
     for module in model.modules():
-        try:
+        with suppress(AttributeError, NotImplementedError):  # no model of Transformers, or one without a head
             heads.add(module.get_output_embeddings())
-        except (AttributeError, NotImplementedError):  # no model of Transformers, or one without a head
-            continue
     return heads - {None}
 
 

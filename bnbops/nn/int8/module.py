@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from bnbops.dtensors import is_dtensor
 from bnbops.functional.quant_state import NO_NUMBERS
-from bnbops.nn.int8.entries import check_scales, take_entries
+from bnbops.nn.four_bit.entries import take_statistics
 from bnbops.nn.int8.parameter import Int8Params, quantize_rows
+from bnbops.nn.weights.finite import are_scales
 from bnbops.nn.weights.module import QuantizedModule, of_quantized_layer, of_whole_layer
 from bnbops.nn.weights.scale_bits import from_bits, to_bits
 from bnbops.nn.weights.tied import hold, others
@@ -150,15 +151,14 @@ class Int8Module(QuantizedModule):
         weight, scales = take_entries(state_dict, prefix)
         bits = state_dict.get(key + "_scale")
         if weight is None:
-            if scales is not None and not self._is_tied():
+            tied = isinstance(self.weight, Int8Params) and others(self.weight, self)
+            if scales is not None and not tied:
                 raise ValueError(f"{prefix}SCB came without {key}, whose scales they are")
             if self.weight_scale is None:
                 return None, None
-            unknown = bits is None and not self._is_tied()  # tied: savers of duplicates may have left it out
-            return None, [key, *([prefix + "SCB"] if unknown else [])]
-        plain = isinstance(self.weight, Int8Params) or self.has_fp16_weights
-        sharded = not plain and is_dtensor(self.weight)
-        if sharded:
+            # Of a tied weight, savers of duplicates may have left it out.
+            return None, [key, *([] if tied or bits is not None else [prefix + "SCB"])]
+        if sharded := is_dtensor(self.weight) and not self.has_fp16_weights:
             if self.weight_scale is None and weight.dtype == torch.int8:
                 raise ValueError(of_quantized_layer(key))
             if self.weight_scale is not None and (bits is None or scales is not None or weight.dtype != torch.int8):
@@ -200,9 +200,6 @@ class Int8Module(QuantizedModule):
             )
         return weight, scales
 
-    def _is_tied(self) -> bool:
-        return isinstance(self.weight, Int8Params) and len(others(self.weight, self)) > 0
-
     def _loaded_by_torch(self, before: nn.Parameter) -> None:
         """Makes the weight an Int8Params again, where torch replaced it by a plain parameter."""
         weight = self.weight
@@ -212,3 +209,37 @@ class Int8Module(QuantizedModule):
 
     def _has_format_of(self, new: Int8Params) -> bool:
         return self.is_quantized
+
+
+def take_entries(state_dict: dict[str, Any], prefix: str) -> tuple[Tensor | None, Tensor | None]:
+    """The weight, and its scales, which are removed from the dict.
+
+    Raises:
+        ValueError: entries that are no tensors, of another layout or of a 4-bit weight.
+    """
+    key = prefix + "weight"
+    weight, scales = state_dict.get(key), state_dict.pop(prefix + "SCB", None)
+    layout = state_dict.pop(prefix + "weight_format", "row")
+    layout = layout.tolist() if isinstance(layout, Tensor) else layout
+    if layout not in (0, [0], "row"):
+        raise ValueError(f"{key}_format is {layout}; only weights by rows (0) can be loaded")
+    if take_statistics(state_dict, key):
+        raise ValueError(f"{key} is quantized to 4 bits, which a Linear4bit or an Embedding4bit loads")
+    for name, value in ((key, weight), (f"{prefix}SCB", scales)):
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+    return weight, scales
+
+
+def check_scales(scales: Tensor, rows: int, name: str = "SCB") -> None:
+    """Refuses what cannot be the scales of a weight with so many rows.
+
+    Raises:
+        ValueError: it says why.
+    """
+    if scales.numel() != rows:
+        raise ValueError(f"{name} has {scales.numel()} scales, but the weight has {rows} rows")
+    if not scales.is_floating_point():
+        raise ValueError(f"{name} is {scales.dtype}, expected float scales")
+    if not are_scales(scales):
+        raise ValueError(f"{name} has scales that are negative, infinite or NaN")

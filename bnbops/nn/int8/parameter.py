@@ -123,10 +123,8 @@ class Int8Params(QuantizedParameter):
         return {} if self.SCB is None else {"scale": to_bits(self.SCB).view(-1)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Int8Params:
-        if id(self) not in memo:
-            rebuild, arguments = self.__reduce_ex__(2)
-            memo[id(self)] = rebuild(*(copy.deepcopy(argument, memo) for argument in arguments))
-        return memo[id(self)]
+        rebuild, arguments = self.__reduce_ex__(2)
+        return rebuild(*copy.deepcopy(arguments, memo))
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.data, self.requires_grad, self.has_fp16_weights, self._scales)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bnbops.functional.products_int8 import quantize_weight
-from bnbops.nn.int8.entries import check_scales
+from bnbops.nn.int8.module import check_scales, take_entries
 from bnbops.nn.int8.parameter import Int8Params
 from bnbops.nn.layers.embedding_8bit import Embedding8bit
 from bnbops.nn.layers.linear_8bit import Linear8bitLt
@@ -59,12 +59,11 @@ class QuantizationInt8(Quantization):
     def loaded(
         self, data: Tensor, statistics: Mapping[str, Tensor], shape: tuple[int, ...]
     ) -> tuple[Int8Params, QuantizationInt8]:
-        if (layout := statistics.get("weight_format")) is not None and layout.item() != 0:
-            raise ValueError(f"weight_format is {layout.item()}; only weights by rows (0) can be loaded")
+        _, scales = take_entries({**statistics}, "")
         if data.dtype != torch.int8 or tuple(data.shape) != shape:
             raise ValueError(f"expected int8 codes {list(shape)}, got {data.dtype} {list(data.shape)}")
-        check_scales(statistics["SCB"], shape[0])
-        return Int8Params(data, requires_grad=False, SCB=statistics["SCB"].to(data.device)), self
+        check_scales(scales, shape[0])
+        return Int8Params(data, requires_grad=False, SCB=scales.to(data.device)), self
 
     def linear(self, columns: int, rows: int) -> nn.Linear:
         return Linear8bitLt(columns, rows, False, has_fp16_weights=False, threshold=self.threshold, device="meta")

@@ -8,7 +8,6 @@ from torch import Tensor
 from bnbops.functional.four_bit import of_type
 from bnbops.nn.four_bit.module import Module4bit
 from bnbops.nn.layers.frozen_table import FrozenTable
-from bnbops.nn.layers.nested import over_nested
 from bnbops.nn.weights.codes import codes_as_they_are
 
 
@@ -58,7 +57,7 @@ class Embedding4bit(Module4bit, FrozenTable):
         with codes_as_they_are():
             weight = self._arguments()
             if input.is_nested:
-                return over_nested(self.forward, input)
+                return self._over_nested(input)
             return torch.ops.bnbops.embedding_4bit(input, dtype=self.dtype, **weight)
 
 

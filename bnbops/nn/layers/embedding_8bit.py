@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from bnbops.nn.int8.module import Int8Module
 from bnbops.nn.layers.frozen_table import FrozenTable
-from bnbops.nn.layers.nested import over_nested
 from bnbops.nn.weights.codes import codes_as_they_are
 
 
@@ -54,7 +53,7 @@ class Embedding8bit(Int8Module, FrozenTable):
         with codes_as_they_are():
             weight, scales = self._quantized_weight()
             if input.is_nested:
-                return over_nested(self.forward, input)
+                return self._over_nested(input)
             rows = F.embedding(input, weight)
         stats = F.embedding(input, scales.unsqueeze(1))
         return torch.ops.bnbops.int8_vectorwise_dequant(rows, stats.flatten()).to(self.dtype)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from bnbops.facts import FLOATS
 from bnbops.functional.four_bit import of_type
 from bnbops.nn.four_bit.module import Module4bit
-from bnbops.nn.layers.nested import over_nested
 from bnbops.nn.weights.codes import codes_as_they_are
 from bnbops.tracing import is_compiling
 
@@ -76,7 +75,7 @@ class Linear4bit(Module4bit, nn.Linear):
         with codes_as_they_are():
             weight = self._arguments()
             if x.is_nested:
-                return over_nested(self.forward, x)
+                return self._over_nested(x)
             if x.dtype == torch.float16 and self.compute_dtype is None:
                 _warn_of_float16(self, x)
             values = x if self.compute_dtype is None else x.to(self.compute_dtype)

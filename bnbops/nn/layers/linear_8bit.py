@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from bnbops.facts import FLOATS
 from bnbops.functional.products_int8 import MatmulLtState, linear
 from bnbops.nn.int8.module import Int8Module
-from bnbops.nn.layers.nested import over_nested
 from bnbops.nn.weights.codes import codes_as_they_are
 from bnbops.tracing import is_compiling
 
@@ -68,7 +67,7 @@ class Linear8bitLt(Int8Module, nn.Linear):
             floats = self.has_fp16_weights and self.weight.is_floating_point()
             weight, scales = (self.weight, None) if floats else self._quantized_weight()
             if x.is_nested:
-                return over_nested(self.forward, x)
+                return self._over_nested(x)
             return linear(x, weight, scales, _bias_for(self, x), self.threshold, self.training)
 
     @property

@@ -32,10 +32,7 @@ def _malloc_trim() -> Any:
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, transient: bool) -> Tensor:
-    """An uninitialised tensor. A transient one returns its memory to the system when it is gone.
-
-    malloc would keep it, as a hole that another tensor of the same size does not fit into once that is to be aligned.
-    """
+    """An uninitialised tensor. A transient one returns its memory to the system when it is gone, past malloc."""
     size = math.prod(shape) * dtype.itemsize
     if not transient or size == 0:
         return torch.empty(shape, dtype=dtype, device="cpu")  # whatever torch's default is

@@ -153,6 +153,12 @@ class QuantizedModule(QuantizedWeight, nn.Module):
             super().register_parameter(name, param)
             self._adopt(param)
 
+    def _over_nested(self, x: Tensor) -> Tensor:
+        """What `forward`, which takes every position by itself, makes of a nested tensor: one in the same layout."""
+        if x.layout == torch.jagged:
+            return torch.nested.nested_tensor_from_jagged(self.forward(x.values()), x.offsets(), x.lengths())
+        return torch.nested.as_nested_tensor([self.forward(part) for part in x.unbind()])
+
     def _check_size(self, shape: Sequence[int], what: str) -> None:
         if tuple(shape) != self._shape:
             raise ValueError(
