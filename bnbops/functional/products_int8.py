@@ -88,20 +88,8 @@ def _product(
 def linear(
     x: Tensor, weight: Tensor, scales: Tensor | None, bias: Tensor | None, threshold: float, training: bool
 ) -> Tensor:
-    """`x @ W.T + bias` in x's dtype, or autocast's.
-
-    Args:
-        x: fp32, bf16 or fp16 activations `[..., K]`.
-        weight: int8 codes `[N, K]` with `scales`, fp32 `[N]`; or a float weight `[N, K]` with None, which is quantized
-            on the fly.
-        bias: float tensor `[N]` or None; it is cast to the dtype of the result.
-        threshold: columns of x with a magnitude of at least this are multiplied in floating point; 0 for none.
-        training: on a CPU, all of them are.
-
-    Raises:
-        ValueError: the threshold is negative.
-        RuntimeError: shapes or dtypes that do not fit.
-    """
+    """`matmul`, for int8 codes with `scales`, or for a float weight with None, which is quantized on the fly. In
+    training on a CPU, all columns of x are multiplied in floating point."""
     if not threshold >= 0:
         raise ValueError(f"threshold must be positive, or 0 for none, got {threshold}")
     if is_autocast(x.device.type):

@@ -33,8 +33,11 @@ class Bnb4bitParametrization(nn.Module):
 
     def __init__(self, quant_state: QuantState, quant_storage: torch.dtype = torch.uint8) -> None:
         super().__init__()
-        self.quant_storage = quant_storage
-        self.format = Format.of(quant_state)
+        self.hold(quant_state, quant_storage)
+
+    def hold(self, quant_state: QuantState, quant_storage: torch.dtype) -> None:
+        """Describes other codes from now on."""
+        self.quant_storage, self.format = quant_storage, Format.of(quant_state)
         set_scales(self, "", tensors_of(quant_state))
 
     @property
@@ -116,15 +119,16 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter:
     return parameter
 
 
-def _bytes(packed: Tensor, format: Format) -> nn.Parameter:
+def _bytes(weight: Params4bit) -> nn.Parameter:
     """The packed codes as uint8, which no cast of the module touches."""
-    return nn.Parameter(format.in_rows(packed.view(-1).view(torch.uint8)), requires_grad=False)
+    codes = weight.data.view(-1).view(torch.uint8)
+    return nn.Parameter(Format.of(weight.quant_state).in_rows(codes), requires_grad=False)
 
 
 @lasting()
 def parametrize_4bit(module: nn.Module, name: str, weight: Params4bit) -> None:
     """Puts a quantized weight in the place of a float parameter; `module.<name>` dequantizes it from then on."""
-    setattr(module, name, _bytes(weight.data, Format.of(weight.quant_state)))
+    setattr(module, name, _bytes(weight))
     parametrization = Bnb4bitParametrization(weight.quant_state, weight.dtype)
     parametrize.register_parametrization(module, name, parametrization, unsafe=True)
     module.register_state_dict_post_hook(partial(_save_hook, name=name))
@@ -167,10 +171,8 @@ class ParametrizedWeight(QuantizedWeight):
         return Params4bit(packed, quant_state=self.parametrization.quant_state, quant_storage=packed.dtype)
 
     def _put(self, weight: Params4bit) -> None:
-        self.parametrization.quant_storage = weight.dtype
-        self.parametrization.format = format = Format.of(weight.quant_state)
-        self.holder.original = _bytes(weight.data, format)
-        set_scales(self.parametrization, "", tensors_of(weight.quant_state))
+        self.holder.original = _bytes(weight)
+        self.parametrization.hold(weight.quant_state, weight.dtype)
 
     def _has_format_of(self, new: Params4bit) -> bool:
         own = self.parametrization
@@ -186,9 +188,8 @@ class ParametrizedWeight(QuantizedWeight):
 
     def quantized(self, data: Tensor) -> Params4bit:
         """Floats in the format of this weight, but for their dtype."""
-        format, storage = self.parametrization.format, self.parametrization.quant_storage
-        nested = self.parametrization.nested_absmax is not None
-        return Params4bit.of_format(data, format, nested, storage, data.device)
+        own = self.parametrization
+        return Params4bit.like(own.quant_state, own.quant_storage, data, data.device)
 
 
 # ---- hooks, inert once the parametrization has been removed ----------------------------------------------------

@@ -22,7 +22,7 @@ from bnbops.nn.four_bit.format import (
     tensors_of,
 )
 from bnbops.nn.four_bit.parameter import Params4bit
-from bnbops.nn.weights.module import LOADING_ERRORS, QuantizedModule, of_quantized_layer, of_whole_layer
+from bnbops.nn.weights.module import LOADING_ERRORS, QuantizedModule
 from bnbops.nn.weights.tied import entries_before, hold, others
 from bnbops.tracing import traceable_weight
 
@@ -80,8 +80,7 @@ class Module4bit(QuantizedModule):
         return self._format.dequantize(weight, scales_of(self, _PREFIX), dtype)
 
     def _requantized(self, weight: Tensor) -> Params4bit:
-        nested = self.weight_nested_absmax is not None
-        new = Params4bit.of_format(weight, self._format, nested, self.quant_storage, self.weight.device)
+        new = Params4bit.like(self.quant_state, self.quant_storage, weight, self.weight.device)
         new.quant_state.dtype = self._format.dtype
         return new
 
@@ -216,8 +215,11 @@ class Module4bit(QuantizedModule):
         if statistics:  # they count: torch's set_model_state_dict adds what the module has, by its own names
             for name in NAMES:
                 state_dict.pop(f"{key}_{name}", None)
-        if key + "_absmax" in state_dict or not isinstance(held, Params4bit):
-            self._check_own_names(state_dict, key)
+        own = key + "_absmax" in state_dict
+        if own or not isinstance(held, Params4bit):
+            if isinstance(weight := state_dict.get(key), Tensor):
+                whole = any(f"{key}.{name}" in state_dict for name in STATISTICS)
+                self._check_own_names(key, weight, own, whole)
             return None, None
         if self._format is None and not statistics and not assign:
             return None, None
@@ -231,17 +233,6 @@ class Module4bit(QuantizedModule):
             return self._read(state_dict.pop(key), statistics, assign), []
         except LOADING_ERRORS as error:
             raise ValueError(f"{key}: {error}") from None
-
-    def _check_own_names(self, state_dict: dict[str, Any], key: str) -> None:
-        """Refuses a weight that cannot be loaded by its own name: torch would cast it to other codes."""
-        weight, held = state_dict.get(key), self.weight
-        if not isinstance(weight, Tensor):
-            return
-        if self._format is None:
-            if key + "_absmax" in state_dict:
-                raise ValueError(of_quantized_layer(key))
-        elif weight.dtype != held.dtype or any(f"{key}.{name}" in state_dict for name in STATISTICS):
-            raise ValueError(of_whole_layer(key, weight, held))
 
     def _read(self, data: Tensor, statistics: dict[str, Tensor], assign: bool) -> Params4bit:
         """Packed codes with what describes them, or floats, which a quantized module quantizes."""

@@ -164,11 +164,9 @@ class Params4bit(QuantizedParameter):
         return self
 
     @classmethod
-    def of_format(
-        cls, data: Tensor, format: Format, nested: bool, quant_storage: torch.dtype, device: torch.device
-    ) -> Params4bit:
-        """Floats in the format of a weight that there is already, but for its dtype; `nested`: double quantization."""
-        settings = (format.blocksize, nested, format.quant_type, quant_storage)
+    def like(cls, state: QuantState, quant_storage: torch.dtype, data: Tensor, device: torch.device) -> Params4bit:
+        """Floats in the format of a weight that there is already, but for its dtype."""
+        settings = (state.blocksize, state.nested, state.quant_type, quant_storage)
         return cls(data, False, None, *settings)._quantize_on(device)
 
     absmax, code, offset, state2 = map(_of_state, ("absmax", "code", "offset", "state2"))

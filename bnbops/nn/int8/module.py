@@ -13,7 +13,7 @@ from bnbops.functional.quant_state import NO_NUMBERS
 from bnbops.nn.four_bit.entries import take_statistics
 from bnbops.nn.int8.parameter import Int8Params, quantize_rows
 from bnbops.nn.weights.finite import are_scales
-from bnbops.nn.weights.module import QuantizedModule, of_quantized_layer, of_whole_layer
+from bnbops.nn.weights.module import QuantizedModule
 from bnbops.nn.weights.scale_bits import from_bits, to_bits
 from bnbops.nn.weights.tied import hold, others
 from bnbops.tracing import traceable_weight
@@ -159,10 +159,7 @@ class Int8Module(QuantizedModule):
             # Of a tied weight, savers of duplicates may have left it out.
             return None, [key, *([] if tied or bits is not None else [prefix + "SCB"])]
         if sharded := is_dtensor(self.weight) and not self.has_fp16_weights:
-            if self.weight_scale is None and weight.dtype == torch.int8:
-                raise ValueError(of_quantized_layer(key))
-            if self.weight_scale is not None and (bits is None or scales is not None or weight.dtype != torch.int8):
-                raise ValueError(of_whole_layer(key, weight, self.weight))
+            self._check_own_names(key, weight, weight.dtype == torch.int8, bits is None or scales is not None)
         if scales is None and bits is not None and (weight.dtype == torch.int8 or not self.is_quantized):
             scales = from_bits(bits)
         if weight.shape != self.weight.shape:

@@ -21,12 +21,9 @@ class Embedding4bit(Module4bit, FrozenTable):
         num_embeddings: number of rows.
         embedding_dim: size of a row.
         dtype: of the float weight, and of the output.
-        quant_type: "nf4" or another format (docs/linear_4bit.md).
-        quant_storage: dtype whose bytes hold the codes: uint8, int8, bf16, fp16 or fp32.
+        quant_type, quant_storage, compress_statistics, blocksize: as for `Linear4bit`.
         device: of the float weight; nothing is quantized yet.
         padding_idx: a row that starts as zeros; they stay zeros, exactly, when quantized.
-        compress_statistics: quantize the scales, too (QLoRA's double quantization).
-        blocksize: elements that share a scale, a power of two up to 4096, at least 32 for NF4.
 
     Shape: indices `[*]`, int32 or int64, to `[*, embedding_dim]`.
 

@@ -220,6 +220,20 @@ class QuantizedModule(QuantizedWeight, nn.Module):
         except LOADING_ERRORS as error:
             error_msgs.append(f"{key}: {error}")
 
+    def _check_own_names(self, key: str, weight: Tensor, quantized: bool, whole: bool) -> None:
+        """Refuses a weight that cannot be loaded by its own name, since torch would cast it.
+
+        quantized: whether it is in codes, with their scales by the names that are registered.
+        whole: whether it comes with bitsandbytes' entries.
+        """
+        if quantized and not self.is_quantized:
+            raise ValueError(
+                f"{key} is quantized, but this layer is not: quantize before fully_shard (bnbops.nn.quantize_ also "
+                "does it on the meta device)"
+            )
+        if self.is_quantized and (whole or weight.dtype != self.weight.dtype):
+            raise ValueError(of_whole_layer(key, weight, self.weight))
+
     def _device_for(self, data: Tensor, assign: bool) -> torch.device:
         """`assign` takes the tensors themselves, on their device."""
         return data.device if assign or self.weight.is_meta else self.weight.device
@@ -244,12 +258,4 @@ def of_whole_layer(key: str, weight: Tensor, held: Tensor) -> str:
         f"{key}: expected a {held.dtype} tensor, and its scales, by the names that sharded layers give them, got "
         f"{weight.dtype} or the entries of a whole layer: load those into a model that is quantized and not sharded, "
         "and use bnbops.nn.plain_state_dict of it"
-    )
-
-
-def of_quantized_layer(key: str) -> str:
-    """The error that a layer which is not quantized cannot take quantized tensors by their own names."""
-    return (
-        f"{key} is quantized, but this layer is not: quantize before fully_shard (bnbops.nn.quantize_ also does it on "
-        "the meta device)"
     )
