@@ -13,8 +13,8 @@ has_cuda = load_cuda_operators(__path__)
 # meta_kernels' folder is beside this one: the type checker does not find it here.
 from bnbops import distributed, functional, meta_kernels, nn, optim  # type: ignore[attr-defined]  # noqa: E402
 from bnbops.alias import install_as_bitsandbytes, uninstall_as_bitsandbytes  # noqa: E402
-from bnbops.functional.products_4bit import matmul_4bit  # noqa: E402
-from bnbops.functional.products_int8 import MatmulLtState, matmul  # noqa: E402
+from bnbops.functional.four_bit import matmul_4bit  # noqa: E402
+from bnbops.functional.int8 import MatmulLtState, matmul  # noqa: E402
 
 features = {"multi_backend"}  # as bitsandbytes tells that it is not for CUDA alone
 supported_torch_devices = {"cpu", "cuda"} if has_cuda else {"cpu"}

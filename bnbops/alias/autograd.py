@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from bnbops.functional.products_4bit import matmul_4bit
-from bnbops.functional.products_int8 import MatmulLtState, matmul
+from bnbops.functional.four_bit import matmul_4bit
+from bnbops.functional.int8 import MatmulLtState, matmul
 from bnbops.functional.quant_state import QuantState
 
 __all__ = ["MatMul4Bit", "MatMul8bitFp", "MatMul8bitLt", "MatmulLtState", "matmul", "matmul_4bit"]

@@ -8,7 +8,7 @@ from functools import partial, wraps
 from types import ModuleType
 from typing import Any
 
-from bnbops.nn.plain_state import registered
+from bnbops.nn.kinds import registered
 
 _own: dict[type, Callable[[Any, str], Any]] = {}
 

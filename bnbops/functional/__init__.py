@@ -6,6 +6,7 @@ from bnbops.functional.four_bit import (
     dequantize_4bit,
     dequantize_fp4,
     dequantize_nf4,
+    gemv_4bit,
     get_4bit_type,
     quantize_4bit,
     quantize_fp4,
@@ -19,7 +20,6 @@ from bnbops.functional.int8 import (
     int8_vectorwise_quant,
 )
 from bnbops.functional.optimizer import optimizer_update_8bit_blockwise, optimizer_update_32bit
-from bnbops.functional.products_4bit import gemv_4bit
 from bnbops.functional.quant_state import QuantState
 
 __all__ = [

@@ -124,23 +124,19 @@ class QuantState:
 
     def as_dict(self, packed: bool = False) -> dict[str, Any]:
         """Tensors and plain values by bitsandbytes' names; `packed` puts the plain values into one uint8 tensor."""
-        values: dict[str, Any] = {
-            "quant_type": self.quant_type,
-            "absmax": self.absmax,
-            "blocksize": self.blocksize,
-            "quant_map": self.code,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "shape": None if self.shape is None else tuple(self.shape),
-        }
+
+        def described(state: QuantState, prefix: str) -> dict[str, Any]:
+            dtype = str(state.dtype).removeprefix("torch.")
+            values = {"absmax": state.absmax, "blocksize": state.blocksize, "quant_map": state.code, "dtype": dtype}
+            return {prefix + name: value for name, value in values.items()}
+
+        shape = None if self.shape is None else tuple(self.shape)
+        values = {"quant_type": self.quant_type, **described(self, ""), "shape": shape}
         if self.state2 is not None:
             assert self.state2.code is not None and self.offset is not None
-            values |= {
-                "nested_absmax": self.state2.absmax,
-                "nested_blocksize": self.state2.blocksize,
-                "nested_quant_map": self.state2.code.clone(),  # safetensors refuses tensors that share memory
-                "nested_dtype": str(self.state2.dtype).removeprefix("torch."),
-                "nested_offset": self.offset.item(),
-            }
+            values |= described(self.state2, "nested_")
+            values["nested_quant_map"] = self.state2.code.clone()  # safetensors refuses tensors that share memory
+            values["nested_offset"] = self.offset.item()
         if not packed or self.quant_type is None:
             return values
         tensors = {k: v for k, v in values.items() if isinstance(v, Tensor)}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbops.functional.products_int8 import quantize_weight
+from bnbops.functional.int8 import quantize_weight
 from bnbops.lasting import lasting
 from bnbops.nn.weights.finite import is_finite
 from bnbops.nn.weights.memory import as_float16, give_back

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from bnbops.functional.products_int8 import quantize_weight
+from bnbops.functional.int8 import quantize_weight
 from bnbops.nn.int8.module import check_scales, take_entries
 from bnbops.nn.int8.parameter import Int8Params
 from bnbops.nn.layers.embedding_8bit import Embedding8bit

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bnbops.facts import FLOATS
-from bnbops.functional.products_int8 import MatmulLtState, linear
+from bnbops.functional.int8 import MatmulLtState, linear
 from bnbops.nn.int8.module import Int8Module
 from bnbops.nn.weights.codes import codes_as_they_are
 from bnbops.tracing import is_compiling
