@@ -146,14 +146,14 @@ FAULTS = (
     Fault(
         "a doubly quantized state dict names the wrong block of scales",
         "bnbops/functional/quant_state.py",
-        '"nested_blocksize": self.state2.blocksize,',
-        '"nested_blocksize": self.blocksize,',
+        'values |= described(self.state2, "nested_")',
+        'values |= described(self.state2, "nested_") | {"nested_blocksize": self.blocksize}',
         ("nn/test_linear_4bit_state.py", "ops/test_functional_4bit.py"),
     ),
     Fault(
         "nothing is said of scales that a state dict lacks",
         "bnbops/nn/int8/module.py",
-        'return None, [key, *([prefix + "SCB"] if unknown else [])]',
+        'return None, [key, *([] if tied or bits is not None else [prefix + "SCB"])]',
         "return None, [key]",
         ("nn/test_linear_8bit_state_dict.py",),
     ),
