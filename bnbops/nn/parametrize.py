@@ -48,10 +48,8 @@ class Bnb4bitParametrization(nn.Module):
     def forward(self, quantized_param: Tensor) -> Tensor:
         """The parameter in its shape and dtype."""
         scales = scales_of(self, "")
-        if is_compiling():
-            return self.format.dequantize(quantized_param, scales)
         compute = partial(self.format.dequantize, quantized_param, scales)
-        return forwards.once(self, (quantized_param, *scales.values()), compute)
+        return compute() if is_compiling() else forwards.once(self, (quantized_param, *scales.values()), compute)
 
 
 @lasting()
@@ -70,9 +68,7 @@ def replace_parameter_4bit(
     Args:
         module: the module that has the parameter itself, not through a submodule.
         param_name: its name.
-        compress_statistics: quantize the scales, too.
-        quant_type: "nf4" or another format (docs/linear_4bit.md).
-        blocksize: elements that share a scale, a power of two up to 4096, at least 32 for NF4; 64 by default.
+        compress_statistics, quant_type, blocksize: as for `Linear4bit`; 64 elements share a scale by default.
 
     Raises:
         AttributeError: the module has no attribute of that name.

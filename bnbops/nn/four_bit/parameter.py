@@ -83,10 +83,7 @@ class Params4bit(QuantizedParameter):
         data: a float weight, fp32, bf16 or fp16 when it comes to quantizing, or packed codes with their `quant_state`.
         requires_grad: of a float weight; quantizing turns it off.
         quant_state: of packed codes.
-        blocksize: elements that share a scale, a power of two up to 4096, at least 32 for NF4; 64 by default.
-        compress_statistics: quantize the scales, too (QLoRA's double quantization).
-        quant_type: "nf4" or another format (docs/linear_4bit.md).
-        quant_storage: dtype whose bytes hold the codes: uint8, int8, bf16, fp16 or fp32.
+        blocksize, compress_statistics, quant_type, quant_storage: as for `Linear4bit`.
         module: the module whose weight this is; it learns of the quantization. Referenced weakly.
         bnb_quantized: the data are packed codes though no `quant_state` is given.
 

@@ -18,18 +18,7 @@ class Embedding(nn.Embedding):
     and rare tokens, which 8-bit states bear badly (Dettmers et al. 2022, section 2.3). The optimizer that is given the
     weight keeps its state in 32 bits, whatever its `optim_bits`; the same goes for copies and unpickled ones.
 
-    Args:
-        num_embeddings: number of rows.
-        embedding_dim: size of a row.
-        padding_idx: a row that starts as zeros and gets no gradient.
-        max_norm: rows that are looked up and have a larger norm are scaled down to it.
-        norm_type: the p of that norm.
-        scale_grad_by_freq: divides a row's gradient by its number of occurrences in the batch.
-        sparse: sparse gradients; bnbops' optimizers refuse them.
-        _weight: a weight `[num_embeddings, embedding_dim]` to use; `device` and `dtype` are ignored then.
-        device: of the weight.
-        dtype: of the weight.
-        _freeze: whether the weight needs no gradient.
+    The arguments are `torch.nn.Embedding`'s. bnbops' optimizers refuse `sparse` gradients.
 
     Shape: indices `[*]`, int32 or int64, to `[*, embedding_dim]` in the weight's dtype.
     """
