@@ -53,7 +53,7 @@ def number_of_parameters(model: nn.Module, only_trainable: bool = False, exclude
     total, counted = 0, set()
     for module in model.modules():
         excluded = exclude_embeddings and isinstance(module, nn.Embedding)
-        for parameter in filter(None.__ne__, module._parameters.values()):
+        for parameter in [each for each in module._parameters.values() if each is not None]:
             if id(parameter) not in counted and not excluded and (parameter.requires_grad or not only_trainable):
                 total += sizes.get(id(parameter), parameter.numel())
             counted.add(id(parameter))
