@@ -269,6 +269,13 @@ def test_bad_state_dicts(kind: str, what: str) -> None:
         assert set(differing(snapshot(module), before)) <= {"bias"}
 
 
+@pytest.mark.parametrize("kind", BAD)
+def test_a_number_is_not_assigned(kind: str) -> None:
+    change, message = BAD[kind]["a number"]
+    with pytest.raises(RuntimeError, match=message):
+        made(kind).load_state_dict(change(dict(made(kind, seed=1).state_dict())), assign=True)
+
+
 @pytest.mark.parametrize(
     ("source", "target", "message"),
     [

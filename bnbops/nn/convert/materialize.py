@@ -49,7 +49,9 @@ def check_sources(sources: Sources, model: nn.Module) -> None:
             f"the state does not fit the model: {said}{_advice(unsaved.intersection(missing), unexpected)}"
         )
     for group in names:
-        _check_same([name for name in group if name in sources], sources)
+        for first, second in pairwise(name for name in group if name in sources):
+            if not torch.equal(sources[first].read(True), sources[second].read(True)):
+                raise ValueError(f"the model shares one tensor as {first} and {second}, but the state has two for them")
 
 
 def load_others(model: nn.Module, sources: Sources, quantized: set[str], device: torch.device | None) -> list[Change]:
@@ -128,12 +130,6 @@ def _check_loadable(places: list[Place]) -> None:
     for first, second in pairwise(places):
         if first.tensor.shape != second.tensor.shape or first.tensor.stride() != second.tensor.stride():
             raise ValueError(f"state: {first.name} and {second.name} share memory, but have different shapes")
-
-
-def _check_same(names: list[str], sources: Sources) -> None:
-    for first, second in pairwise(names):
-        if not torch.equal(sources[first].read(True), sources[second].read(True)):
-            raise ValueError(f"the model shares one tensor as {first} and {second}, but the state has two for them")
 
 
 def _list(names: list[str]) -> str:

@@ -53,7 +53,14 @@ def quantization_plan(
 
     Arguments and errors: as `bnbops.nn.quantize_`.
     """
-    check_model(model, quant)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a module, got {type(model).__name__}")
+    kind_of(quant)
+    if isinstance(model, nn.Linear | nn.Embedding):
+        raise ValueError(
+            f"the model is itself a {type(model).__name__}, which nothing holds that could hold another one instead: "
+            "put it into a module, such as nn.Sequential"
+        )
     return plan_by_rule(model, quant, skip_rule(model, skip), embeddings, experts)
 
 
@@ -81,17 +88,6 @@ def plan_by_rule(model: nn.Module, quant: str, asked: Reason, embeddings: bool, 
             convert[place.subject] = kind.becomes[place.kind]
     expected = {place.subject for place in candidates if asked(place) or isinstance(place.module, QuantizedModule)}
     return QuantizationPlan(convert, leave, tuple(name for name in leave if name not in expected))
-
-
-def check_model(model: nn.Module, quant: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a module, got {type(model).__name__}")
-    kind_of(quant)
-    if isinstance(model, nn.Linear | nn.Embedding):
-        raise ValueError(
-            f"the model is itself a {type(model).__name__}, which nothing holds that could hold another one instead: "
-            "put it into a module, such as nn.Sequential"
-        )
 
 
 # ---- reasons to leave a weight -------------------------------------------------------------------------------------

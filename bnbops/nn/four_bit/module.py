@@ -229,18 +229,14 @@ class Module4bit(QuantizedModule):
             # Of a tied weight the statistics that are there are only those that a saver has not left out.
             found = () if others(held, self) else [f".{name}" for name in statistics]
             return None, [key, *(key + name for name in absent if name not in found)]
+        data, device = state_dict.pop(key), self._device_for(assign)
         try:
-            return self._read(state_dict.pop(key), statistics, assign), []
+            if (new := weight_of(data, statistics, self._shape, device)) is None:
+                new = held._float(data)
+                new = new if self._format is None else new.to(device or data.device)
         except LOADING_ERRORS as error:
             raise ValueError(f"{key}: {error}") from None
-
-    def _read(self, data: Tensor, statistics: dict[str, Tensor], assign: bool) -> Params4bit:
-        """Packed codes with what describes them, or floats, which a quantized module quantizes."""
-        device = self._device_for(data, assign)
-        if (new := weight_of(data, statistics, self._shape, device)) is not None:
-            return new
-        new = self.weight._float(data)
-        return new if self._format is None else new.to(device)
+        return new, []
 
     def _loaded_by_torch(self, before: nn.Parameter) -> None:
         self._link()

@@ -171,7 +171,7 @@ class Int8Module(QuantizedModule):
         if sharded:
             return None, None
         state_dict.pop(key), state_dict.pop(key + "_scale", None)
-        device = self._device_for(weight, assign)
+        device = self._device_for(assign)
         return Int8Params(weight.to(device), SCB=scales.view(-1).to(device)), []
 
     def _checked(self, key: str, weight: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:

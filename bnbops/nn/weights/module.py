@@ -234,9 +234,9 @@ class QuantizedModule(QuantizedWeight, nn.Module):
         if self.is_quantized and (whole or weight.dtype != self.weight.dtype):
             raise ValueError(of_whole_layer(key, weight, self.weight))
 
-    def _device_for(self, data: Tensor, assign: bool) -> torch.device:
-        """`assign` takes the tensors themselves, on their device."""
-        return data.device if assign or self.weight.is_meta else self.weight.device
+    def _device_for(self, assign: bool) -> torch.device | None:
+        """Of what is loaded; None: the device that it is on. `assign` takes the tensors themselves."""
+        return None if assign or self.weight.is_meta else self.weight.device
 
     def _materialize(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Where the weight gets data, the other parameters on the meta device do, too."""
