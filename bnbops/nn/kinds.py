@@ -19,11 +19,7 @@ FORMATS = tuple(name for kind in KINDS for name in kind.formats)
 
 
 def kind_of(quant: str) -> type[Quantization]:
-    """The kind that has the format.
-
-    Raises:
-        ValueError: none has.
-    """
+    """The kind that has the format; ValueError if none has."""
     for kind in KINDS:
         if quant in kind.formats:
             return kind

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bnbops.codebooks import create_dynamic_map
 from bnbops.facts import FORMATS, name_of
-from bnbops.nn.weights.scale_bits import from_bits, to_bits
+from bnbops.nn.weights.numbers import from_bits, to_bits
 from bnbops.testing.expect import Arguments, Checked, exactly, expect, expect_encoded, expect_product
 from bnbops.testing.references.blockwise import decode
 from bnbops.testing.sample import DTYPES, Sample, full, normal, random_codes, strided, tensor, with_out

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bnbops.facts import name_of
-from bnbops.nn.weights.scale_bits import to_bits
+from bnbops.nn.weights.numbers import to_bits
 from bnbops.testing.expect import Arguments, Checked, exactly, expect, expect_product, expect_within
 from bnbops.testing.references import int8 as ref
 from bnbops.testing.sample import DTYPES, Sample, full, integers, normal, strided, uniform, with_out

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from bnbops._library import defaults
-from bnbops.nn.weights.scale_bits import from_bits
+from bnbops.nn.weights.numbers import from_bits
 from bnbops.testing.expect import Arguments, Difference, Reference
 from bnbops.testing.samples import OPERATORS, SAMPLED, Sample, operator, samples
 

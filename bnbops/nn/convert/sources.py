@@ -7,7 +7,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,11 +64,7 @@ def _of_mapping(state: Mapping[str, Any], what: str) -> dict[str, Source]:
                 f"{what} must hold tensors, but {name!r} is a {type(value).__name__}; if the state dict is an item of "
                 "it, load the file, with mmap=True, and pass that item"
             )
-    return {name: Source(tuple(value.shape), partial(_detach, value), fresh=False) for name, value in state.items()}
-
-
-def _detach(tensor: Tensor, transient: bool) -> Tensor:
-    return tensor.detach()
+    return {name: Source(tuple(each.shape), lambda _, each=each: each.detach(), False) for name, each in state.items()}
 
 
 def _load(path: Path) -> Mapping[str, Any]:

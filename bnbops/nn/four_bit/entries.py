@@ -12,7 +12,7 @@ from torch import Tensor
 from bnbops.facts import FORMATS_4BIT
 from bnbops.functional.quant_state import PACKED, QuantState
 from bnbops.nn.four_bit.parameter import Params4bit
-from bnbops.nn.weights.finite import is_finite
+from bnbops.nn.weights.numbers import is_finite
 
 _TENSORS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 STATISTICS = (*_TENSORS, *(PACKED + quant_type for quant_type in FORMATS_4BIT))
@@ -39,11 +39,8 @@ def take_statistics(state_dict: dict[str, Any], key: str) -> dict[str, Tensor]:
 def weight_of(
     data: Any, statistics: Mapping[str, Tensor], shape: tuple[int, ...], device: torch.device | None = None
 ) -> Params4bit | None:
-    """The quantized weight that entries describe, on a device or its own; None for floats, yet to be quantized.
-
-    Raises:
-        ValueError: what cannot become a weight of this shape.
-    """
+    """The quantized weight that entries describe, on a device or its own; None for floats, yet to be quantized;
+    ValueError for what cannot become a weight of this shape."""
     if not isinstance(data, Tensor):
         raise ValueError(f"expected a tensor, got {type(data).__name__}")
     if statistics:

@@ -25,8 +25,7 @@ from torch.utils._pytree import tree_map_only
 
 from bnbops.functional.four_bit import get_4bit_type, weight_arguments
 from bnbops.functional.quant_state import NO_NUMBERS, QuantState
-from bnbops.nn.weights.finite import are_scales, is_finite
-from bnbops.nn.weights.scale_bits import from_bits, to_bits
+from bnbops.nn.weights.numbers import are_scales, from_bits, is_finite, to_bits
 
 _PARAMETERS = ("absmax", "nested_absmax", "nested_offset")
 _BUFFER = "nested_code"
@@ -121,11 +120,7 @@ def packed_bytes(shape: Sequence[int]) -> int:
 
 
 def check_settings(shape: Sequence[int], blocksize: int, quant_type: str, quant_storage: torch.dtype) -> None:
-    """Refuses what a weight of this shape cannot be quantized to.
-
-    Raises:
-        ValueError: it says why.
-    """
+    """Refuses what a weight of this shape cannot be quantized to, by a ValueError that says why."""
     try:
         weight = torch.empty(shape, dtype=torch.float32, device="meta")
         torch.ops.bnbops.quantize_4bit(weight, blocksize, quant_type, quant_storage)
@@ -134,11 +129,7 @@ def check_settings(shape: Sequence[int], blocksize: int, quant_type: str, quant_
 
 
 def check_state(packed: Tensor, state: QuantState) -> None:
-    """Refuses a state that does not belong to `packed`, or that the operators cannot compute with.
-
-    Raises:
-        ValueError: it says which.
-    """
+    """Refuses, by a ValueError, a state that does not belong to `packed` or that the operators cannot compute with."""
     if state.shape is None or state.quant_type is None:
         raise ValueError("a 4-bit quantization state needs a shape and a quant_type")
     if not state.nested and not state.absmax.is_floating_point():

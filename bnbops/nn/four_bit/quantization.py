@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from bnbops.facts import FORMATS_4BIT
 from bnbops.functional.quant_state import PACKED, QuantState
+from bnbops.nn.convert.places import Place
 from bnbops.nn.four_bit.entries import STATISTICS, weight_of
 from bnbops.nn.four_bit.format import NAMES, check_settings, tensors_of
 from bnbops.nn.four_bit.parameter import SETTINGS, Params4bit
@@ -18,9 +19,6 @@ from bnbops.nn.layers.embedding_4bit import Embedding4bit
 from bnbops.nn.layers.linear_4bit import Linear4bit
 from bnbops.nn.parametrize import parametrize_4bit
 from bnbops.nn.weights.quantization import Quantization
-
-if TYPE_CHECKING:
-    from bnbops.nn.convert.places import Place
 
 
 class Quantization4bit(Quantization):

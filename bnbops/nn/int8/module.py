@@ -12,9 +12,8 @@ from bnbops.dtensors import is_dtensor
 from bnbops.functional.quant_state import NO_NUMBERS
 from bnbops.nn.four_bit.entries import take_statistics
 from bnbops.nn.int8.parameter import Int8Params, quantize_rows
-from bnbops.nn.weights.finite import are_scales
 from bnbops.nn.weights.module import QuantizedModule
-from bnbops.nn.weights.scale_bits import from_bits, to_bits
+from bnbops.nn.weights.numbers import are_scales, from_bits, to_bits
 from bnbops.nn.weights.tied import hold, others
 from bnbops.tracing import traceable_weight
 
@@ -74,11 +73,7 @@ class Int8Module(QuantizedModule):
         return torch.tensor(0, dtype=torch.uint8, device="cpu")
 
     def _quantized_weight(self) -> tuple[Tensor, Tensor]:
-        """The int8 codes and their scales, fp32 or its bits.
-
-        Raises:
-            RuntimeError: the weight is not quantized.
-        """
+        """The int8 codes and their scales, fp32 or its bits; RuntimeError if the weight is not quantized."""
         weight = traceable_weight(self.weight)  # read once: data_parallel gathers it at each read
         scales = self._scales_of(weight)
         if weight.dtype != torch.int8:
@@ -209,11 +204,8 @@ class Int8Module(QuantizedModule):
 
 
 def take_entries(state_dict: dict[str, Any], prefix: str) -> tuple[Tensor | None, Tensor | None]:
-    """The weight, and its scales, which are removed from the dict.
-
-    Raises:
-        ValueError: entries that are no tensors, of another layout or of a 4-bit weight.
-    """
+    """The weight, and its scales, which are removed from the dict; ValueError for entries that are no tensors, of
+    another layout or of a 4-bit weight."""
     key = prefix + "weight"
     weight, scales = state_dict.get(key), state_dict.pop(prefix + "SCB", None)
     layout = state_dict.pop(prefix + "weight_format", "row")
@@ -229,11 +221,7 @@ def take_entries(state_dict: dict[str, Any], prefix: str) -> tuple[Tensor | None
 
 
 def check_scales(scales: Tensor, rows: int, name: str = "SCB") -> None:
-    """Refuses what cannot be the scales of a weight with so many rows.
-
-    Raises:
-        ValueError: it says why.
-    """
+    """Refuses what cannot be the scales of a weight with so many rows, by a ValueError that says why."""
     if scales.numel() != rows:
         raise ValueError(f"{name} has {scales.numel()} scales, but the weight has {rows} rows")
     if not scales.is_floating_point():

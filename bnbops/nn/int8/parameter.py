@@ -10,18 +10,13 @@ from torch import Tensor
 
 from bnbops.functional.int8 import quantize_weight
 from bnbops.lasting import lasting
-from bnbops.nn.weights.finite import is_finite
 from bnbops.nn.weights.memory import as_float16, give_back
+from bnbops.nn.weights.numbers import from_bits, is_finite, to_bits
 from bnbops.nn.weights.parameter import QuantizedParameter
-from bnbops.nn.weights.scale_bits import from_bits, to_bits
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes and fp32 scales of a float weight, which is rounded to float16 before.
-
-    Raises:
-        ValueError: a value that float16 cannot hold.
-    """
+    """int8 codes and fp32 scales of a float weight, rounded to float16 before; ValueError if that cannot be."""
     weight = weight.detach()
     if weight.is_cpu:
         give_back(weight.nbytes)  # of the weights before this one

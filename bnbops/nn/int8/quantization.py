@@ -15,8 +15,8 @@ from bnbops.nn.int8.parameter import Int8Params
 from bnbops.nn.layers.embedding_8bit import Embedding8bit
 from bnbops.nn.layers.linear_8bit import Linear8bitLt
 from bnbops.nn.weights.memory import as_float16
+from bnbops.nn.weights.numbers import to_bits
 from bnbops.nn.weights.quantization import Quantization
-from bnbops.nn.weights.scale_bits import to_bits
 
 
 class QuantizationInt8(Quantization):

@@ -108,11 +108,7 @@ def _refuse_writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def check_name(name: str, param: nn.Parameter | None) -> None:
-    """Refuses what a quantized module cannot register.
-
-    Raises:
-        RuntimeError: its weight by another name, from which pruning, for one, would compute the weight.
-    """
+    """Refuses a quantized module's weight by another name, from which pruning, for one, would compute the weight."""
     if name != "weight" and _holds_codes(param):
         raise RuntimeError(
             f"{_described(param)} cannot be registered as {name}, for the weight to be computed from it: prune or "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bnbops.dtensors import is_dtensor
 from bnbops.lasting import lasting
 from bnbops.nn.weights.codes import check_name
-from bnbops.nn.weights.finite import is_finite
+from bnbops.nn.weights.numbers import is_finite
 from bnbops.nn.weights.parameter import QuantizedParameter, sparing_integers
 from bnbops.nn.weights.tied import saved_as
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from bnbops.nn.weights.finite import is_within
-
-if TYPE_CHECKING:
-    from bnbops.nn.convert.places import Place
+from bnbops.nn.convert.places import Place
+from bnbops.nn.weights.numbers import is_within
 
 
 @dataclass(frozen=True)

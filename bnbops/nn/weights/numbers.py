@@ -1,4 +1,8 @@
-"""Whether a weight can be quantized: NaN and infinity cannot. And whether numbers can be the scales of one."""
+"""Whether a weight can be quantized (NaN and infinity cannot), whether numbers can be its scales, and scales as bits.
+
+fp32 scales are registered as int32: no cast of a model to another float dtype, nor FSDP's mixed precision, touches
+their bits. The operators take them as they are; only what shows scales to people and files views them as fp32.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bnbops.dtensors import is_dtensor
+from bnbops.lasting import lasting
 
 
 def is_within(weight: Tensor, limit: float) -> bool:
@@ -29,3 +34,13 @@ def are_scales(magnitudes: Tensor) -> bool:
         return True
     low, high = torch.stack(torch.aminmax(magnitudes)).tolist()
     return low >= 0 and math.isfinite(high)
+
+
+@lasting()
+def to_bits(scales: Tensor) -> Tensor:
+    return scales.detach().to(torch.float32).contiguous().view(torch.int32)
+
+
+def from_bits(bits: Tensor) -> Tensor:
+    """The scales; also from scales of a float dtype, rounded to fp32."""
+    return bits.view(torch.float32) if bits.dtype == torch.int32 else bits.to(torch.float32)
