@@ -148,11 +148,6 @@ def cuda_library() -> Path:
     return _cuda
 
 
-def isas() -> list[str]:
-    """The instruction sets that this machine and this build have, of `ISAS`, the best one last."""
-    return torch.ops.bnbops.isas()
-
-
 def isa() -> str:
     """The CPU instruction set in use: "baseline", "avx2", "avx512" or "amx" (avx512 and tiles for matrix products).
 

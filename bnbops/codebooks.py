@@ -166,17 +166,13 @@ def cpp_header() -> str:
         literals = ", ".join(f"{v.hex()}f" for v in values.tolist())
         return f"constexpr float {name}[{len(values)}] = {{{literals}}};"
 
-    return "\n".join(
-        [
-            "// Generated from bnbops/codebooks.py by the build.",
-            "#pragma once",
-            "namespace bnbops {",
-            table("kDynamicSigned", create_dynamic_map(signed=True)),
-            table("kDynamicUnsigned", create_dynamic_map(signed=False)),
-            "}  // namespace bnbops",
-            "",
-        ]
-    )
+    return f"""// Generated from bnbops/codebooks.py by the build.
+#pragma once
+namespace bnbops {{
+{table("kDynamicSigned", create_dynamic_map(signed=True))}
+{table("kDynamicUnsigned", create_dynamic_map(signed=False))}
+}}  // namespace bnbops
+"""
 
 
 if __name__ == "__main__":

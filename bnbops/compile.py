@@ -140,7 +140,8 @@ class CompiledTrainStep(Generic[P, R]):
 
     def _check_progress(self, before: list[list[float]], leaves: Iterable[torch.Tensor]) -> None:
         for step, old, new in zip(self._optimizer_steps, before, self._steps(), strict=True):
-            if old != new or _skipped(step.optimizer):
+            found_inf = getattr(step.optimizer, "found_inf", None)  # of a gradient scaler: this step is to do nothing
+            if old != new or (found_inf is not None and bool(found_inf)):
                 continue
             who = f"{_name(self.step_fn)}() ran, but"
             optimizer = type(step.optimizer).__name__
@@ -273,12 +274,6 @@ def _cache_key_tag() -> str:
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return tag
     return f"{tag}, rank {torch.distributed.get_rank()} of {torch.distributed.get_world_size()}"
-
-
-def _skipped(optimizer: Optimizer) -> bool:
-    """Whether a gradient scaler told this step to do nothing."""
-    found_inf = getattr(optimizer, "found_inf", None)
-    return found_inf is not None and bool(found_inf)
 
 
 def _name(step_fn: Callable[..., Any]) -> str:

@@ -95,17 +95,18 @@ def estimate(
     grad_dtypes = {param: _grad_dtype(param, grad_dtype) for param in params if param.requires_grad}
 
     def count(ranks: int) -> Bytes:
-        def local(tensor: Tensor, itemsize: int) -> int:
-            return math.prod(_largest_shard(tensor.shape, ranks)) * itemsize
+        def local(tensor: Tensor) -> int:
+            """Elements of the first rank's part under Shard(0), the largest; what has no dimensions is replicated."""
+            return math.prod([-(tensor.shape[0] // -ranks), *tensor.shape[1:]]) if tensor.dim() else 1
 
         kinds = {"states": 0, "scales": 0, "steps": 0}
         for state in _states(cls, params, options, ranks):
             scales = scale_keys(state)
             for key, tensor in state.items():
                 kind = "steps" if key in PER_PARAMETER else "scales" if key in scales else "states"
-                kinds[kind] += tensor.nbytes if kind == "steps" else local(tensor, tensor.itemsize)
-        weights = sum(local(param, param.itemsize) for param in params)
-        return Bytes(weights, sum(local(param, dtype.itemsize) for param, dtype in grad_dtypes.items()), **kinds)
+                kinds[kind] += tensor.nbytes if kind == "steps" else local(tensor) * tensor.itemsize
+        weights = sum(local(param) * param.itemsize for param in params)
+        return Bytes(weights, sum(local(param) * dtype.itemsize for param, dtype in grad_dtypes.items()), **kinds)
 
     elements = sum(param.numel() for param in params)
     return Estimate(cls.__name__, elements, shards, whole=count(1), per_rank=count(shards))
@@ -168,8 +169,3 @@ def _states(
         optimizer = cls(params, **{"lr": 1e-3, **options})
     optimizer.init_state()
     return list(optimizer.state.values())
-
-
-def _largest_shard(shape: torch.Size, ranks: int) -> list[int]:
-    """The first rank's part under Shard(0); what has no dimensions is replicated."""
-    return [-(shape[0] // -ranks), *shape[1:]] if shape else []

@@ -74,22 +74,10 @@ class Rule:
     name: str
     states: tuple[State, ...]
     options: tuple[Option, ...]
-    trust: str = "none"  # what a ratio for each parameter scales: the "gradient", the "direction", or there is "none"
-
-    @property
-    def step(self) -> str:
-        """The operator that takes the step."""
-        return f"{self.name}_step_"
-
-    @property
-    def direction(self) -> str:
-        """The operator that takes its first half: it moves the states on and gives the direction."""
-        return f"{self.name}_direction_"
-
-    @property
-    def apply(self) -> str:
-        """The operator that takes its second half, along a direction."""
-        return f"{self.name}_apply_"
+    trust: str  # what a ratio for each parameter scales: the "gradient", the "direction", or there is "none"
+    step: str  # the operator that takes a step
+    direction: str  # that of its first half, which moves the states on and gives the direction
+    apply: str  # that of its second half, along a direction
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -124,16 +112,16 @@ def _option(name: str, type: str, below: float | None, range: str, **low: float 
 def _rule(name: str, facts: Mapping[str, Any]) -> Rule:
     states = tuple(State(state["name"], ROLES[state["role"]]) for state in facts["states"])
     options = tuple(_option(**option) for option in facts["options"])
-    return Rule(name, states, options, facts["trust"])
-
-
-def _codec(name: str, facts: Mapping[str, Any]) -> Codec:
-    return Codec(name, getattr(torch, facts["dtype"]), tuple(facts["signed"]), tuple(facts["unsigned"]))
+    operators = (f"{name}_{what}_" for what in ("step", "direction", "apply"))
+    return Rule(name, states, options, facts["trust"], *operators)
 
 
 _facts = json.loads(torch.ops.bnbops.facts())
 ROLES: Mapping[str, Role] = {name: Role(name, **facts) for name, facts in _facts["roles"].items()}
-CODECS: Mapping[str, Codec] = {name: _codec(name, facts) for name, facts in _facts["codecs"].items()}
+CODECS: Mapping[str, Codec] = {
+    name: Codec(name, getattr(torch, facts["dtype"]), tuple(facts["signed"]), tuple(facts["unsigned"]))
+    for name, facts in _facts["codecs"].items()
+}
 DEFAULT_CODEC: str = _facts["default_codec"]
 UNCODED: str = _facts["uncoded"]
 """In place of a codec's name: float32."""

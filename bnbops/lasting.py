@@ -1,4 +1,4 @@
-"""Global settings of torch that must not reach what is made in a call, and outlasts it."""
+"""Global settings of torch: those that must not reach what outlasts a call, and what autocast does to a call."""
 
 from __future__ import annotations
 
@@ -26,3 +26,14 @@ def usual_settings() -> Iterator[None]:
     """`lasting`, and no default device but the CPU: for functions of torch's that make tensors of their own."""
     with lasting(), torch.device("cpu"):
         yield
+
+
+def is_autocast(device: str) -> bool:
+    """Whether a kind of device is under autocast; some, such as "meta", know of none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def to_autocast_dtype(x: Tensor, device: str) -> Tensor:
+    """As torch.nn.functional.linear takes it under a device's autocast."""
+    castable = x.is_floating_point() and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(device)) if castable else x

@@ -12,8 +12,7 @@ import torch
 
 import bnbops
 from bnbops import cuda_build, versions
-from bnbops._library import ISAS, cuda_problem, find_cuda_library, isas
-from bnbops.integrations.requirements import requirements
+from bnbops._library import ISAS, cuda_problem, find_cuda_library
 
 _FOR_USERS = {"hf": "Hugging Face's libraries", "examples": "examples", "encoder": "the encoder example"}  # by extra
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -29,7 +28,7 @@ def collect() -> dict[str, Any]:
         "cpu": {
             "processor": platform.machine(),
             "isa": bnbops.isa(),
-            "available": isas(),
+            "available": torch.ops.bnbops.isas(),
             "threads": torch.get_num_threads(),
         },
         "cuda": _cuda(),
@@ -86,7 +85,7 @@ def driver() -> dict[str, str | None] | None:
 
 def _extras() -> dict[str, dict[str, dict[str, Any]]]:
     extras: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in _FOR_USERS}
-    for needed in requirements():
+    for needed in versions.requirements():
         if needed.extra in extras:
             facts = {"needs": needed.versions, "found": needed.found, "problem": needed.problem}
             extras[needed.extra][needed.package] = facts
@@ -98,7 +97,10 @@ def _extras() -> dict[str, dict[str, dict[str, Any]]]:
 
 def missing(found: dict[str, Any]) -> list[str]:
     """A sentence for each thing that could be had: for what it is missing, and how to get it."""
-    return [*_missing_cpu(found["cpu"]), *_missing_cuda(found), *_missing_features(found), *_missing_extras(found)]
+    version = found["torch"]["version"]
+    needed = {what: it["needs_torch"] for what, it in found["features"].items() if not it["available"]}
+    later = [f"{what}: needs torch{x}, this is {version}: pip install 'torch{x}'" for what, x in needed.items()]
+    return [*_missing_cpu(found["cpu"]), *_missing_cuda(found), *later, *_missing_extras(found["extras"])]
 
 
 def _missing_cpu(cpu: dict[str, Any]) -> list[str]:
@@ -152,21 +154,10 @@ def _without_code(i: int, device: dict[str, Any], cuda: dict[str, Any]) -> str:
     )
 
 
-def _missing_features(found: dict[str, Any]) -> list[str]:
-    version, features = found["torch"]["version"], found["features"]
-    return [
-        f"{what}: needs torch{feature['needs_torch']}, this is {version}: pip install 'torch{feature['needs_torch']}'"
-        for what, feature in features.items()
-        if not feature["available"]
-    ]
-
-
-def _missing_extras(found: dict[str, Any]) -> list[str]:
+def _missing_extras(extras: dict[str, Any]) -> list[str]:
     said = []
-    for extra, packages in found["extras"].items():
-        problems = [
-            f"{name}{facts['needs']} ({facts['problem']})" for name, facts in packages.items() if facts["problem"]
-        ]
-        if problems:
-            said.append(f"{_FOR_USERS[extra]}: {', '.join(problems)}: pip install 'bnbops[{extra}]'")
+    for extra, packages in extras.items():
+        wrong = [f"{name}{it['needs']} ({it['problem']})" for name, it in packages.items() if it["problem"]]
+        if wrong:
+            said.append(f"{_FOR_USERS[extra]}: {', '.join(wrong)}: pip install 'bnbops[{extra}]'")
     return said

@@ -1,4 +1,4 @@
-"""Which bnbops this is, which Python and torch it needs, and what an older torch lacks.
+"""Which bnbops this is, which Python, torch and optional libraries it needs, and what an older torch lacks.
 
 Nothing here imports torch before `check_environment` has looked for it.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import platform
 import re
-from importlib.metadata import PackageNotFoundError, metadata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, metadata, version
 
 try:
     _METADATA = metadata("bnbops")  # of pyproject.toml
@@ -83,3 +85,62 @@ def require_torch_for(feature: str) -> None:
 
 def _needs_torch(what: str, minimum: str, state: str) -> str:
     return f"{what} needs torch {minimum} or later, {state}: pip install 'torch>={minimum}'"
+
+
+# ---- optional libraries ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """Of an extra: `pip install 'bnbops[hf]'` brings transformers."""
+
+    extra: str
+    package: str  # as pip has it
+    versions: str  # ">=5.23,<6", or nothing
+
+    @property
+    def minimum(self) -> str:
+        return minimum(self.versions)
+
+    @property
+    def found(self) -> str | None:
+        """The version that is installed."""
+        try:
+            return version(self.package)
+        except PackageNotFoundError:
+            return None
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with what is there: "which is not installed", "found 4.57.1"; or None."""
+        found = self.found
+        if found is None:
+            return "which is not installed"
+        return f"found {found}" if release(found) < release(self.minimum) else None
+
+    def __str__(self) -> str:
+        return self.package if self.minimum == "0" else f"{self.package} {self.minimum} or later"
+
+
+def requirements() -> Iterator[Requirement]:
+    """Of all extras, as pyproject.toml has them."""
+    for text in REQUIREMENTS:
+        named, _, condition = text.partition(";")
+        ((package, versions),) = re.findall(r"^([\w.-]+)(?:\[[^]]*\])?\s*(.*?)\s*$", named)
+        for extra in re.findall(r"extra == ['\"](\w+)['\"]", condition):
+            yield Requirement(extra, package, versions.strip("()"))
+
+
+def require(package: str, what: str) -> None:
+    """Refuses a library that is missing or too old, before its import fails somewhere inside.
+
+    Args:
+        package: its name as pip has it; one that an extra brings.
+        what: that needs it, the subject of the message, such as "LoRA layers".
+
+    Raises:
+        ImportError: it says what is there, and how to get what is needed.
+    """
+    needed = next(needed for needed in requirements() if needed.package == package)
+    if needed.problem is not None:
+        raise ImportError(f"{what}: bnbops needs {needed}, {needed.problem}: pip install 'bnbops[{needed.extra}]'")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -11,9 +11,10 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.graph import increment_version
 
 from bnbops._library import device_operators, implementations, operator
-from bnbops.autocast import to_autocast_dtype
+from bnbops.lasting import to_autocast_dtype
 
-Gradients = Callable[[dict[str, Any], Tensor, Sequence[bool]], Sequence[Tensor | None]]
+_Adjoint = tuple[torch._ops.OpOverload, list[str]]
+"""The operator that multiplies by the transpose, and its arguments after the first."""
 
 
 def _refuse(op: str, what: str) -> NoReturn:
@@ -65,15 +66,28 @@ _OF_VALUES = {
 # ---- gradients: of products with a frozen weight ---------------------------------------------------------------
 
 
+def _bias_gradient(grad: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """The sum over rows, over those of each expert if `offsets` tell where they end, in float32."""
+    rows = grad.reshape(-1, grad.shape[-1])
+    if offsets is None:
+        return rows.sum(0, dtype=torch.float32).to(grad.dtype)
+    row = torch.arange(rows.shape[0], device=rows.device, dtype=offsets.dtype)
+    expert = torch.bucketize(row, offsets, right=True)  # one past the last for rows that belong to none
+    sums = torch.zeros((offsets.numel() + 1, rows.shape[1]), dtype=torch.float32, device=rows.device)
+    return sums.index_add(0, expert, rows.float())[:-1].to(grad.dtype)
+
+
 class _Frozen(torch.autograd.Function):
-    """Saves the tensors that are not differentiated, which live anyway, and the numbers."""
+    """Saves the tensors that are not differentiated, which live anyway, and the numbers. Gradients are those of x and
+    bias, or of `grad`, where the adjoint multiplies by the transpose; of `linear_int8` as if x had not been rounded to
+    codes (the straight-through estimator)."""
 
     @staticmethod
     def forward(
-        ctx: Any, call: Callable[[], Tensor], gradients: Gradients, frozen: dict[str, Any], *_inputs: Tensor | None
+        ctx: Any, call: Callable[[], Tensor], adjoint: _Adjoint, frozen: dict[str, Any], *_inputs: Tensor | None
     ) -> Tensor:
         tensors = {name: value for name, value in frozen.items() if isinstance(value, Tensor)}
-        ctx.gradients, ctx.names = gradients, list(tensors)
+        ctx.adjoint, ctx.names = adjoint, list(tensors)
         ctx.others = {name: value for name, value in frozen.items() if name not in tensors}
         ctx.save_for_backward(*tensors.values())
         return call()
@@ -81,15 +95,19 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         frozen = dict(zip(ctx.names, ctx.saved_tensors, strict=True)) | ctx.others
-        return None, None, None, *ctx.gradients(frozen, grad, ctx.needs_input_grad[3:])
+        adjoint, names = ctx.adjoint
+        weight = {name: frozen.get(name) for name in names if name in frozen or name == "bias"}
+        _, _, _, needs_x, *needs_bias = ctx.needs_input_grad
+        of_x = adjoint(grad, **weight) if needs_x else None
+        return None, None, None, of_x, *(_bias_gradient(grad, frozen.get("offsets")) if n else None for n in needs_bias)
 
 
-def _differentiable(op: str, gradients: Gradients) -> Callable[..., Tensor]:
-    """An autograd kernel: `gradients(other arguments, grad, which are needed)` gives those of x and bias, or of `grad`.
-    By hand, because torch.library.register_autograd takes no keyword-only tensors, and because transforms that it does
-    not know would give wrong derivatives without a word."""
-    overload = operator(op)
+def _differentiable(op: str, adjoint: str) -> Callable[..., Tensor]:
+    """An autograd kernel. By hand, because torch.library.register_autograd takes no keyword-only tensors, and because
+    transforms that it does not know would give wrong derivatives without a word."""
+    overload, backwards = operator(op), operator(adjoint)
     names = [argument.name for argument in overload._schema.arguments if not argument.kwarg_only]
+    of_adjoint = [argument.name for argument in backwards._schema.arguments[1:]]
 
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Tensor:
         def call() -> Tensor:
@@ -108,36 +126,9 @@ def _differentiable(op: str, gradients: Gradients) -> Callable[..., Tensor]:
             _refuse(op, "torch.func's grad, vjp and jvp are not supported; use torch.autograd.grad")
         if not differentiable:
             return call()
-        return _Frozen.apply(call, gradients, frozen, *values)  # type: ignore[no-untyped-call]  # torch's
+        return _Frozen.apply(call, (backwards, of_adjoint), frozen, *values)  # type: ignore[no-untyped-call]  # torch's
 
     return kernel
-
-
-def _bias_gradient(grad: Tensor, offsets: Tensor | None = None) -> Tensor:
-    """The sum over rows, over those of each expert if `offsets` tell where they end, in float32."""
-    rows = grad.reshape(-1, grad.shape[-1])
-    if offsets is None:
-        return rows.sum(0, dtype=torch.float32).to(grad.dtype)
-    row = torch.arange(rows.shape[0], device=rows.device, dtype=offsets.dtype)
-    expert = torch.bucketize(row, offsets, right=True)  # one past the last for rows that belong to none
-    sums = torch.zeros((offsets.numel() + 1, rows.shape[1]), dtype=torch.float32, device=rows.device)
-    return sums.index_add(0, expert, rows.float())[:-1].to(grad.dtype)
-
-
-def _gradients(adjoint: str) -> Gradients:
-    """Of x and bias, or of `grad`, if `adjoint` multiplies by the transpose. Of `linear_int8` as if x had not been
-    rounded to codes (the straight-through estimator)."""
-    overload = operator(adjoint)
-    names = [argument.name for argument in overload._schema.arguments[1:]]
-
-    def gradients(frozen: dict[str, Any], grad: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
-        weight = {name: frozen.get(name) for name in names if name in frozen or name == "bias"}
-        found = [overload(grad, **weight) if needed[0] else None]
-        if len(needed) > 1:
-            found.append(_bias_gradient(grad, frozen.get("offsets")) if needed[1] else None)
-        return found
-
-    return gradients
 
 
 _ADJOINTS = {
@@ -210,7 +201,7 @@ def _gives_tensors(op: str) -> bool:
 for _op, (_backward, _save) in _OF_VALUES.items():
     torch.library.register_autograd(f"bnbops::{_op}", _backward, setup_context=_save, lib=implementations)
 for _op, _adjoint in _ADJOINTS.items():
-    implementations.impl(_op, _differentiable(_op, _gradients(_adjoint)), "Autograd", with_keyset=True)
+    implementations.impl(_op, _differentiable(_op, _adjoint), "Autograd", with_keyset=True)
 for _op in _AUTOCAST:
     for _device in ("cpu", "cuda"):
         _register_autocast(_op, _device)

@@ -41,8 +41,8 @@ MISSING = {
     "cuda_specs": "torch.version.cuda and torch.cuda.get_device_capability() tell as much",
     "diagnostics": "use `python -m bnbops`",
 }
-# Modules of other libraries, and those of bnbops.alias that complete them, after their import.
-COMPLETED = {"accelerate.utils.offload": "offload", "transformers.integrations.bitsandbytes": "converters"}
+# Modules of other libraries, which bnbops.alias.completions completes after their import.
+COMPLETED = ("accelerate.utils.offload", "transformers.integrations.bitsandbytes")
 
 
 class Finder(DistributionFinder):
@@ -104,11 +104,6 @@ class _SameModule(Loader):
         return importlib.util.find_spec(ours(fullname)).loader.get_code(ours(fullname))
 
 
-def completion(fullname: str) -> ModuleType:
-    """What completes a module of another library, by its `add`, and undoes it, by its `remove`."""
-    return importlib.import_module(f"bnbops.alias.{COMPLETED[fullname]}")
-
-
 def _completed(spec: ModuleSpec | None) -> ModuleSpec | None:
     """`spec`, whose loader runs the module as before, and completes it then."""
     execute = getattr(spec and spec.loader, "exec_module", None)
@@ -116,7 +111,9 @@ def _completed(spec: ModuleSpec | None) -> ModuleSpec | None:
     def exec_module(module: ModuleType) -> None:
         execute(module)
         if FINDER in sys.meta_path:
-            completion(module.__name__).add(module)
+            from bnbops.alias import completions
+
+            completions.add(module)
 
     if execute is not None:
         spec.loader.exec_module = exec_module

@@ -8,7 +8,7 @@ import sys
 from types import ModuleType
 from typing import TypeVar
 
-from bnbops.alias import finder
+from bnbops.alias import completions, finder
 
 T = TypeVar("T")
 
@@ -42,14 +42,13 @@ def announce() -> None:
     for module, names in _loaded(_CLASSES):
         if not all(hasattr(module, name) for name in names):
             importlib.reload(module)
-    for module, _ in _loaded(finder.COMPLETED):
-        finder.completion(module.__name__).add(module)
+    for module, _ in _loaded(dict.fromkeys(finder.COMPLETED)):
+        completions.add(module)
 
 
 def withdraw() -> None:
     """Tells them that it has gone. There may be a real one, which was shadowed."""
-    for module, _ in _loaded(finder.COMPLETED):
-        finder.completion(module.__name__).remove(module)
+    completions.remove()
     _ask_again()
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bnbops.autocast import is_autocast, to_autocast_dtype
+from bnbops.lasting import is_autocast, to_autocast_dtype
 
 
 def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -11,7 +11,7 @@ from bnbops.facts import name_of
 from bnbops.nn.weights.numbers import to_bits
 from bnbops.testing.expect import Arguments, Checked, exactly, expect, expect_product, expect_within
 from bnbops.testing.references import int8 as ref
-from bnbops.testing.sample import DTYPES, Sample, full, integers, normal, strided, uniform, with_out
+from bnbops.testing.sample import DTYPES, Sample, full, integers, normal, strided, with_out
 
 _K, _N = 70, 67  # one vector and a rest; one panel of columns and a rest
 
@@ -21,7 +21,7 @@ def _codes(*shape: int, seed: int = 0) -> Tensor:
 
 
 def _scales(n: int, seed: int = 0) -> Tensor:
-    return uniform(n, seed=seed) + 0.5
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu") + 0.5
 
 
 def _with_outliers(x: Tensor) -> Tensor:

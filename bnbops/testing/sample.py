@@ -65,11 +65,6 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return values * 10 ** (-3 * decades)
 
 
-def uniform(*shape: int, seed: int = 0) -> Tensor:
-    """fp32 values in [0, 1)."""
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
-
-
 def integers(low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed), dtype=dtype, device="cpu")
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from bnbops.integrations import requirements
-from bnbops.integrations.requirements import require
+from bnbops import versions
+from bnbops.versions import require
 
 
 @pytest.fixture
@@ -16,9 +16,9 @@ def needed(monkeypatch) -> Callable[..., None]:
     """Declares libraries as pyproject.toml does, or what is installed of them."""
 
     def declare(text: str, found: str | None = None) -> None:
-        monkeypatch.setattr(requirements, "REQUIREMENTS", ["torch>=2.10", f'{text}; extra == "hf"'])
+        monkeypatch.setattr(versions, "REQUIREMENTS", ["torch>=2.10", f'{text}; extra == "hf"'])
         if found is not None:
-            monkeypatch.setattr(requirements, "version", lambda package: found)
+            monkeypatch.setattr(versions, "version", lambda package: found)
 
     return declare
 
@@ -52,7 +52,7 @@ def test_a_missing_library_is_named(needed, text, wanted):
 
 
 def test_requirements_are_those_of_the_project_file():
-    extras = {(needed.extra, needed.package): needed.minimum for needed in requirements.requirements()}
+    extras = {(needed.extra, needed.package): needed.minimum for needed in versions.requirements()}
     assert extras[("hf", "transformers")] == "5.23" and extras[("hf", "peft")] == "0.21"
     assert extras[("hf", "safetensors")] == extras[("encoder", "safetensors")] == "0"
 
@@ -60,7 +60,7 @@ def test_requirements_are_those_of_the_project_file():
 def test_an_old_transformers_is_refused_at_import(monkeypatch):
     import bnbops.integrations.transformers as module
 
-    monkeypatch.setattr(requirements, "version", lambda package: "4.57.1")
+    monkeypatch.setattr(versions, "version", lambda package: "4.57.1")
     message = r"bnbops\.integrations\.transformers: bnbops needs transformers 5\.23 or later, found 4\.57\.1"
     with pytest.raises(ImportError, match=message):
         importlib.reload(module)

@@ -8,7 +8,6 @@ import torch
 
 from bnbops import report, versions
 from bnbops._library import ISAS, NO_CUDA_KERNELS
-from bnbops.integrations import requirements
 
 ALL_THERE: dict[str, Any] = {
     "torch": {"version": "2.13.0+cu130", "cuda": "13.0"},
@@ -112,7 +111,7 @@ def test_this_machine(monkeypatch):
     assert found["cpu"]["isa"] in found["cpu"]["available"]
     assert found["extras"]["hf"].keys() >= {"transformers", "peft", "accelerate", "safetensors"}
     assert found["features"].keys() == versions.FEATURES.keys()
-    monkeypatch.setattr(requirements, "version", lambda package: "0.1")
+    monkeypatch.setattr(versions, "version", lambda package: "0.1")
     assert any("transformers<6,>=5.23 (found 0.1)" in sentence for sentence in report.collect()["missing"])
 
 

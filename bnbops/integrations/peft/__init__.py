@@ -9,7 +9,7 @@ experts in 4 bits; `dequantize_module_weight`, with which DoRA reads a weight; a
 imports bitsandbytes for 8-bit optimizers. Layers and optimizers that are not bnbops' get what they got before.
 """
 
-from bnbops.integrations.requirements import require
+from bnbops.versions import require
 
 require("peft", "bnbops.integrations.peft")
 

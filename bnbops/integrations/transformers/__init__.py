@@ -6,7 +6,7 @@ what `save_pretrained` then writes loads again, wherever this module has been im
 
 from importlib import import_module
 
-from bnbops.integrations.requirements import require
+from bnbops.versions import require
 
 require("transformers", "bnbops.integrations.transformers")
 

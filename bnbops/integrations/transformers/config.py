@@ -8,10 +8,15 @@ from typing import Any
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from bnbops.facts import name_of
 from bnbops.nn.kinds import kind_of
 from bnbops.nn.weights.quantization import Quantization
 
 METHOD = "bnbops"
+_OPTIONS = (
+    *("quant_method", "quant", "double_quant", "blocksize", "compute_dtype", "quant_storage", "threshold"),
+    *("skip", "embeddings", "experts"),
+)
 
 
 class BnbOpsConfig(QuantizationConfigMixin):
@@ -51,7 +56,7 @@ class BnbOpsConfig(QuantizationConfigMixin):
         **unknown: Any,
     ) -> None:
         if unknown:
-            known = [name for name in self._options() if name != "quant_method"]
+            known = [name for name in _OPTIONS if name != "quant_method"]
             raise ValueError(
                 f"BnbOpsConfig has no option {', '.join(sorted(unknown))}; it has {', '.join(known)}. A config.json "
                 "may come from a later version of bnbops"
@@ -69,13 +74,6 @@ class BnbOpsConfig(QuantizationConfigMixin):
         self.embeddings = embeddings
         self.experts = experts
         self._check()
-
-    @staticmethod
-    def _options() -> tuple[str, ...]:
-        return (
-            *("quant_method", "quant", "double_quant", "blocksize", "compute_dtype", "quant_storage", "threshold"),
-            *("skip", "embeddings", "experts"),
-        )
 
     def _check(self) -> None:
         for name in ("double_quant", "embeddings", "experts"):
@@ -103,10 +101,10 @@ class BnbOpsConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds; `BnbOpsConfig(**to_dict())` is equal to this one."""
-        values = {name: getattr(self, name) for name in self._options()}
+        values = {name: getattr(self, name) for name in _OPTIONS}
         for name in ("compute_dtype", "quant_storage"):
             if values[name] is not None:
-                values[name] = str(values[name]).removeprefix("torch.")
+                values[name] = name_of(values[name])
         return values | {"skip": None if self.skip is None else list(self.skip)}
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
@@ -119,7 +117,7 @@ class BnbOpsConfig(QuantizationConfigMixin):
 
     def update(self, **kwargs: Any) -> dict[str, Any]:
         """As in Transformers: takes the options among the arguments, checked, and returns the others."""
-        options = {name: value for name, value in kwargs.items() if name in self._options()}
+        options = {name: value for name, value in kwargs.items() if name in _OPTIONS}
         vars(self).update(vars(BnbOpsConfig(**(self.to_dict() | options))))
         return {name: value for name, value in kwargs.items() if name not in options}
 

@@ -31,6 +31,8 @@ class BnbOpsHfQuantizer(HfQuantizer):
     """
 
     requires_calibration = False
+    is_trainable = True
+    is_compileable = True
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -169,14 +171,6 @@ class BnbOpsHfQuantizer(HfQuantizer):
         return without_tied_copies(model), {}
 
     def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
         return True
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:

@@ -16,9 +16,9 @@ from transformers.training_args import ParallelMode
 
 from bnbops.compile import CompiledTrainStep, compiled_train_step
 from bnbops.dynamo import unwrapped
-from bnbops.integrations.requirements import require
 from bnbops.integrations.transformers.models import keep_embeddings_in_32_bits
 from bnbops.optim.core.optimizer import Optimizer
+from bnbops.versions import require
 
 __all__ = ["CompiledStep", "CompiledTrainer"]
 
@@ -71,12 +71,8 @@ class CompiledStep:
         _refuse_what_is_not_one_graph(self, graph_per)
         self.compiled_step: CompiledTrainStep[..., Any] | None = None
         self._graph_per = graph_per
-        self._compile_options = {
-            "backend": compile_backend,
-            "mode": compile_mode,
-            "options": compile_options,
-            "dynamic": compile_dynamic,
-        }
+        how = {"backend": compile_backend, "mode": compile_mode, "options": compile_options, "dynamic": compile_dynamic}
+        self._compile_options = how
         self._compiled_for: tuple[nn.Module, Optimizer] | None = None
         self._ignored_logging: set[Any] = set()
         self._micro_batches: list[dict[str, Any]] = []  # of this step, not run yet
