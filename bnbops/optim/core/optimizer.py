@@ -32,7 +32,8 @@ class Optimizer(StatefulOptimizer):
 
     Args:
         params: parameters or param groups; float32, bfloat16 or float16. Gradients may also be float32.
-        defaults: the family's options.
+        lr: of every family: the learning rate, a float or a 0-dim tensor.
+        defaults: the family's options, its default `lr` among them.
         optim_bits: 8 quantizes the states of parameters with at least `min_8bit_size` elements, by their whole shape;
             32 bits remain for numbers without dimensions and for DTensors that are sharded within blocks.
         state_codec: how states are quantized: a codec's name ("dynamic8", as in bitsandbytes), "fp32" for not at all,

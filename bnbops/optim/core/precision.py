@@ -1,13 +1,40 @@
-"""The classes whose name says a precision or "Paged", made from the family's own class."""
+"""What makes the classes: constructors from their signatures, and the classes whose name says a precision or "Paged"
+from their family's own."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 from bnbops.optim.core.optimizer import Optimizer
+from bnbops.optim.core.options import Init, check_unsupported, takes_common_keywords
 
 T = TypeVar("T", bound=Optimizer)
+
+_COMMON = frozenset(inspect.signature(Optimizer.__init__).parameters)
+_FLAGS = frozenset({"amsgrad", "centered"})  # in bitsandbytes' signatures only to say that they are off
+
+
+def declared(init: Init) -> Init:
+    """A constructor whose signature says all: what `Optimizer` does not take are the family's options.
+
+    Args:
+        init: an `__init__` without a body, whose last argument is `**keywords: Unpack[CommonKeywords]`.
+    """
+    signature = inspect.signature(init)
+
+    @wraps(init)
+    def construct(self: Optimizer, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)  # refuses what is not in the signature
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        given: dict[str, Any] = {**bound.arguments, **bound.arguments["keywords"]}
+        check_unsupported(type(self).__name__, **{name: given[name] for name in given if name in _FLAGS})
+        options = {name: given[name] for name in bound.arguments if name not in _COMMON | _FLAGS | {"keywords"}}
+        Optimizer.__init__(defaults=options, **{name: given[name] for name in given if name in _COMMON})
+
+    return takes_common_keywords(cast(Init, construct))
 
 
 def variant(

@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from bnbops.facts import RULES
 from bnbops.optim.core.optimizer import Optimizer
-from bnbops.optim.core.options import MIN_8BIT_SIZE, CommonAndPaged, non_negative, takes_common_keywords
-from bnbops.optim.core.precision import variant
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.optim.optimizer import ParamsT
-    from typing_extensions import Unpack
+from bnbops.optim.core.options import MIN_8BIT_SIZE, CommonAndPaged, non_negative
+from bnbops.optim.core.precision import declared, variant
 
 
 class Adagrad(Optimizer):
     """Adagrad with 32-bit or 8-bit sums; the steps are those of torch.optim.Adagrad.
 
     Args:
-        params: parameters or param groups; float32, bfloat16 or float16. Gradients may also be float32.
-        lr: learning rate, a float or a 0-dim tensor.
+        params, lr, optim_bits, args, min_8bit_size, keywords: see `Optimizer`.
         lr_decay: the rate of step t is `lr / (1 + (t - 1) * lr_decay)`. (bitsandbytes refuses others than 0.)
         weight_decay: times the parameter is added to the gradient.
         initial_accumulator_value: what the sum of squared gradients begins with. (bitsandbytes refuses others than 0.)
         eps: added to the denominator.
-        optim_bits, args, min_8bit_size: see `Optimizer`.
-        keywords: is_paged, percentile_clipping, block_wise, maximize and paged_directory; see `Optimizer`.
-
-    Raises:
-        ValueError: a value out of range, or one that is not supported.
     """
 
     _rules = (RULES["adagrad"],)
     _checks: ClassVar = {"initial_accumulator_value": non_negative}
 
-    @takes_common_keywords
+    @declared
     def __init__(
         self,
         params: ParamsT,
@@ -48,10 +41,7 @@ class Adagrad(Optimizer):
         args: Any = None,
         min_8bit_size: int = MIN_8BIT_SIZE,
         **keywords: Unpack[CommonAndPaged],
-    ) -> None:
-        defaults = {"lr": lr, "lr_decay": lr_decay, "weight_decay": weight_decay}
-        defaults |= {"initial_accumulator_value": initial_accumulator_value, "eps": eps}
-        super().__init__(params, defaults, optim_bits=optim_bits, args=args, min_8bit_size=min_8bit_size, **keywords)
+    ) -> None: ...
 
     def _initial(self, group: dict[str, Any]) -> dict[str, float]:
         return {"sum": group["initial_accumulator_value"]}

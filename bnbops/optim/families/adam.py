@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from bnbops.facts import RULES
 from bnbops.optim.core.optimizer import Optimizer
-from bnbops.optim.core.options import MIN_8BIT_SIZE, CommonKeywords, check_unsupported, takes_common_keywords
-from bnbops.optim.core.precision import variant
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.optim.optimizer import ParamsT
-    from typing_extensions import Unpack
+from bnbops.optim.core.options import MIN_8BIT_SIZE, CommonKeywords
+from bnbops.optim.core.precision import declared, variant
 
 
 class Adam(Optimizer):
@@ -21,22 +20,16 @@ class Adam(Optimizer):
     Weight decay is decoupled, as in AdamW and in bitsandbytes' Adam; torch.optim.Adam adds it to the gradient.
 
     Args:
-        params: parameters or param groups; float32, bfloat16 or float16. Gradients may also be float32.
-        lr: learning rate, a float or a 0-dim tensor.
+        params, lr, optim_bits, args, min_8bit_size, is_paged, keywords: see `Optimizer`.
         betas: decay rates of the averages of gradient and squared gradient; also as a string, "(0.9, 0.999)".
         eps: added to the denominator.
         weight_decay: parameters shrink by `lr * weight_decay` a step.
         amsgrad: must be False.
-        optim_bits, args, min_8bit_size, is_paged: see `Optimizer`.
-        keywords: percentile_clipping, block_wise, maximize and paged_directory; see `Optimizer`.
-
-    Raises:
-        ValueError: a value out of range, or one that is not supported.
     """
 
     _rules = (RULES["adam"],)
 
-    @takes_common_keywords
+    @declared
     def __init__(
         self,
         params: ParamsT,
@@ -50,10 +43,7 @@ class Adam(Optimizer):
         min_8bit_size: int = MIN_8BIT_SIZE,
         is_paged: bool = False,
         **keywords: Unpack[CommonKeywords],
-    ) -> None:
-        check_unsupported(type(self).__name__, amsgrad=amsgrad)
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, optim_bits, is_paged, args=args, min_8bit_size=min_8bit_size, **keywords)
+    ) -> None: ...
 
 
 Adam8bit = variant(Adam, bits=8)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bnbops.optim.core.options import MIN_8BIT_SIZE, CommonKeywords, takes_common_keywords
-from bnbops.optim.core.precision import variant
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
+
+from bnbops.optim.core.options import MIN_8BIT_SIZE, CommonKeywords
+from bnbops.optim.core.precision import declared, variant
 from bnbops.optim.families.adam import Adam
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.optim.optimizer import ParamsT
-    from typing_extensions import Unpack
 
 
 class AdamW(Adam):
     """`Adam` with weight_decay = 0.01 by default; the arguments are the same."""
 
-    @takes_common_keywords
+    @declared
     def __init__(
         self,
         params: ParamsT,
@@ -31,10 +30,7 @@ class AdamW(Adam):
         min_8bit_size: int = MIN_8BIT_SIZE,
         is_paged: bool = False,
         **keywords: Unpack[CommonKeywords],
-    ) -> None:
-        super().__init__(
-            params, lr, betas, eps, weight_decay, amsgrad, optim_bits, args, min_8bit_size, is_paged, **keywords
-        )
+    ) -> None: ...
 
 
 AdamW8bit = variant(AdamW, bits=8)

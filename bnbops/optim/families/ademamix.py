@@ -3,42 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from bnbops.facts import RULES
 from bnbops.optim.core.optimizer import Optimizer
-from bnbops.optim.core.options import MIN_8BIT_SIZE, CommonKeywords, schedule_length, takes_common_keywords
-from bnbops.optim.core.precision import variant
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.optim.optimizer import ParamsT
-    from typing_extensions import Unpack
+from bnbops.optim.core.options import MIN_8BIT_SIZE, CommonKeywords, schedule_length
+from bnbops.optim.core.precision import declared, variant
 
 
 class AdEMAMix(Optimizer):
     """AdEMAMix: Adam with a second, much slower average of gradients, added `alpha` times. Decoupled weight decay.
 
     Args:
-        params: parameters or param groups; float32, bfloat16 or float16. Gradients may also be float32.
-        lr: learning rate, a float or a 0-dim tensor.
+        params, lr, optim_bits, min_8bit_size, is_paged, keywords: see `Optimizer`.
         betas: decay rates of the fast average, of the squared gradient, and of the slow average; also as a string.
         alpha: weight of the slow average.
         t_alpha: steps over which `alpha` grows from 0; None for none.
         t_beta3: steps over which the slow average's rate grows from the fast one's; None for none.
         eps: added to the denominator.
         weight_decay: parameters shrink by `lr * weight_decay` a step.
-        optim_bits, min_8bit_size, is_paged: see `Optimizer`.
-        keywords: percentile_clipping, block_wise, maximize and paged_directory; see `Optimizer`.
-
-    Raises:
-        ValueError: a value out of range, or one that is not supported.
     """
 
     _rules = (RULES["ademamix"],)
     _checks: ClassVar = {"t_alpha": schedule_length, "t_beta3": schedule_length}
 
-    @takes_common_keywords
+    @declared
     def __init__(
         self,
         params: ParamsT,
@@ -53,12 +46,7 @@ class AdEMAMix(Optimizer):
         min_8bit_size: int = MIN_8BIT_SIZE,
         is_paged: bool = False,
         **keywords: Unpack[CommonKeywords],
-    ) -> None:
-        defaults = {"lr": lr, "betas": betas, "alpha": alpha, "t_alpha": t_alpha, "t_beta3": t_beta3}
-        defaults |= {"eps": eps, "weight_decay": weight_decay}
-        super().__init__(
-            params, defaults, optim_bits=optim_bits, min_8bit_size=min_8bit_size, is_paged=is_paged, **keywords
-        )
+    ) -> None: ...
 
     def _options(self, group: Mapping[str, Any]) -> dict[str, Any]:
         unscheduled = {name: group[name] or 0 for name in ("t_alpha", "t_beta3")}

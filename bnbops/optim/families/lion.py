@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from bnbops.facts import RULES
 from bnbops.optim.core.optimizer import Optimizer
-from bnbops.optim.core.options import MIN_8BIT_SIZE, CommonKeywords, takes_common_keywords
-from bnbops.optim.core.precision import variant
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.optim.optimizer import ParamsT
-    from typing_extensions import Unpack
+from bnbops.optim.core.options import MIN_8BIT_SIZE, CommonKeywords
+from bnbops.optim.core.precision import declared, variant
 
 
 class Lion(Optimizer):
@@ -21,20 +20,14 @@ class Lion(Optimizer):
     Every element moves by `lr`, so rates are 3 to 10 times smaller than Adam's, and decays as many times larger.
 
     Args:
-        params: parameters or param groups; float32, bfloat16 or float16. Gradients may also be float32.
-        lr: learning rate, a float or a 0-dim tensor.
+        params, lr, optim_bits, args, min_8bit_size, is_paged, keywords: see `Optimizer`.
         betas: decay rates of the average in the step, and of the average that is kept; also as a string.
         weight_decay: parameters shrink by `lr * weight_decay` a step.
-        optim_bits, args, min_8bit_size, is_paged: see `Optimizer`.
-        keywords: percentile_clipping, block_wise, maximize and paged_directory; see `Optimizer`.
-
-    Raises:
-        ValueError: a value out of range, or one that is not supported.
     """
 
     _rules = (RULES["lion"],)
 
-    @takes_common_keywords
+    @declared
     def __init__(
         self,
         params: ParamsT,
@@ -46,9 +39,7 @@ class Lion(Optimizer):
         min_8bit_size: int = MIN_8BIT_SIZE,
         is_paged: bool = False,
         **keywords: Unpack[CommonKeywords],
-    ) -> None:
-        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
-        super().__init__(params, defaults, optim_bits, is_paged, args=args, min_8bit_size=min_8bit_size, **keywords)
+    ) -> None: ...
 
 
 Lion8bit = variant(Lion, bits=8, without=("optim_bits",))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from bnbops.facts import RULES, Rule
 from bnbops.optim.core.optimizer import Optimizer
-from bnbops.optim.core.options import MIN_8BIT_SIZE, CommonAndPaged, require, takes_common_keywords
-from bnbops.optim.core.precision import variant
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.optim.optimizer import ParamsT
-    from typing_extensions import Unpack
+from bnbops.optim.core.options import MIN_8BIT_SIZE, CommonAndPaged, require
+from bnbops.optim.core.precision import declared, variant
 
 
 def check_nesterov(options: Mapping[str, Any]) -> None:
@@ -41,22 +40,16 @@ class SGD(Optimizer):
     are added and begin with zeros.
 
     Args:
-        params: parameters or param groups; float32, bfloat16 or float16. Gradients may also be float32.
-        lr: learning rate, a float or a 0-dim tensor.
+        params, lr, optim_bits, args, min_8bit_size, keywords: see `Optimizer`.
         momentum: what remains of the buffer in a step.
         dampening: `1 - dampening` of the gradient goes into the buffer, all of it in the first step.
         weight_decay: times the parameter is added to the gradient.
         nesterov: step along the gradient plus `momentum` times the new buffer. (bitsandbytes ignores it.)
-        optim_bits, args, min_8bit_size: see `Optimizer`.
-        keywords: is_paged, percentile_clipping, block_wise, maximize and paged_directory; see `Optimizer`.
-
-    Raises:
-        ValueError: a value out of range, or one that is not supported.
     """
 
     _rules = (RULES["momentum"], RULES["sgd"])
 
-    @takes_common_keywords
+    @declared
     def __init__(
         self,
         params: ParamsT,
@@ -69,10 +62,7 @@ class SGD(Optimizer):
         args: Any = None,
         min_8bit_size: int = MIN_8BIT_SIZE,
         **keywords: Unpack[CommonAndPaged],
-    ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "dampening": dampening}
-        defaults |= {"weight_decay": weight_decay, "nesterov": nesterov}
-        super().__init__(params, defaults, optim_bits=optim_bits, args=args, min_8bit_size=min_8bit_size, **keywords)
+    ) -> None: ...
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         super()._check_options(options)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from bnbops.facts import RULES
 from bnbops.optim.core.optimizer import Optimizer
-from bnbops.optim.core.options import MIN_8BIT_SIZE, CommonAndPaged, takes_common_keywords
-from bnbops.optim.core.precision import variant
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.optim.optimizer import ParamsT
-    from typing_extensions import Unpack
+from bnbops.optim.core.options import MIN_8BIT_SIZE, CommonAndPaged
+from bnbops.optim.core.precision import declared, variant
 
 
 class Signum(Optimizer):
@@ -22,20 +21,14 @@ class Signum(Optimizer):
     Signum with a `momentum` of 0.945 to 0.965.
 
     Args:
-        params: parameters or param groups; float32, bfloat16 or float16. Gradients may also be float32.
-        lr: learning rate, a float or a 0-dim tensor.
+        params, lr, optim_bits, args, min_8bit_size, keywords: see `Optimizer`.
         momentum: what remains of the average in a step.
         weight_decay: parameters shrink by `lr * weight_decay` a step.
-        optim_bits, args, min_8bit_size: see `Optimizer`.
-        keywords: is_paged, percentile_clipping, block_wise, maximize and paged_directory; see `Optimizer`.
-
-    Raises:
-        ValueError: a value out of range, or one that is not supported.
     """
 
     _rules = (RULES["signum"],)
 
-    @takes_common_keywords
+    @declared
     def __init__(
         self,
         params: ParamsT,
@@ -46,15 +39,7 @@ class Signum(Optimizer):
         args: Any = None,
         min_8bit_size: int = MIN_8BIT_SIZE,
         **keywords: Unpack[CommonAndPaged],
-    ) -> None:
-        super().__init__(
-            params,
-            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay},
-            optim_bits=optim_bits,
-            args=args,
-            min_8bit_size=min_8bit_size,
-            **keywords,
-        )
+    ) -> None: ...
 
 
 Signum8bit = variant(Signum, bits=8, without=("optim_bits",))
