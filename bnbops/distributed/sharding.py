@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -21,6 +22,8 @@ from torch._ops import OpOverload
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
+
+from bnbops.dtensors import distributed, redistributed
 
 Arguments = dict[str, Any]
 Rule = Callable[[OpOverload, Arguments], Any]
@@ -62,24 +65,10 @@ def _check_alike(
             _refuse(op, f"{name} must be placed as {like} is, {list(placements)}, got {found}")
 
 
-def _result(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:
-    """A rank's part as a DTensor of a global shape."""
-    shape = torch.Size(shape)
-    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=shape, stride=tuple(strides))
-
-
 def _whole(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
     """Parts with equally many rows as a DTensor."""
     parts, shape = _parts(mesh, placements), tensor.shape
-    return _result(tensor, mesh, placements, (shape[0] * parts, *shape[1:]) if parts > 1 else shape)
-
-
-def _moved(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
-    """A rank's part of an activation that is placed otherwise now; of a plain tensor as if it were replicated."""
-    if not isinstance(tensor, DTensor):
-        tensor = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return tensor.redistribute(placements=placements).to_local()
+    return distributed(tensor, mesh, placements, (shape[0] * parts, *shape[1:]) if parts > 1 else shape)
 
 
 def _parts(mesh: DeviceMesh, placements: Sequence[Placement]) -> int:
@@ -118,7 +107,7 @@ def _dequantize_blockwise(op: OpOverload, arguments: Arguments) -> DTensor:
     placements = _placements(op, "A", A, mesh)
     _check_flat(op, "A", A.shape, mesh, placements, arguments["blocksize"])
     _check_alike(op, arguments, ["absmax"], "A", placements)
-    return _result(op(**_local(arguments)), mesh, placements, A.shape)
+    return distributed(op(**_local(arguments)), mesh, placements, A.shape)
 
 
 # ---- quantized weights -----------------------------------------------------------------------------------------
@@ -180,59 +169,41 @@ def _weight_int8(op: OpOverload, arguments: Arguments) -> _Weight:
 
 def _dequantize_4bit(op: OpOverload, arguments: Arguments) -> DTensor:
     weight = _weight_4bit(op, arguments, "A")
-    return _result(op(**weight.arguments), weight.mesh, weight.placements, weight.shape)
+    return distributed(op(**weight.arguments), weight.mesh, weight.placements, weight.shape)
 
 
-def _product(op: OpOverload, weight: _Weight, arguments: Arguments, name: str, contracted: int) -> DTensor:
-    """`name` times a weight whose dimension `contracted` is summed over."""
+def _product(
+    op: OpOverload, arguments: Arguments, weight_of: Callable[[OpOverload, Arguments], _Weight], name: str = "x"
+) -> DTensor:
+    """`name` times a weight: "x", which is summed over the weight's columns, or "grad", over its rows."""
+    weight, contracted = weight_of(op, arguments), 1 if name == "x" else 0
     x, bias, last = arguments[name], arguments.get("bias"), arguments[name].dim() - 1
-    wanted: list[Placement] = []  # of x
-    given: list[Placement] = []  # of the result
-    biased: list[Placement] = []
-    for mine, placement in zip(_placements(op, name, x, weight.mesh), weight.placements, strict=True):
+
+    def placed(mine: Placement, placement: Placement) -> tuple[Placement, Placement, Placement]:
+        """Of x, the result and the bias, where x is `mine` and the weight has `placement`."""
         if placement == Shard(contracted):
-            wanted.append(Shard(last))
-            given.append(Partial())
-            biased.append(Replicate())
-        elif placement.is_shard():
-            wanted.append(Replicate())
-            given.append(Shard(last))
-            biased.append(Shard(0))
-        else:
-            batch = isinstance(mine, Shard) and mine.dim != last
-            wanted.append(mine if batch else Replicate())
-            given.append(wanted[-1])
-            biased.append(Replicate())
-    local = weight.arguments | {name: _moved(x, weight.mesh, wanted)}
+            return Shard(last), Partial(), Replicate()
+        if placement.is_shard():
+            return Replicate(), Shard(last), Shard(0)
+        batch = mine if isinstance(mine, Shard) and mine.dim != last else Replicate()
+        return batch, batch, Replicate()
+
+    both = zip(_placements(op, name, x, weight.mesh), weight.placements, strict=True)
+    wanted, given, biased = zip(*(placed(*pair) for pair in both), strict=True)
+    local = weight.arguments | {name: redistributed(x, weight.mesh, wanted).to_local()}
     if bias is not None:
-        bias = _moved(bias, weight.mesh, biased)
+        bias = redistributed(bias, weight.mesh, biased).to_local()
         adds = all(weight.mesh.get_local_rank(i) == 0 for i, placement in enumerate(given) if placement.is_partial())
         local["bias"] = bias if adds else None  # once among the parts of a sum
     shape = (*x.shape[:-1], weight.shape[1 - contracted])
-    return _result(op(**local), weight.mesh, given, shape)
-
-
-def _linear_4bit(op: OpOverload, arguments: Arguments) -> DTensor:
-    return _product(op, _weight_4bit(op, arguments), arguments, "x", contracted=1)
-
-
-def _linear_4bit_input_grad(op: OpOverload, arguments: Arguments) -> DTensor:
-    return _product(op, _weight_4bit(op, arguments), arguments, "grad", contracted=0)
+    return distributed(op(**local), weight.mesh, given, shape)
 
 
 def _linear_int8(op: OpOverload, arguments: Arguments) -> DTensor:
-    weight, x = _weight_int8(op, arguments), arguments["x"]
-    if arguments["threshold"] > 0 and any(p.is_shard() for p in _placements(op, "x", x, weight.mesh)):
+    x, mesh = arguments["x"], _mesh(arguments)
+    if arguments["threshold"] > 0 and any(p.is_shard() for p in _placements(op, "x", x, mesh)):
         _refuse(op, "with a threshold, outlier columns are those of all rows of x: replicate x, or use threshold=0")
-    return _product(op, weight, arguments, "x", contracted=1)
-
-
-def _linear_int8_weight_only(op: OpOverload, arguments: Arguments) -> DTensor:
-    return _product(op, _weight_int8(op, arguments), arguments, "x", contracted=1)
-
-
-def _linear_int8_input_grad(op: OpOverload, arguments: Arguments) -> DTensor:
-    return _product(op, _weight_int8(op, arguments), arguments, "grad", contracted=0)
+    return _product(op, arguments, _weight_int8)
 
 
 def _embedding_4bit(op: OpOverload, arguments: Arguments) -> DTensor:
@@ -243,12 +214,12 @@ def _embedding_4bit(op: OpOverload, arguments: Arguments) -> DTensor:
         wanted.append(mine if placement.is_replicate() and mine.is_shard() else Replicate())
         by_placement = {Shard(0): Partial(), Shard(1): Shard(indices.dim())}
         given.append(by_placement.get(placement, wanted[-1]))
-    indices = _moved(indices, weight.mesh, wanted)
+    indices = redistributed(indices, weight.mesh, wanted).to_local()
     if Shard(0) in weight.placements:
         rows = _rows_of(op, weight, indices)
     else:
         rows = op(**weight.arguments | {"indices": indices})
-    return _result(rows, weight.mesh, given, (*arguments["indices"].shape, weight.shape[1]))
+    return distributed(rows, weight.mesh, given, (*arguments["indices"].shape, weight.shape[1]))
 
 
 def _rows_of(op: OpOverload, weight: _Weight, indices: Tensor) -> Tensor:
@@ -277,11 +248,11 @@ RULES: dict[str, Rule] = {
     "quantize_4bit": _quantize,
     "dequantize_4bit": _dequantize_4bit,
     "embedding_4bit": _embedding_4bit,
-    "linear_4bit": _linear_4bit,
-    "linear_4bit_input_grad": _linear_4bit_input_grad,
+    "linear_4bit": partial(_product, weight_of=_weight_4bit),
+    "linear_4bit_input_grad": partial(_product, weight_of=_weight_4bit, name="grad"),
     "linear_int8": _linear_int8,
-    "linear_int8_weight_only": _linear_int8_weight_only,
-    "linear_int8_input_grad": _linear_int8_input_grad,
+    "linear_int8_weight_only": partial(_product, weight_of=_weight_int8),
+    "linear_int8_input_grad": partial(_product, weight_of=_weight_int8, name="grad"),
 }
 
 

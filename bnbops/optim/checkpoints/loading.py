@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbops.dtensors import is_dtensor, local
+from bnbops.dtensors import is_dtensor, local, redistributed
 from bnbops.facts import CODECS, UNCODED, in_words
 from bnbops.lasting import lasting
 from bnbops.optim.core.codec import (
@@ -157,18 +157,13 @@ def placed(param: Tensor, key: str, tensor: Tensor) -> Tensor:
                 "its full_tensor() (StateDictOptions(full_state_dict=True) makes a state dict of whole tensors)"
             )
         return local(tensor)
-    from torch.distributed.tensor import DTensor, Replicate
-
-    mesh = param.device_mesh
-    if not is_dtensor(tensor):
-        part = tensor.to(local(param).device)
-        tensor = DTensor.from_local(part, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    if tensor.device_mesh != mesh:
+    if is_dtensor(tensor) and tensor.device_mesh != param.device_mesh:
         raise ValueError(
-            f"'{key}' is sharded over {tensor.device_mesh}, its parameter of shape {list(param.shape)} over {mesh}: "
-            "save and load it with torch.distributed.checkpoint, or load its full_tensor()"
+            f"'{key}' is sharded over {tensor.device_mesh}, its parameter of shape {list(param.shape)} over "
+            f"{param.device_mesh}: save and load it with torch.distributed.checkpoint, or load its full_tensor()"
         )
-    return tensor.redistribute(placements=param.placements)
+    tensor = tensor if is_dtensor(tensor) else tensor.to(local(param).device)
+    return redistributed(tensor, param.device_mesh, param.placements)
 
 
 def _refuse_partial(key: str, tensor: Tensor) -> None:

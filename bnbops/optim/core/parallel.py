@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from bnbops.dtensors import is_dtensor
+from bnbops.dtensors import distributed, is_dtensor, local, redistributed
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -55,30 +54,15 @@ def local_grad(param: DTensor, grad: Tensor) -> Tensor:
 
 def gathered(parts: list[Tensor], params: list[Tensor]) -> list[Tensor]:
     """Whole tensors of which each rank has the part that it has of a parameter."""
-
-    def whole(part: Tensor, param: Tensor) -> Tensor:
-        if not is_dtensor(param):
-            return part
-        from torch.distributed.tensor import DTensor
-
-        stride = torch.empty(param.shape, dtype=part.dtype, device="meta").stride()
-        mesh, placements = param.device_mesh, param.placements
-        tensor = DTensor.from_local(part, mesh, placements, run_check=False, shape=param.shape, stride=stride)
-        return tensor.full_tensor()
-
-    return [whole(*pair) for pair in zip(parts, params, strict=True)]
+    return [
+        distributed(x, param.device_mesh, param.placements, param.shape).full_tensor() if is_dtensor(param) else x
+        for x, param in zip(parts, params, strict=True)
+    ]
 
 
 def own_parts(tensors: list[Tensor], params: list[Tensor]) -> list[Tensor]:
     """Of whole tensors, the part that this rank has of their parameters, where it has it."""
-
-    def part(tensor: Tensor, param: Tensor) -> Tensor:
-        if not is_dtensor(param):
-            return tensor
-        from torch.distributed.tensor import DTensor, Replicate
-
-        mesh = param.device_mesh
-        whole = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
-        return whole.redistribute(placements=param.placements).to_local().to(param.to_local().device)
-
-    return [part(*pair) for pair in zip(tensors, params, strict=True)]
+    return [
+        local(redistributed(x, param.device_mesh, param.placements)).to(local(param).device) if is_dtensor(param) else x
+        for x, param in zip(tensors, params, strict=True)
+    ]
