@@ -254,7 +254,7 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         for cls in (torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.NAdam, torch.optim.RAdam,
                     torch.optim.Adamax, torch.optim.Adadelta)
     },
-    "groups": (edit(lambda s: s["param_groups"].pop()), "torch state dict has param groups of .2. parameters"),
+    "groups": (edit(lambda s: s["param_groups"].pop()), "state dict has param groups of .2. parameters"),
     "parameters": (edit(lambda s: s["param_groups"][0]["params"].pop()), r"groups of \[1, 2\] parameters.* \[2, 2\]"),
     "a shape": (edit(lambda s: s["state"][0].update(exp_avg=torch.ones(3))), "'exp_avg' is .* of shape .3."),
     "codes": (edit(lambda s: s["state"][0].update(exp_avg=torch.ones(64, 80).byte())), "'exp_avg' is torch.uint8"),

@@ -36,6 +36,7 @@ def load(optimizer: StatefulOptimizer, state_dict: dict[str, Any], move_to_devic
     for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         replaced = hook(optimizer, state_dict)
         state_dict = state_dict if replaced is None else replaced
+    _check_groups(optimizer, state_dict)
     if interchange.is_bitsandbytes(state_dict):
         state_dict = interchange.from_bitsandbytes(optimizer, state_dict)
     if of_torch := torch_interchange.is_torch(state_dict):
@@ -68,23 +69,24 @@ def problem_with(
     return check_state(param, state, names, optional, any_float=any_float)
 
 
+def _check_groups(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Raises ValueError if something is no state dict, or of other numbers of parameters."""
+    if missing := {"state", "param_groups"} - state_dict.keys():
+        raise ValueError(f"not an optimizer state dict: {sorted(missing)} missing")
+    both = state_dict["param_groups"], optimizer.param_groups
+    found, expected = ([len(group["params"]) for group in groups] for groups in both)
+    if found != expected:
+        raise ValueError(f"the state dict has param groups of {found} parameters, this optimizer of {expected}")
+
+
 def _matched_params(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[int, Tensor]:
     """The parameter for each id of a state dict.
 
     Raises:
-        ValueError: the groups do not fit the optimizer's.
+        ValueError: the groups' options do not fit the optimizer's.
     """
-    if missing := {"state", "param_groups"} - state_dict.keys():
-        raise ValueError(f"not an optimizer state dict: {sorted(missing)} missing")
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
-    if len(saved_groups) != len(groups):
-        raise ValueError(f"the state dict has {len(saved_groups)} param groups, this optimizer {len(groups)}")
     for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
-        if len(saved["params"]) != len(group["params"]):
-            raise ValueError(
-                f"param group {i} of the state dict has {len(saved['params'])} parameters, this optimizer's "
-                f"{len(group['params'])}"
-            )
         version = saved.get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(

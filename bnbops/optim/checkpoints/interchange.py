@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,17 +21,8 @@ from torch import Tensor
 
 from bnbops.dtensors import is_dtensor
 from bnbops.facts import RULES, STATE_BLOCK, UNCODED, Rule
-from bnbops.optim.core.codec import (
-    BITSANDBYTES,
-    absmax_name,
-    absmax_shape,
-    code_map,
-    codec_of,
-    decoded,
-    dtype_of,
-    encoded,
-    flat_absmax_shape,
-)
+from bnbops.optim.checkpoints.loading import check_complete
+from bnbops.optim.core import codec
 
 if TYPE_CHECKING:
     from bnbops.optim.core.stateful import StatefulOptimizer
@@ -55,11 +47,6 @@ class _Storage:
         return self.rule.trust != "none"
 
     @property
-    def two_states(self) -> bool:
-        """Whether it is of a class with state1 and state2."""
-        return len(self.rule.states) > 1
-
-    @property
     def eps(self) -> bool:
         """Whether its "eps" is not always 0."""
         return any(option.name == "eps" for option in self.rule.options)
@@ -76,7 +63,7 @@ _COUNTERPARTS = (
     _Storage(RULES["rmsprop"], ("alpha", "momentum"), nonzero=0, ignored={"momentum": 0}),
     _Storage(RULES["adagrad"], (0, 0), ignored={"lr_decay": 0}),
 )
-_STORAGE = {storage.rule.name: storage for storage in _COUNTERPARTS}
+_Group = dict[str, Any]
 _Slots = list[tuple[int, tuple[str, ...]]]  # our states behind bitsandbytes' state1 and state2
 
 
@@ -111,30 +98,18 @@ def from_bitsandbytes(optimizer: StatefulOptimizer, state_dict: dict[str, Any]) 
             other codebooks than the dynamic maps, options that bitsandbytes ignored.
     """
     storage, saved_groups = _storage(optimizer), state_dict["param_groups"]
-    check_groups(optimizer, saved_groups, "bitsandbytes")
-    left = {key: state for key, state in state_dict["state"].items() if state}
-    states, groups = {}, []
+    states, groups = {key: state for key, state in state_dict["state"].items() if state}, []
     for i, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
         groups.append(_read_group(optimizer, storage, i, group, saved))
         slots = _slots(optimizer, groups[-1])
         for key, param in zip(saved["params"], group["params"], strict=True):
-            if key not in left:
+            if not (state := states.get(key)):
                 continue
-            state = left.pop(key)
-            state = {**{k: value for k, value in state.items() if k != _NESTED}, **state.get(_NESTED, {})}
+            state = {k: value for k, value in state.items() if k != _NESTED} | state.get(_NESTED, {})
             if problem := _state_problem(storage, slots, param, groups[-1], state):
                 raise ValueError(f"bitsandbytes' state of parameter {key} (shape {list(param.shape)}): {problem}")
             states[key] = _read_state(slots, param, state)
-    if left:
-        raise ValueError(f"the state dict has states for parameters that no group holds: {sorted(left)}")
     return {**state_dict, "state": states, "param_groups": groups}
-
-
-def check_groups(optimizer: torch.optim.Optimizer, saved_groups: list[dict[str, Any]], whose: str) -> None:
-    """Raises ValueError if a state dict's param groups have other numbers of parameters than the optimizer's."""
-    found, expected = ([len(group["params"]) for group in groups] for groups in (saved_groups, optimizer.param_groups))
-    if found != expected:
-        raise ValueError(f"the {whose} state dict has param groups of {found} parameters, this optimizer of {expected}")
 
 
 def to_bitsandbytes(optimizer: StatefulOptimizer) -> dict[str, Any]:
@@ -158,20 +133,21 @@ def to_bitsandbytes(optimizer: StatefulOptimizer) -> dict[str, Any]:
         for key, param in zip(saved["params"], group["params"], strict=True):
             if not (state := state_dict["state"].get(key)):
                 continue
-            if problem := _unwritable(slots, param, state):
-                raise ValueError(f"the state of parameter {key} (shape {list(param.shape)}) {problem}")
+            if is_dtensor(param):
+                raise ValueError(
+                    f"the state of parameter {key} (shape {list(param.shape)}) is sharded (a DTensor): load the full "
+                    "state dict into an optimizer of whole parameters, and convert that"
+                )
+            check_complete(key, param, state, chain.from_iterable(ours for _, ours in slots))
             states[key] = _write_state(storage, slots, state)
     return {"state": states, "param_groups": groups}
 
 
 def _storage(optimizer: StatefulOptimizer) -> _Storage:
-    if (name := optimizer._rules[0].name) not in _STORAGE:
-        raise ValueError(f"{_name(optimizer)} has no counterpart in bitsandbytes to exchange state dicts with")
-    return _STORAGE[name]
-
-
-def _name(optimizer: StatefulOptimizer) -> str:
-    return type(optimizer).__name__
+    for storage in _COUNTERPARTS:
+        if storage.rule.name == optimizer._rules[0].name:
+            return storage
+    raise ValueError(f"{type(optimizer).__name__} has no counterpart in bitsandbytes to exchange state dicts with")
 
 
 def _slots(optimizer: StatefulOptimizer, group: dict[str, Any]) -> _Slots:
@@ -180,21 +156,20 @@ def _slots(optimizer: StatefulOptimizer, group: dict[str, Any]) -> _Slots:
     return [(1, names[:-1] or names), (2, names[-1:])][: len(names)]
 
 
-def _read_group(
-    optimizer: StatefulOptimizer, storage: _Storage, i: int, group: dict[str, Any], saved: dict[str, Any]
-) -> dict[str, Any]:
+def _read_group(optimizer: StatefulOptimizer, storage: _Storage, i: int, group: _Group, saved: _Group) -> _Group:
     """Our group with the saved options, and whatever else a user or a scheduler put into the saved group."""
     here, schedule = f"param group {i} of the bitsandbytes state dict", storage.betas.count("betas") == 3
+    ours = type(optimizer).__name__
     if missing := {"lr", "betas", "eps", "weight_decay"} - saved.keys():
         raise ValueError(f"{here} lacks {sorted(missing)}")
     betas, eps = tuple(saved["betas"]), saved["eps"]
     if not _plausible(storage, betas, eps) or (schedule and not saved.keys() >= _SCHEDULE):
-        raise ValueError(f"{here} has betas={betas}, eps={eps}; is it of another optimizer than {_name(optimizer)}?")
+        raise ValueError(f"{here} has betas={betas}, eps={eps}; is it of another optimizer than {ours}?")
     for k, key in enumerate(storage.betas):
         if isinstance(key, str) and key in storage.ignored and betas[k] != storage.ignored[key]:
             raise ValueError(
                 f"{here} has betas={betas}, but bitsandbytes ignores {key}={betas[k]}: set betas[{k}] to "
-                f"{storage.ignored[key]} to go on as it did (or is it of another optimizer than {_name(optimizer)}?)"
+                f"{storage.ignored[key]} to go on as it did (or is it of another optimizer than {ours}?)"
             )
     options = {"lr": saved["lr"], "weight_decay": saved["weight_decay"]} | ({"eps": eps} if storage.eps else {})
     if "betas" in storage.betas:
@@ -213,39 +188,31 @@ def _plausible(storage: _Storage, betas: tuple[float, ...], eps: float) -> bool:
         return False
     if any(beta != key for key, beta in zip(storage.betas, betas, strict=True) if not isinstance(key, str)):
         return False
-    return storage.two_states or (eps != 0) == storage.eps
+    return len(storage.rule.states) > 1 or (eps != 0) == storage.eps
 
 
-def _write_group(
-    optimizer: StatefulOptimizer, storage: _Storage, i: int, group: dict[str, Any], ids: list[int]
-) -> dict[str, Any]:
+def _write_group(optimizer: StatefulOptimizer, storage: _Storage, i: int, group: _Group, ids: list[int]) -> _Group:
+    theirs = f"bitsandbytes' {type(optimizer).__name__}"
     for key, value in {**storage.ignored, "maximize": False}.items():
         if group[key] != value:
             raise ValueError(
-                f"param group {i} has {key}={group[key]}; bitsandbytes' {_name(optimizer)} would go on with "
-                f"{key}={value}, whatever it is told"
+                f"param group {i} has {key}={group[key]}; {theirs} would go on with {key}={value}, whatever it is told"
             )
     if "betas" in storage.betas:
         betas = tuple(group["betas"])
     else:
         betas = tuple(group[key] if isinstance(key, str) else key for key in storage.betas)
     if storage.nonzero == 0 and not betas[0]:
-        raise ValueError(f"param group {i} has {storage.betas[0]}=0, which bitsandbytes' {_name(optimizer)} refuses")
-    written = {
-        "lr": float(group["lr"]),
-        "betas": betas,
-        "eps": group["eps"] if storage.eps else 0.0,
-        "weight_decay": group["weight_decay"],
-    }
-    if storage.two_states:  # Adam and LAMB have AdEMAMix's keys, too
+        raise ValueError(f"param group {i} has {storage.betas[0]}=0, which {theirs} refuses")
+    written = {"lr": float(group["lr"]), "betas": betas, "weight_decay": group["weight_decay"]}
+    written["eps"] = group["eps"] if storage.eps else 0.0
+    if len(storage.rule.states) > 1:  # Adam and LAMB have AdEMAMix's keys, too
         written |= {"alpha": group.get("alpha", 0.0), "t_alpha": group.get("t_alpha"), "t_beta3": group.get("t_beta3")}
     extra = group.keys() - optimizer.defaults.keys() - _GROUP_KEYS
     return {**written, "params": ids, **{key: group[key] for key in extra}}
 
 
-def _state_problem(
-    storage: _Storage, slots: _Slots, param: Tensor, group: dict[str, Any], state: dict[str, Any]
-) -> str | None:
+def _state_problem(storage: _Storage, slots: _Slots, param: Tensor, group: _Group, state: dict[str, Any]) -> str | None:
     """What is wrong with a state of bitsandbytes (not nested any more), or None."""
     if "max1" in state:
         return "one scale for the whole of it (block_wise=False; LAMB8bit and LARS8bit before 0.50) cannot be read"
@@ -263,17 +230,15 @@ def _state_problem(
         return f"its step is {step!r}, expected an int"
     if step < 0:
         return f"its step is negative, {int(step)}"
-    return next(filter(None, (_slot_problem(number, ours, param, state, quantized) for number, ours in slots)), None)
+    return next(filter(None, (_slot_problem(number, ours, param, state) for number, ours in slots)), None)
 
 
-def _slot_problem(
-    number: int, ours: tuple[str, ...], param: Tensor, state: dict[str, Any], quantized: bool
-) -> str | None:
-    stack = (len(ours),) if len(ours) > 1 else ()
-    qmap = code_map(ours[0], BITSANDBYTES, torch.device("cpu"))
-    wanted = {f"state{number}": (dtype_of(BITSANDBYTES if quantized else UNCODED), (*stack, *param.shape))}
+def _slot_problem(number: int, ours: tuple[str, ...], param: Tensor, state: dict[str, Any]) -> str | None:
+    quantized, stack = f"absmax{number}" in state, (len(ours),) if len(ours) > 1 else ()
+    qmap = codec.code_map(ours[0], codec.BITSANDBYTES, torch.device("cpu"))
+    wanted = {f"state{number}": (codec.dtype_of(codec.BITSANDBYTES if quantized else UNCODED), (*stack, *param.shape))}
     if quantized:
-        wanted[f"absmax{number}"] = (torch.float32, (*stack, *flat_absmax_shape(param.shape)))
+        wanted[f"absmax{number}"] = (torch.float32, (*stack, *codec.flat_absmax_shape(param.shape)))
         wanted[f"qmap{number}"] = (torch.float32, qmap.shape)
     for key, (dtype, shape) in wanted.items():
         tensor = state[key]
@@ -293,45 +258,34 @@ def _slot_problem(
 
 
 def _read_state(slots: _Slots, param: Tensor, state: dict[str, Any]) -> dict[str, Tensor]:
-    def parts(key: str, ours: tuple[str, ...]) -> list[Tensor]:
-        return list(state[key]) if len(ours) > 1 else [state[key]]
-
     read = {"step": torch.tensor(float(state["step"]), dtype=torch.float32, device="cpu")}
     read |= {key: state[key] for key in state.keys() & {"gnorm_vec"}}
     whole_rows = param.dim() >= 2 and math.prod(param.shape[1:]) % STATE_BLOCK == 0
+    blocks = codec.absmax_shape(param.shape) if whole_rows else codec.flat_absmax_shape(param.shape)
     for number, ours in slots:
-        read |= zip(ours, parts(f"state{number}", ours), strict=True)
+        read |= zip(ours, state[f"state{number}"].view(len(ours), *param.shape), strict=True)
         if f"absmax{number}" in state:
-            scales = parts(f"absmax{number}", ours)
-            scales = [x.view(absmax_shape(param.shape)) for x in scales] if whole_rows else scales
-            read |= zip(map(absmax_name, ours), scales, strict=True)
+            scales = state[f"absmax{number}"].view(len(ours), *blocks)
+            read |= zip(map(codec.absmax_name, ours), scales, strict=True)
     return read
-
-
-def _unwritable(slots: _Slots, param: Tensor, state: dict[str, Tensor]) -> str | None:
-    """Why bitsandbytes could not go on with a state of ours, or None."""
-    if is_dtensor(param):
-        return (
-            "is sharded (a DTensor): load the full state dict into an optimizer of whole parameters, and convert that"
-        )
-    if missing := [name for _, ours in slots for name in ours if name not in state]:
-        return f"has no {', '.join(missing)} yet: take a step or call init_state() before"
-    return None
 
 
 def _write_state(storage: _Storage, slots: _Slots, state: dict[str, Tensor]) -> dict[str, Any]:
     def joined(tensors: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0]
 
-    device, quantized = state["step"].device, all(codec_of(state, x) == BITSANDBYTES for _, ours in slots for x in ours)
+    device, quantized = (
+        state["step"].device,
+        all(codec.codec_of(state, x) == codec.BITSANDBYTES for _, ours in slots for x in ours),
+    )
     written = {key: state[key] for key in state.keys() & {"gnorm_vec"}}
     for number, ours in slots:
-        if not quantized:
-            written[f"state{number}"] = joined([decoded(state, name) for name in ours])
-            continue
-        codes, scales = zip(*(_flat(state, name) for name in ours), strict=True)
-        written |= {f"qmap{number}": code_map(ours[0], BITSANDBYTES, device), f"absmax{number}": joined(scales)}
-        written[f"state{number}"] = joined(codes)
+        if quantized:
+            codes, scales = zip(*(_flat(state, name) for name in ours), strict=True)
+            qmap = codec.code_map(ours[0], codec.BITSANDBYTES, device)
+            written |= {f"state{number}": joined(codes), f"qmap{number}": qmap, f"absmax{number}": joined(scales)}
+        else:
+            written[f"state{number}"] = joined([codec.decoded(state, name) for name in ours])
     if storage.keeps_unorm:
         written["unorm_vec"] = torch.zeros(1, dtype=torch.float32, device=device)
     return {"step": int(state["step"].item()), _NESTED: written}
@@ -339,7 +293,7 @@ def _write_state(storage: _Storage, slots: _Slots, state: dict[str, Tensor]) -> 
 
 def _flat(state: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
     """An 8-bit state in flat blocks."""
-    codes, absmax = state[name], state[absmax_name(name)]
+    codes, absmax = state[name], state[codec.absmax_name(name)]
     if absmax.dim() == 1 or math.prod(codes.shape[1:]) % STATE_BLOCK == 0:
         return codes, absmax.reshape(-1)
-    return encoded(name, decoded(state, name), BITSANDBYTES, flat=True)
+    return codec.encoded(name, codec.decoded(state, name), codec.BITSANDBYTES, flat=True)

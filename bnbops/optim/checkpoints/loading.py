@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -85,6 +85,15 @@ def check_state(
             found, wanted = f"{tensor.dtype} of shape {list(tensor.shape)}", f"{dtype} of shape {list(shapes[0])}"
             return f"'{key}' is {found}, expected {wanted}"
     return None
+
+
+def check_complete(key: int, param: Tensor, state: Mapping[str, object], names: Iterable[str]) -> None:
+    """Raises ValueError if a parameter's state lacks one of these."""
+    if missing := [name for name in names if name not in state]:
+        raise ValueError(
+            f"the state of parameter {key} (shape {list(param.shape)}) has no {', '.join(missing)} yet: take a step or "
+            "call init_state() before"
+        )
 
 
 def placed_state(param: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

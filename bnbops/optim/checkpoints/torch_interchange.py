@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bnbops.optim.checkpoints.interchange import check_groups
+from bnbops.optim.checkpoints.loading import check_complete
 from bnbops.optim.core.options import as_numbers
 
 if TYPE_CHECKING:
@@ -84,7 +84,6 @@ def from_torch(optimizer: StatefulOptimizer, state_dict: dict[str, Any]) -> dict
             to the gradient.
     """
     counterpart, saved_groups = _counterpart(optimizer), state_dict["param_groups"]
-    check_groups(optimizer, saved_groups, "torch")
     groups = [
         _read_group(optimizer, counterpart, i, *pair)
         for i, pair in enumerate(zip(optimizer.param_groups, saved_groups, strict=True))
@@ -111,11 +110,7 @@ def to_torch(optimizer: StatefulOptimizer) -> dict[str, Any]:
             state = optimizer.dequantized_state(param)
             if not state or (not counterpart.counts and state["step"] == 0):  # SGD's first buffer is the gradient
                 continue
-            if missing := [name for name in names if name not in state]:
-                raise ValueError(
-                    f"the state of parameter {key} (shape {list(param.shape)}) has no {', '.join(missing)} yet: take a "
-                    "step or call init_state() before"
-                )
+            check_complete(key, param, state, names)
             if written := _write_state(counterpart, state):
                 states[key] = written
     return {"state": states, "param_groups": groups}
@@ -123,12 +118,8 @@ def to_torch(optimizer: StatefulOptimizer) -> dict[str, Any]:
 
 def _counterpart(optimizer: StatefulOptimizer) -> _Counterpart:
     if (name := optimizer._rules[0].name) not in _COUNTERPARTS:
-        raise ValueError(f"{_name(optimizer)} has no counterpart in torch.optim to exchange state dicts with")
+        raise ValueError(f"{type(optimizer).__name__} has no counterpart in torch.optim to exchange state dicts with")
     return _COUNTERPARTS[name]
-
-
-def _name(optimizer: StatefulOptimizer) -> str:
-    return type(optimizer).__name__
 
 
 def _read_group(
@@ -136,18 +127,19 @@ def _read_group(
 ) -> dict[str, Any]:
     """Our group with the saved options, and whatever else a user or a scheduler put into the saved group."""
     here, known = f"param group {i} of the torch state dict", (*_COMMON, *counterpart.options)
+    ours = type(optimizer).__name__
     if missing := [key for key in (*known, *counterpart.off) if key not in saved]:
         raise ValueError(
-            f"{here} lacks {missing}; {_name(optimizer)} loads those of torch.optim's {counterpart.classes}: is it of "
+            f"{here} lacks {missing}; {ours} loads those of torch.optim's {counterpart.classes}: is it of "
             "another optimizer?"
         )
     for key in counterpart.off:
         if saved[key]:
-            raise ValueError(f"{here} has {key}={saved[key]}, which {_name(optimizer)} does not support")
+            raise ValueError(f"{here} has {key}={saved[key]}, which {ours} does not support")
     if _DECOUPLED in counterpart.extra and saved["weight_decay"] and not saved.get(_DECOUPLED):
         raise ValueError(
             f"{here} has weight_decay={saved['weight_decay']}, which torch.optim.Adam adds to the gradient; "
-            f"{_name(optimizer)} decouples it, as AdamW does. To go on so, set {_DECOUPLED!r} of the saved group to "
+            f"{ours} decouples it, as AdamW does. To go on so, set {_DECOUPLED!r} of the saved group to "
             "True (older versions of torch do not write it for AdamW either), or its 'weight_decay' to 0"
         )
     options = {key: as_numbers(saved[key]) if key == "betas" else saved[key] for key in known}

@@ -56,8 +56,8 @@ def set_values(optimizer: StatefulOptimizer, param: Tensor, values: Mapping[str,
     known = [name for name in dict.fromkeys([*plan.needed, *present]) if name not in scale_keys(present)]
     if unknown := [name for name in values if name not in known]:
         raise ValueError(
-            f"a parameter of shape {list(param.shape)} has no states {unknown}; with its options {_name(optimizer)} "
-            f"keeps {', '.join(known)}"
+            f"a parameter of shape {list(param.shape)} has no states {unknown}; with its options "
+            f"{type(optimizer).__name__} keeps {', '.join(known)}"
         )
     checked = {name: _checked(param, name, value) for name, value in values.items()}
     state = optimizer._state_of(param, plan)
@@ -150,8 +150,4 @@ def _group_of(optimizer: StatefulOptimizer, param: Tensor) -> dict[str, Any]:
         if any(param is other for other in group["params"]):
             return group
     found = f"one of shape {list(param.shape)}" if isinstance(param, Tensor) else type(param).__name__
-    raise ValueError(f"{_name(optimizer)} does not hold this parameter, {found}")
-
-
-def _name(optimizer: StatefulOptimizer) -> str:
-    return type(optimizer).__name__
+    raise ValueError(f"{type(optimizer).__name__} does not hold this parameter, {found}")
