@@ -57,11 +57,8 @@ def plain_state_dict(model: nn.Module) -> dict[str, Any]:
 
 
 def registered(name: str, read: Callable[[str], Tensor]) -> Tensor | None:
-    """A quantized layer's scales by the name that it registers, of bitsandbytes' entries; None for other names.
-
-    Raises:
-        KeyError: from `read`, which gives an entry by its name.
-    """
+    """A quantized layer's scales by the name that it registers, of bitsandbytes' entries; None for other names. `read`
+    gives an entry by its name, or raises KeyError."""
     path, found, own = name.rpartition("weight_")
     tensors = (kind.registered(f"{path}weight", own, read) for kind in KINDS)
     return next((tensor for tensor in tensors if tensor is not None), None) if found else None

@@ -95,8 +95,7 @@ def replace_parameter_4bit_prequantized(
         device: to put the parameter and its scales on.
 
     Raises:
-        AttributeError: the module has no attribute of that name.
-        TypeError: it is not a parameter, or was replaced already.
+        AttributeError, TypeError: as there.
         ValueError: entries that do not describe the parameter.
     """
     packed = _parameter(module, param_name).data

@@ -55,7 +55,6 @@ def quantization_plan(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a module, got {type(model).__name__}")
-    kind_of(quant)
     if isinstance(model, nn.Linear | nn.Embedding):
         raise ValueError(
             f"the model is itself a {type(model).__name__}, which nothing holds that could hold another one instead: "

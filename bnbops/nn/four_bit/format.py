@@ -134,7 +134,7 @@ def check_state(packed: Tensor, state: QuantState) -> None:
         raise ValueError("a 4-bit quantization state needs a shape and a quant_type")
     if not state.nested and not state.absmax.is_floating_point():
         raise ValueError(f"absmax is {state.absmax.dtype}: codes of scales, but there is no nested_absmax")
-    found, needed = packed.numel() * packed.element_size(), packed_bytes(state.shape)
+    found, needed = packed.nbytes, packed_bytes(state.shape)
     if found != needed:
         raise ValueError(
             f"the codes are {packed.dtype} {list(packed.shape)}, which is {found} bytes, but a weight of shape "

@@ -36,7 +36,7 @@ def _of_state(path: str) -> property:
 
 def _is_packed(data: Tensor, state: QuantState) -> bool:
     """Whether the data are the codes that `state` describes (not floats to quantize anew)."""
-    found, needed = data.numel() * data.element_size(), packed_bytes(state.shape)
+    found, needed = data.nbytes, packed_bytes(state.shape)
     if found != needed and not data.is_floating_point():
         raise ValueError(
             f"the data have {found} bytes, but the quant_state is of a tensor of shape {list(state.shape)}, which has "
@@ -205,8 +205,6 @@ class Params4bit(QuantizedParameter):
         # What is no module is of another one's `__dict__`.
         self.__dict__["module"] = weakref.ref(module) if isinstance(module, nn.Module) else module
 
-    # ---- conversions -------------------------------------------------------------------------------------------
-
     @property
     def _quantizes(self) -> bool:
         return not self.bnb_quantized
@@ -241,8 +239,6 @@ class Params4bit(QuantizedParameter):
     def module_load(self, other: Tensor, assign: bool = False) -> Params4bit:
         """What torch swaps this parameter with when it loads `other` (`set_swap_module_params_on_conversion`)."""
         return self._with(other.detach() if assign else torch.empty_like(self.data).copy_(other))
-
-    # ---- copies ------------------------------------------------------------------------------------------------
 
     def __copy__(self) -> Params4bit:
         return type(self)(self.data, self.requires_grad, **self._attributes())

@@ -96,8 +96,6 @@ class Int8Params(QuantizedParameter):
     def SCB(self, scales: Tensor | None) -> None:
         self._scales = None if scales is None else from_bits(scales.detach())
 
-    # ---- what `to` needs ---------------------------------------------------------------------------------------
-
     @property
     def _quantizes(self) -> bool:
         return not self._holds_codes and not self.has_fp16_weights

@@ -42,11 +42,7 @@ class Quantization:
     becomes: ClassVar[Mapping[str, str]]  # what a "linear", an "embedding" and perhaps an "expert" becomes, in words
 
     def check(self) -> None:
-        """Refuses options that do not exist, or not together. The constructor of a layer knows the rules.
-
-        Raises:
-            ValueError: it says which.
-        """
+        """Refuses, by a ValueError, options that do not exist, or not together. Layers' constructors know the rules."""
         self.linear(64, 64)
 
     def check_weight(self, place: Place) -> None:
