@@ -103,7 +103,7 @@ def _record(e: Estimate) -> dict[str, Any]:
 
 
 def _cells(b: Bytes) -> str:
-    return " | ".join(_human(n) for n in (b.weights, b.grads, b.states, b.scales, b.steps, b.total))
+    return " | ".join(map(_human, [*asdict(b).values(), b.total]))
 
 
 def _human(count: int) -> str:

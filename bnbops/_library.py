@@ -23,12 +23,8 @@ _cuda: Path | str = "this torch has no CUDA"  # the loaded library, or why there
 def _find(name: str, search: Iterable[str]) -> Path | None:
     """The file `lib/lib<name>.*` beside the package. An editable install has it in site-packages, not beside the
     sources, so all of the package's `__path__` is searched."""
-    for folder in search:
-        for suffix in (".so", ".dylib", ".dll"):
-            path = Path(folder) / "lib" / f"lib{name}{suffix}"
-            if path.exists():
-                return path
-    return None
+    paths = (Path(folder) / "lib" / f"lib{name}{suffix}" for folder in search for suffix in (".so", ".dylib", ".dll"))
+    return next(filter(Path.exists, paths), None)
 
 
 def load_operators(search: list[str]) -> None:

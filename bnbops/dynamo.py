@@ -17,8 +17,6 @@ from torch.utils._device import DeviceContext
 
 from bnbops.versions import torch_is
 
-__all__ = ["TraceableStep", "allow_as_graph_inputs", "dynamo_mended", "traceable_backward", "unwrapped"]
-
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
     """The optimizer in what Accelerate or Lightning have made of it, whose step a graph takes."""

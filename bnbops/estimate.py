@@ -35,7 +35,7 @@ class Bytes:
 
     @property
     def total(self) -> int:
-        return self.weights + self.grads + self.states + self.scales + self.steps
+        return sum(vars(self).values())
 
 
 @dataclass(frozen=True)

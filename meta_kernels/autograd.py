@@ -194,10 +194,6 @@ _VMAP_ADVICE = {
 # ---- registration ----------------------------------------------------------------------------------------------
 
 
-def _gives_tensors(op: str) -> bool:
-    return any("Tensor" in str(result.type) for result in operator(op)._schema.returns)
-
-
 for _op, (_backward, _save) in _OF_VALUES.items():
     torch.library.register_autograd(f"bnbops::{_op}", _backward, setup_context=_save, lib=implementations)
 for _op, _adjoint in _ADJOINTS.items():
@@ -210,6 +206,6 @@ for _op, _advice in _VMAP_ADVICE.items():
 for _op in device_operators():
     if _op.endswith(".out"):
         implementations.impl(_op, _counted(_op), "ADInplaceOrView", with_keyset=True)
-    elif _gives_tensors(_op) and _op not in _OF_VALUES | _ADJOINTS:
+    elif _op not in _OF_VALUES | _ADJOINTS and any("Tensor" in str(x.type) for x in operator(_op)._schema.returns):
         # Not differentiable: what it returns must not require a gradient that no formula computes.
         implementations.impl(_op, torch.library.fallthrough_kernel, "Autograd")

@@ -100,25 +100,27 @@ def _retire(packet: torch._ops.OpOverloadPacket) -> None:
         caller._op = refuse
 
 
-# ---- 8-bit codes -----------------------------------------------------------------------------------------------
-
-
-_DEQUANTIZE_BLOCKWISE = "(Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype"
+_DEQUANTIZE = "(Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype"
+_DEQUANTIZE_4BIT = "(Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, ScalarType dtype"
+_MM_DEQUANT = "(Tensor A, Tensor row_stats, Tensor col_stats, ScalarType? dtype=None, Tensor? bias=None)"
+_SCALED_MM = "(Tensor A, Tensor B, Tensor row_stats, Tensor col_stats, Tensor? bias=None, ScalarType? dtype=None)"
 _same(
     "quantize_blockwise(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)",
-    f"dequantize_blockwise{_DEQUANTIZE_BLOCKWISE}) -> Tensor",
-    f"dequantize_blockwise.out{_DEQUANTIZE_BLOCKWISE}, {_OUT}",
-)
-
-
-# ---- 4-bit codes -----------------------------------------------------------------------------------------------
-
-
-_DEQUANTIZE_4BIT = "(Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, ScalarType dtype"
-_same(
+    f"dequantize_blockwise{_DEQUANTIZE}) -> Tensor",
+    f"dequantize_blockwise.out{_DEQUANTIZE}, {_OUT}",
     "quantize_4bit(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) -> (Tensor, Tensor)",
     f"dequantize_4bit{_DEQUANTIZE_4BIT}) -> Tensor",
     f"dequantize_4bit.out{_DEQUANTIZE_4BIT}, {_OUT}",
+    "int8_vectorwise_dequant(Tensor A, Tensor stats) -> Tensor",
+    "int8_linear_matmul(Tensor A, Tensor B) -> Tensor",
+    f"int8_linear_matmul.out(Tensor A, Tensor B, {_OUT}",
+    f"int8_mm_dequant{_MM_DEQUANT} -> Tensor",
+    f"int8_scaled_mm{_SCALED_MM} -> Tensor",
+)
+_QUANT = "_quant(Tensor A, float threshold=0.0) -> (Tensor, Tensor"
+_operator(f"int8_vectorwise{_QUANT}, Tensor?)")(functional.int8_vectorwise_quant)
+_operator(f"int8_double{_QUANT}, Tensor, Tensor, Tensor?)")(
+    lambda A, threshold=0.0: functional.int8_double_quant(A, threshold=threshold)
 )
 
 
@@ -185,25 +187,6 @@ def _gemv_4bit_fake(A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor,
 _FAKES = {"gemv_4bit": _gemv_4bit_fake}  # of the operators that look at values
 
 
-# ---- LLM.int8 --------------------------------------------------------------------------------------------------
-
-
-_QUANT = "_quant(Tensor A, float threshold=0.0) -> (Tensor, Tensor"
-_operator(f"int8_vectorwise{_QUANT}, Tensor?)")(functional.int8_vectorwise_quant)
-_operator(f"int8_double{_QUANT}, Tensor, Tensor, Tensor?)")(
-    lambda A, threshold=0.0: functional.int8_double_quant(A, threshold=threshold)
-)
-_same(
-    "int8_vectorwise_dequant(Tensor A, Tensor stats) -> Tensor",
-    "int8_linear_matmul(Tensor A, Tensor B) -> Tensor",
-    f"int8_linear_matmul.out(Tensor A, Tensor B, {_OUT}",
-    "int8_mm_dequant(Tensor A, Tensor row_stats, Tensor col_stats, ScalarType? dtype=None, Tensor? bias=None) "
-    "-> Tensor",
-    "int8_scaled_mm(Tensor A, Tensor B, Tensor row_stats, Tensor col_stats, Tensor? bias=None, ScalarType? dtype=None) "
-    "-> Tensor",
-)
-
-
 @_operator(
     "int8_mixed_scaled_mm(Tensor A, Tensor CA, Tensor CB, Tensor SCA, Tensor SCB, Tensor? outlier_cols=None, "
     "Tensor? bias=None) -> (Tensor, Tensor?)"
@@ -224,9 +207,6 @@ def _int8_mixed_scaled_mm(
     outliers = A.index_select(-1, outlier_cols)
     weight = torch.ops.bnbops.int8_vectorwise_dequant(CB.index_select(1, outlier_cols), SCB).to(A.dtype)
     return product + outliers @ weight.t(), outliers
-
-
-# ---- optimizers ------------------------------------------------------------------------------------------------
 
 
 _operator(

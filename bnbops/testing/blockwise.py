@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from bnbops.codebooks import create_dynamic_map, create_linear_map
-from bnbops.facts import name_of
+from bnbops.facts import FLOATS, name_of
 from bnbops.testing.expect import Arguments, Checked, exactly, expect, expect_encoded
 from bnbops.testing.references.blockwise import decode
-from bnbops.testing.sample import DTYPES, Sample, full, normal, random_codes, strided, tensor, with_out
+from bnbops.testing.sample import Sample, full, normal, random_codes, strided, tensor, with_out
 
 
 def _quantize() -> list[Sample]:
@@ -19,7 +19,7 @@ def _quantize() -> list[Sample]:
     signed, unsigned, linear = create_dynamic_map(), create_dynamic_map(signed=False), create_linear_map()
     special = tensor([math.nan, 1.0, -0.0, 0.0] + [0.0] * 4 + [math.inf, -1.0, math.nan, 0.0])
     return [
-        *(Sample(name_of(dtype), (x.to(dtype), signed, 64)) for dtype in DTYPES),
+        *(Sample(name_of(dtype), (x.to(dtype), signed, 64)) for dtype in FLOATS),
         Sample("unsigned dynamic map", (x.abs(), unsigned, 256)),
         Sample("linear map", (x, linear, 128)),
         Sample("linear map, bfloat16", (x.bfloat16(), linear, 100)),
@@ -44,7 +44,7 @@ def _dequantize() -> list[Sample]:
     absmax = normal(24).abs()  # ceil(5 * 301 / 64)
     grad = absmax.clone().requires_grad_()
     return [
-        *(Sample(f"to {name_of(dtype)}", (codes, absmax, code, 64, dtype)) for dtype in DTYPES),
+        *(Sample(f"to {name_of(dtype)}", (codes, absmax, code, 64, dtype)) for dtype in FLOATS),
         Sample("linear map", (codes, absmax[:6], create_linear_map(), 256, torch.float32)),
         Sample("blocks of 100", (codes, absmax[:16], code, 100, torch.float16)),
         Sample("two blocks", (codes, absmax[:2], code, 1024, torch.bfloat16)),

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from bnbops.codebooks import create_dynamic_map
-from bnbops.facts import FORMATS, name_of
+from bnbops.facts import FLOATS, FORMATS, name_of
 from bnbops.nn.weights.numbers import from_bits, to_bits
 from bnbops.testing.expect import Arguments, Checked, exactly, expect, expect_encoded, expect_product
 from bnbops.testing.references.blockwise import decode
-from bnbops.testing.sample import DTYPES, Sample, full, normal, random_codes, strided, tensor, with_out
+from bnbops.testing.sample import Sample, full, normal, random_codes, strided, tensor, with_out
 
 _FLOAT, _BYTES = torch.float32, torch.uint8
 
@@ -49,13 +49,13 @@ def _quantize() -> list[Sample]:
     x, even = normal(5, 301), -normal(6, 64).abs()  # codes below 8: no bits of a NaN
     special = tensor([math.nan, 1.0, -0.0, 1e-9, -1e-9, 1e-40] + [0.0] * 58 + [math.inf, -1.0, math.nan])
     return [
-        *(Sample(name_of(dtype), (x.to(dtype), 64, "nf4", _BYTES)) for dtype in DTYPES),
+        *(Sample(name_of(dtype), (x.to(dtype), 64, "nf4", _BYTES)) for dtype in FLOATS),
         *(
             Sample(f"{format.name} in blocks of {size}", (x.to(dtype), size, format.name, _BYTES))
             for format in FORMATS.values()
-            for size, dtype in zip((*format.blocks[:3], 256, 1024, 4096), 2 * DTYPES, strict=True)
+            for size, dtype in zip((*format.blocks[:3], 256, 1024, 4096), 2 * FLOATS, strict=True)
         ),
-        *(Sample(f"stored as {name_of(dtype)}", (even, 64, "nf4", dtype)) for dtype in (torch.int8, *DTYPES)),
+        *(Sample(f"stored as {name_of(dtype)}", (even, 64, "nf4", dtype)) for dtype in (torch.int8, *FLOATS)),
         Sample("three dimensions", (normal(3, 4, 70), 128, "nf4", _BYTES)),
         Sample("transposed, two blocks", (x.t(), 1024, "nf4", _BYTES)),
         Sample("strided", (strided(x), 64, "fp4", _BYTES)),
@@ -73,11 +73,11 @@ def _dequantize() -> list[Sample]:
     packed, absmax = _weight(odd)
     nested_absmax, nested = _nested(24)
     return [
-        *(Sample(f"to {name_of(dtype)}", (packed, absmax, 64, "nf4", odd, dtype)) for dtype in DTYPES),
+        *(Sample(f"to {name_of(dtype)}", (packed, absmax, 64, "nf4", odd, dtype)) for dtype in FLOATS),
         *(Sample(name, (packed, absmax, 64, name, odd, _FLOAT)) for name in FORMATS),
         *(
             Sample(f"stored as {name_of(dtype)}", (*_weight(even, 32, dtype), 32, "nf4", even, torch.bfloat16))
-            for dtype in (torch.int8, *DTYPES)
+            for dtype in (torch.int8, *FLOATS)
         ),
         Sample("one block", (*_weight(odd, 4096), 4096, "fp4", odd, torch.float16)),
         Sample("codes and scales as matrices", (packed.t(), absmax.view(4, 6), 64, "nf4", odd, _FLOAT)),
@@ -104,7 +104,7 @@ def _embedding() -> list[Sample]:
     indices = tensor([[0, 6, 3], [6, 1, 0]], torch.int64)
     codes, nested_absmax = weight[0], _nested(8)[0]
     return [
-        *(Sample(f"to {name_of(dtype)}", (indices, *weight, shape, 64, "nf4", dtype)) for dtype in DTYPES),
+        *(Sample(f"to {name_of(dtype)}", (indices, *weight, shape, 64, "nf4", dtype)) for dtype in FLOATS),
         *(Sample(f"int32 indices, {name}", (indices.int(), *weight, shape, 64, name, _FLOAT)) for name in FORMATS),
         Sample("transposed indices", (indices.t(), *weight, shape, 64, "nf4", _FLOAT)),
         Sample("one index", (tensor(4, torch.int64), *weight, shape, 64, "nf4", _FLOAT)),
@@ -154,11 +154,11 @@ def _linear(transposed: bool) -> list[Sample]:
     whole, many = [40, 128], [12288, 64]
     odd, smallest = "rows that are no multiple of a block or a byte", "in its smallest blocks"
     return [
-        *(sample(name_of(dtype), 3, dtype=dtype) for dtype in DTYPES),
+        *(sample(name_of(dtype), 3, dtype=dtype) for dtype in FLOATS),
         sample("one row", bias=True),
         sample("three dimensions, bias", 2, 3, bias=True, quant_type="fp4", blocksize=32),
-        *(sample(f"{n} rows, {name_of(t)}", n, of=whole, dtype=t) for n in (2, 16, 32, 64) for t in DTYPES[1:]),
-        *(sample(f"many features, {name_of(dtype)}", 1, of=many, dtype=dtype) for dtype in DTYPES[1:]),
+        *(sample(f"{n} rows, {name_of(t)}", n, of=whole, dtype=t) for n in (2, 16, 32, 64) for t in FLOATS[1:]),
+        *(sample(f"many features, {name_of(dtype)}", 1, of=many, dtype=dtype) for dtype in FLOATS[1:]),
         sample("many rows, bias", 70, dtype=low, bias=True, storage=low),
         *(sample(f"{odd}, {name}", 3, of=[9, 65], quant_type=name, storage=torch.int8) for name in FORMATS),
         *(
@@ -183,7 +183,7 @@ def _grouped(transposed: bool) -> list[Sample]:
     """Samples of grouped_linear_4bit, or of its adjoint."""
     sample, low = partial(_product, transposed, of=[3, 10, 64]), torch.bfloat16
     return [
-        *(sample(name_of(dtype), 7, ends=[2, 4, 7], dtype=dtype) for dtype in DTYPES),
+        *(sample(name_of(dtype), 7, ends=[2, 4, 7], dtype=dtype) for dtype in FLOATS),
         sample("bias, an expert without rows", 7, ends=[3, 3, 7], bias=True),
         *(sample(f"rows for no expert, {name}", 9, ends=[0, 2, 5], quant_type=name, dtype=low) for name in FORMATS),
         sample("only rows for no expert", 3, ends=[0, 0, 0], bias=True),

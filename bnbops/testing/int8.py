@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from bnbops.facts import name_of
+from bnbops.facts import FLOATS, name_of
 from bnbops.nn.weights.numbers import to_bits
 from bnbops.testing.expect import Arguments, Checked, exactly, expect, expect_product, expect_within
 from bnbops.testing.references import int8 as ref
-from bnbops.testing.sample import DTYPES, Sample, full, integers, normal, strided, with_out
+from bnbops.testing.sample import Sample, full, integers, normal, strided, with_out
 
 _K, _N = 70, 67  # one vector and a rest; one panel of columns and a rest
 
@@ -42,8 +42,8 @@ def _with_special(x: Tensor) -> Tensor:
 def _quant() -> list[Sample]:
     x = normal(5, _K)
     return [
-        *(Sample(name_of(dtype), (x.to(dtype),)) for dtype in DTYPES),
-        *(Sample(f"outliers, {name_of(d)}", (_with_outliers(x.clone()).to(d), 6.0)) for d in DTYPES),
+        *(Sample(name_of(dtype), (x.to(dtype),)) for dtype in FLOATS),
+        *(Sample(f"outliers, {name_of(d)}", (_with_outliers(x.clone()).to(d), 6.0)) for d in FLOATS),
         Sample("every column has an outlier", (x, 1e-9)),
         Sample("no outliers", (x, 1e9)),
         Sample("three dimensions", (normal(2, 3, _K), 1.0)),
@@ -103,7 +103,7 @@ def _mm_dequant() -> list[Sample]:
     rows, columns, bias = 1e-3 * _scales(5), _scales(_N, seed=1), normal(_N)
     return [
         Sample("defaults", (A, rows, columns)),
-        *(Sample(f"to {name_of(d)}", (A, rows, columns, d, bias.to(d))) for d in DTYPES),
+        *(Sample(f"to {name_of(d)}", (A, rows, columns, d, bias.to(d))) for d in FLOATS),
         Sample("float16 bias", (A, rows, columns), {"bias": bias.half()}),
         Sample("three dimensions", (A[:4].view(2, 2, _N), rows[:4], columns, torch.float32)),
         Sample("one dimension", (A[0], rows[:1], columns)),
@@ -119,7 +119,7 @@ def _scaled_mm() -> list[Sample]:
     rows, columns, bias = _scales(5), 1e-2 * _scales(_N, seed=1), normal(_N)
     return [
         Sample("defaults", (A, B, rows, columns)),
-        *(Sample(f"to {name_of(d)}", (A, B, rows, columns, bias.to(d), d)) for d in DTYPES),
+        *(Sample(f"to {name_of(d)}", (A, B, rows, columns, bias.to(d), d)) for d in FLOATS),
         Sample("three dimensions", (_codes(2, 3, _K), B, _scales(6).view(2, 3), columns), {"dtype": torch.float32}),
         Sample("one dimension", (A[0], B, rows[:1], columns, bias)),
         Sample("transposed", (_codes(_K, 5).t(), _codes(_K, _N).t(), strided(rows), columns)),
@@ -137,8 +137,8 @@ def _linear() -> list[Sample]:
     x, weight, scale, bias = normal(5, _K), _codes(_N, _K), 0.1 * _scales(_N), normal(_N, seed=1)
     far = _with_outliers(x.clone())
     return [
-        *(Sample(name_of(d), (x.to(d), weight, scale, None, 0.0)) for d in DTYPES),
-        *(Sample(f"outliers, {name_of(d)}", (far.to(d), weight, scale, bias.to(d), 6.0)) for d in DTYPES),
+        *(Sample(name_of(d), (x.to(d), weight, scale, None, 0.0)) for d in FLOATS),
+        *(Sample(f"outliers, {name_of(d)}", (far.to(d), weight, scale, bias.to(d), 6.0)) for d in FLOATS),
         Sample("every column has an outlier", (x, weight, scale, bias, 1e-9)),
         Sample("many rows", (normal(300, 24), _codes(9, 24), scale[:9], None, 1.0)),
         Sample("three dimensions", (normal(2, 3, _K), weight, scale, bias, 1.0)),
@@ -150,7 +150,7 @@ def _linear() -> list[Sample]:
         Sample("nan, infinity and zeros", (_with_special(x.clone()), weight, scale, bias, 0.0)),
         Sample("nan and zeros with a threshold", (_with_special(x.clone())[[0, 2]], weight, scale, bias, 1.0)),
         Sample("bits of scales", (far.bfloat16(), weight, to_bits(scale), None, 6.0)),
-        *(Sample(f"requires grad, {name_of(d)}", _differentiable(d)) for d in DTYPES[:2]),
+        *(Sample(f"requires grad, {name_of(d)}", _differentiable(d)) for d in FLOATS[:2]),
     ]
 
 
@@ -169,7 +169,7 @@ def _weight_only() -> list[Sample]:
 def _input_grad() -> list[Sample]:
     grad, weight, scale = normal(5, _N), _codes(_N, _K), 0.1 * _scales(_N)
     return [
-        *(Sample(name_of(d), (grad.to(d), weight, scale)) for d in DTYPES),
+        *(Sample(name_of(d), (grad.to(d), weight, scale)) for d in FLOATS),
         Sample("several panels", (normal(3, 9), _codes(9, 1100), scale[:9])),
         Sample("three dimensions", (normal(2, 3, _N), weight, scale)),
         Sample("one dimension", (grad[0], weight, scale)),

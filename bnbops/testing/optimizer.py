@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbops.facts import CODECS, ROLES, RULES, Codec, Role, Rule, State, codec_at
+from bnbops.facts import CODECS, FLOATS, ROLES, RULES, Codec, Role, Rule, State, codec_at
 from bnbops.testing import samples_optimizer as on
 from bnbops.testing.expect import Arguments, Checked, exactly, expect, expect_close, expect_encoded
 from bnbops.testing.references.blockwise import decode
 from bnbops.testing.references.rules import UPDATES
-from bnbops.testing.sample import DTYPES, Sample, full, normal, strided, tensor
+from bnbops.testing.sample import Sample, full, normal, strided, tensor
 
 # ---- steps -----------------------------------------------------------------------------------------------------
 
@@ -127,7 +127,7 @@ _decode_state = exactly(lambda a: decode(a.codes, a.absmax, _values(CODECS[a.cod
 def _squared_norms() -> list[Sample]:
     x = normal(5, 301)
     return [
-        Sample("every dtype", ([x.to(dtype) for dtype in DTYPES],)),
+        Sample("every dtype", ([x.to(dtype) for dtype in FLOATS],)),
         Sample("one tensor", ([normal(9000)],)),
         Sample("strided, transposed, expanded", ([strided(x), x.t(), x[0].expand(7, 301)],)),
         Sample("non-finite elements", ([on.with_non_finite(x.clone()), full((3,), math.nan)],)),

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbops.facts import CODECS, DEFAULT_CODEC, ROLES, STATE_BLOCK, UNCODED, Codec, Role, Rule, State, name_of
-from bnbops.testing.sample import DTYPES, Sample, full, normal, random_codes, strided, tensor
+from bnbops.facts import CODECS, DEFAULT_CODEC, FLOATS, ROLES, STATE_BLOCK, UNCODED, Codec, Role, Rule, State, name_of
+from bnbops.testing.sample import Sample, full, normal, random_codes, strided, tensor
 
 # ---- optimizer steps -------------------------------------------------------------------------------------------
 
@@ -66,9 +66,9 @@ def _further_steps(rule: Rule) -> list[Sample]:
     sample = partial(_step_sample, rule)
     low, one, overflow = torch.bfloat16, full((1,), 1.0), tensor(1.0)
     return [
-        *(sample(f"float32 states, {name_of(dtype)}", 32, dtype=dtype) for dtype in DTYPES[1:]),
-        *(sample(f"8-bit states in rows, {name_of(dtype)}", 8, dtype=dtype) for dtype in DTYPES[::2]),
-        *(sample(f"flat 8-bit states, {name_of(dtype)}", 8, "flat", dtype=dtype) for dtype in DTYPES[:2]),
+        *(sample(f"float32 states, {name_of(dtype)}", 32, dtype=dtype) for dtype in FLOATS[1:]),
+        *(sample(f"8-bit states in rows, {name_of(dtype)}", 8, dtype=dtype) for dtype in FLOATS[::2]),
+        *(sample(f"flat 8-bit states, {name_of(dtype)}", 8, "flat", dtype=dtype) for dtype in FLOATS[:2]),
         sample("float32 states, float32 gradients", 32, dtype=low, grad_dtype=torch.float32),
         sample("8-bit states, float32 gradients", 8, dtype=low, grad_dtype=torch.float32),
         sample("three dimensions", 8, shapes=((2, 3, 90),)),
@@ -148,7 +148,7 @@ def applications(rule: Rule) -> list[Sample]:
 
     trust = {"trust": tensor([0.3, 2.0])} if rule.trust == "direction" else {}
     return [
-        *(sample(name_of(dtype), dtype, **trust) for dtype in DTYPES),
+        *(sample(name_of(dtype), dtype, **trust) for dtype in FLOATS),
         sample("options in a tensor", options=_halved(rule)),
     ]
 

@@ -17,8 +17,6 @@ from bnbops.nn.weights.numbers import from_bits
 from bnbops.testing.expect import Arguments, Difference, Reference
 from bnbops.testing.samples import OPERATORS, SAMPLED, Sample, operator, samples
 
-__all__ = ["REFERENCES", "check", "run"]
-
 REFERENCES: dict[str, Reference] = {name: reference for name, (_, reference) in OPERATORS.items()}
 _MAY_BE_BITS = ("scale", "stats", "row_stats", "col_stats", "nested_absmax", "nested_code", "nested_offset")
 

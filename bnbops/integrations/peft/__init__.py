@@ -14,13 +14,7 @@ from bnbops.versions import require
 require("peft", "bnbops.integrations.peft")
 
 from bnbops.integrations.peft.dispatch import register, unregister  # noqa: E402
-from bnbops.integrations.peft.layers import (  # noqa: E402
-    AdaLoraLinear,
-    IA3Linear,
-    LoraEmbedding,
-    LoraLinear,
-    ParamWrapper,
-)
+from bnbops.integrations.peft.layers import AdaLoraLinear, IA3Linear, LoraEmbedding, LoraLinear, ParamWrapper  # noqa: E402
 
 __all__ = ["AdaLoraLinear", "IA3Linear", "LoraEmbedding", "LoraLinear", "ParamWrapper", "register", "unregister"]
 

@@ -115,15 +115,6 @@ def _parameters_4bit(model: nn.Module) -> list[tuple[str, str]]:
     ]
 
 
-def _dequantizing(original: Callable[[nn.Module], Tensor]) -> Callable[[nn.Module], Tensor]:
-    """`dequantize_module_weight`, with which DoRA reads a weight."""
-
-    def dequantize_module_weight(module: nn.Module) -> Tensor:
-        return module.dequantized() if is_quantized(module) else original(module)
-
-    return dequantize_module_weight
-
-
 def _making_loraplus(original: Callable[..., Any]) -> Callable[..., Any]:
     """`create_loraplus_optimizer`, which gives embeddings 32-bit state through bitsandbytes' manager."""
 
@@ -137,6 +128,11 @@ def _making_loraplus(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(model, lambda groups, **options: optimizer_cls(groups, **options), **kwargs)
 
     return create_loraplus_optimizer
+
+
+def _dequantizing(original: Callable[[nn.Module], Tensor]) -> Callable[[nn.Module], Tensor]:
+    """`dequantize_module_weight`, with which DoRA reads a weight."""
+    return lambda module: module.dequantized() if is_quantized(module) else original(module)
 
 
 _PATCHES: list[tuple[Any, str, Callable[[Any], Any]]] = [

@@ -97,7 +97,9 @@ class MergesQuantized:
 
     @contextmanager
     def _as_float(self) -> Iterator[SimpleNamespace]:
-        self._float_base = self._dequantized()
+        weight, bias = nn.Parameter(self._weight().dequantized(torch.float32)), self._bias()
+        bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self._float_base = SimpleNamespace(**{self._name: weight, "bias": bias})
         try:
             yield self._float_base
         finally:
@@ -121,11 +123,6 @@ class MergesQuantized:
         self._weight().hold(weight)
         if bias is not None:
             self._bias().data = bias.to(self._bias().device)
-
-    def _dequantized(self) -> SimpleNamespace:
-        weight, bias = nn.Parameter(self._weight().dequantized(torch.float32)), self._bias()
-        bias = None if bias is None else nn.Parameter(bias.detach().clone())
-        return SimpleNamespace(**{self._name: weight, "bias": bias})
 
     def _requantized(self, floats: SimpleNamespace) -> Any:
         bias = None if floats.bias is None else floats.bias.data.to(self._bias().dtype)
@@ -153,11 +150,9 @@ class _Lora(MergesQuantized):
                 f"init_lora_weights={init!r} splits the weight of the base layer, which is quantized: initialize the "
                 "adapter on the float model, then quantize that"
             )
-        if init == "orthogonal" and self._weight() is not None:  # the adapter gets the dtype of the weight
-            with self._as_float():
-                super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
-            return
-        super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
+        reads = init == "orthogonal" and self._weight() is not None  # the adapter gets the dtype of the weight
+        with self._as_float() if reads else nullcontext():
+            super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
 
 
 class LoraLinear(_Lora, lora.Linear):

@@ -19,13 +19,8 @@ register()
 
 _OF_TRAINER = ("CompiledStep", "CompiledTrainer")  # imported on first use
 
-__all__ = [
-    "BnbOpsConfig",
-    "BnbOpsHfQuantizer",
-    "keep_embeddings_in_32_bits",
-    "load_bitsandbytes_checkpoints",
-    *_OF_TRAINER,
-]
+__all__ = ["BnbOpsConfig", "BnbOpsHfQuantizer", "keep_embeddings_in_32_bits", "load_bitsandbytes_checkpoints"]
+__all__ += _OF_TRAINER
 
 
 def __getattr__(name: str) -> object:

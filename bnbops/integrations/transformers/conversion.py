@@ -6,6 +6,7 @@ classification head, stays a float one that Transformers initializes.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,9 +30,7 @@ class _Operation(ConversionOps):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Operation:
         """Transformers copies operations for each tensor; the quantizer stays one."""
-        copy = type(self).__new__(type(self))
-        vars(copy).update(vars(self))
-        return copy
+        return copy(self)
 
     def _put(self, model: nn.Module, name: str, missing_keys: set[str] | None, make: Any, *arguments: Any) -> None:
         """Replaces what holds the weight `name`, and what shares it. A failure is kept for the end of loading: an

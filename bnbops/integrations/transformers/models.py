@@ -88,18 +88,14 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None) -> None:
                 setattr(module, name, weight)
         if isinstance(module, QuantizedModule):
             if id(module.weight) not in weights:
-                weights[id(module.weight)] = _parameter(_floats(module), dtype)
+                weight = module.dequantized()
+                weight = weight if _source_class(module) is None else weight.T.contiguous()  # as Conv1D held it
+                weights[id(module.weight)] = _parameter(weight, dtype)
             model.set_submodule(path, _float_layer(module, weights[id(module.weight)]))
 
 
 def _parameter(weight: Tensor, dtype: torch.dtype | None) -> nn.Parameter:
     return nn.Parameter(weight.detach().to(weight.dtype if dtype is None else dtype))
-
-
-def _floats(module: QuantizedModule) -> Tensor:
-    """The weight as the float layer held it."""
-    weight = module.dequantized()
-    return weight if _source_class(module) is None else weight.T.contiguous()
 
 
 def _source_class(module: nn.Module) -> type[nn.Module] | None:
