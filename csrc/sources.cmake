@@ -4,8 +4,7 @@
 set(BNBOPS_SCHEMAS ops/ops.cpp ops/facts.cpp)
 
 # The argument checks, which every backend has in it.
-set(BNBOPS_CHECKS core/check.cpp ops/blockwise/blockwise.cpp ops/norms/norms.cpp ops/optimizer/optimizer.cpp ops/optimizer/state_codes.cpp
-  ops/weight_4bit/weight_4bit.cpp ops/int8/int8.cpp)
+set(BNBOPS_CHECKS core/check.cpp ops/optimizer/optimizer.cpp ops/weight_4bit/weight_4bit.cpp)
 
 # The CUDA backend. Each kernel file stands beside the binding that calls it; tests/cuda_on_cpu builds the same files.
 set(BNBOPS_CUDA_KERNELS cuda/blockwise.cu cuda/weight_4bit.cu cuda/int8_quantize.cu cuda/int8_product.cu

@@ -6,12 +6,6 @@
 
 namespace bnbops {
 
-std::ostream& operator<<(std::ostream& out, const Named& named) {
-  out << "bnbops::" << named.op << ": " << named.argument;
-  if (named.index >= 0) out << '[' << named.index << ']';
-  return out;
-}
-
 std::string dtype_name(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float: return "float32";
@@ -32,76 +26,87 @@ std::string dtype_name(ScalarType dtype) {
   }
 }
 
-std::string shape_of(const Tensor& tensor) {
+std::string text_of(Sizes sizes) {
   std::string text = "[";
-  for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? ", " : "") + std::to_string(tensor.size(d));
+  for (const int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
   return text + "]";
 }
 
-bool same_shape(const Tensor& a, const Tensor& b) {
-  const auto x = a.sizes(), y = b.sizes();
-  return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
-}
+bool same_sizes(Sizes a, Sizes b) { return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin()); }
 
 bool is_float(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
-void check_dtype(const Named& named, ScalarType expected) {
-  const ScalarType dtype = named.tensor.scalar_type();
-  BNBOPS_CHECK(dtype == expected, named, " must be ", dtype_name(expected), ", got ", dtype_name(dtype));
+const Argument& Argument::dtype(ScalarType expected) const {
+  const ScalarType dtype = tensor.scalar_type();
+  BNBOPS_CHECK(dtype == expected, *this, " must be ", dtype_name(expected), ", got ", dtype_name(dtype));
+  return *this;
 }
 
-void check_float(const Named& named) {
-  const ScalarType dtype = named.tensor.scalar_type();
-  BNBOPS_CHECK(is_float(dtype), named, " must be float32, bfloat16 or float16, got ", dtype_name(dtype));
+const Argument& Argument::floats() const {
+  const ScalarType dtype = tensor.scalar_type();
+  BNBOPS_CHECK(is_float(dtype), *this, " must be float32, bfloat16 or float16, got ", dtype_name(dtype));
+  return *this;
 }
 
-void check_scales(const Named& named) {
-  const ScalarType dtype = named.tensor.scalar_type();
-  BNBOPS_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Int, named,
+const Argument& Argument::scales() const {
+  const ScalarType dtype = tensor.scalar_type();
+  BNBOPS_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Int, *this,
                " must be float32, or int32 for the bits of float32, got ", dtype_name(dtype));
+  return *this;
 }
 
-void check_same_device(const Named& named, const Tensor& other) {
-  if (named.tensor.is_cpu() && other.is_cpu()) return;  // the common case, without making two device objects
-  BNBOPS_CHECK(named.tensor.device() == other.device(), named, " is on another device than the first tensor");
+const Argument& Argument::device_of(const Tensor& other) const {
+  if (tensor.is_cpu() && other.is_cpu()) return *this;  // the common case, without making two device objects
+  BNBOPS_CHECK(tensor.device() == other.device(), *this, " is on another device than the first tensor");
+  return *this;
 }
 
-void check_readable(const Named& named, const Tensor& like) {
-  if (!named.tensor.is_cpu()) check_same_device(named, like);
+const Argument& Argument::readable_beside(const Tensor& like) const {
+  return tensor.is_cpu() ? *this : device_of(like);
 }
 
-void check_contiguous(const Named& named) {
-  BNBOPS_CHECK(named.tensor.is_contiguous(), named, " must be contiguous; call .contiguous() first");
+const Argument& Argument::contiguous() const {
+  BNBOPS_CHECK(tensor.is_contiguous(), *this, " must be contiguous; call .contiguous() first");
+  return *this;
 }
 
-void check_not_expanded(const Named& named) {
-  const Tensor& tensor = named.tensor;
+const Argument& Argument::not_expanded() const {
   for (int64_t d = 0; d < tensor.dim(); ++d) {
-    BNBOPS_CHECK(tensor.size(d) < 2 || tensor.stride(d) != 0, named,
+    BNBOPS_CHECK(tensor.size(d) < 2 || tensor.stride(d) != 0, *this,
                  " is expanded; its elements need memory of their own");
   }
+  return *this;
 }
 
-void check_one_element(const Named& named) {
-  BNBOPS_CHECK(named.tensor.numel() == 1, named, " must have one element, got shape ", shape_of(named.tensor));
+const Argument& Argument::one_element() const {
+  BNBOPS_CHECK(tensor.numel() == 1, *this, " must have one element, got shape ", shape_of(tensor));
+  return *this;
 }
 
-void check_codebook(const Named& named, const Tensor& like) {
-  check_dtype(named, ScalarType::Float);
-  check_same_device(named, like);
-  check_contiguous(named);
-  check_codebook_shape(named);
+const Argument& Argument::codebook_shape() const { return shape({kCodebookSize}); }
+
+const Argument& Argument::shape(std::initializer_list<int64_t> sizes, const char* meaning) const {
+  BNBOPS_CHECK(same_sizes(tensor.sizes(), sizes), *this, " must have shape ", text_of(sizes), meaning ? ", " : "",
+               meaning ? meaning : "", ", got ", shape_of(tensor));
+  return *this;
 }
 
-void check_codebook_shape(const Named& named) {
-  BNBOPS_CHECK(named.tensor.dim() == 1 && named.tensor.numel() == kCodebookSize, named, " must have shape [",
-               kCodebookSize, "], got ", shape_of(named.tensor));
+std::ostream& operator<<(std::ostream& out, const Argument& argument) {
+  out << "bnbops::" << argument.op << ": " << argument.name;
+  if (argument.index >= 0) out << '[' << argument.index << ']';
+  return out;
 }
 
-void Overlaps::add(const Named& named, bool written) {
-  const Tensor& t = named.tensor;
+std::ostream& operator<<(std::ostream& out, const Operator& op) { return out << "bnbops::" << op.name << ": "; }
+
+void Operator::check_result_dtype(ScalarType dtype) const {
+  BNBOPS_CHECK(is_float(dtype), *this, "dtype must be float32, bfloat16 or float16, got ", dtype_name(dtype));
+}
+
+void Overlaps::add(const Argument& argument, bool written) {
+  const Tensor& t = argument.tensor;
   if (t.numel() == 0) return;
   int64_t last = t.numel() - 1;  // offset of the last element; strides are not negative
   if (!t.is_contiguous()) {
@@ -109,7 +114,8 @@ void Overlaps::add(const Named& named, bool written) {
     for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
   }
   const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-  ranges_.push_back({begin, begin + (last + 1) * t.element_size(), written, named.op, named.argument, named.index});
+  ranges_.push_back(
+      {begin, begin + (last + 1) * t.element_size(), written, argument.op, argument.name, argument.index});
 }
 
 void Overlaps::check() {

@@ -14,24 +14,27 @@ inline double scalar(const Tensor& tensor) {
                                                     : *static_cast<const float*>(data);
 }
 
-// `op` begins the message: "bnbops::adam_step_: ".
-inline void check_lr(const std::string& op, const Tensor& lr) {
+template <class Op>
+inline void check_lr(const Op& op, const Tensor& lr) {
   BNBOPS_CHECK(std::isfinite(scalar(lr)), op, "lr must be finite, got ", scalar(lr));
 }
 
-inline void check_grad_scale(const std::string& op, const Tensor& grad_scale) {
+template <class Op>
+inline void check_grad_scale(const Op& op, const Tensor& grad_scale) {
   const double scale = scalar(grad_scale);
   BNBOPS_CHECK(std::isfinite(scale) && scale > 0, op, "grad_scale must be positive and finite, got ", scale);
 }
 
-inline void check_step_values(const std::string& op, const std::vector<Tensor>& steps) {
+template <class Op>
+inline void check_step_values(const Op& op, const std::vector<Tensor>& steps) {
   for (size_t i = 0; i < steps.size(); ++i) {
     const double step = scalar(steps[i]);
     BNBOPS_CHECK(std::isfinite(step) && step >= 0, op, "steps[", i, "] must be finite and not negative, got ", step);
   }
 }
 
-inline void check_factors(const std::string& op, const std::optional<Tensor>& factors, const char* argument) {
+template <class Op>
+inline void check_factors(const Op& op, const std::optional<Tensor>& factors, const char* argument) {
   for (int64_t i = 0; factors && i < factors->numel(); ++i) {
     const float factor = data_of<float>(*factors)[i];
     BNBOPS_CHECK(std::isfinite(factor) && factor >= 0, op, argument, "[", i, "] must be finite and not negative, got ",

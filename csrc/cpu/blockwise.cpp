@@ -1,15 +1,13 @@
-// The (de)quantization operators on the CPU.
-#include "cpu/kernels.h"
-#include "cpu/memory.h"
+// The operators on blocks of 8-bit codes on the CPU: (de)quantization, and that of states outside a step.
+#include "cpu/binding.h"
 #include "ops/blockwise/blockwise_binding.h"
+#include "ops/optimizer/state_codes.h"
 
 namespace bnbops::cpu {
 namespace {
 
-constexpr int64_t kGrain = 32768;  // elements worth a thread
-
-struct BlockwiseOnCpu {
-  explicit BlockwiseOnCpu(const Tensor& /*like*/) {}
+struct BlocksOnCpu : OnCpu {
+  using OnCpu::OnCpu;
 
   static void check_sorted(const Tensor& code) {
     const auto* value = data_of<float>(code);
@@ -20,22 +18,20 @@ struct BlockwiseOnCpu {
     }
   }
 
-  static void prepare(Tensor& fresh) { prefer_huge_pages(fresh); }
-
-  void quantize(const QuantizeJob& job) const {
-    const auto kernel = isa().kernels->quantize;
-    torch::stable::parallel_for(0, divide_up(job.numel, job.blocksize), divide_up(kGrain, job.blocksize),
-                                [&](int64_t first, int64_t last) { kernel(job, first, last); });
+  static void quantize(const QuantizeJob& job) {
+    in_parallel(divide_up(job.numel, job.blocksize), job.blocksize, isa().kernels->quantize, job);
   }
-
-  void dequantize(const DequantizeJob& job) const {
-    const auto kernel = isa().kernels->dequantize;
-    torch::stable::parallel_for(0, divide_up(job.numel, kChunk), kGrain / kChunk,
-                                [&](int64_t first, int64_t last) { kernel(job, first, last); });
+  static void dequantize(const DequantizeJob& job) {
+    in_parallel(divide_up(job.numel, kChunk), kChunk, isa().kernels->dequantize, job);
   }
+  static void encode(const StateJob& job) { in_parallel(job.blocks, kStateBlock, isa().kernels->encode_states, job); }
+  static void decode(const StateJob& job) { in_parallel(job.blocks, kStateBlock, isa().kernels->decode_states, job); }
 };
 
 }  // namespace
 }  // namespace bnbops::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(bnbops, CPU, m) { bnbops::BlockwiseOperators<bnbops::cpu::BlockwiseOnCpu>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(bnbops, CPU, m) {
+  bnbops::BlockwiseOperators<bnbops::cpu::BlocksOnCpu>::implement(m);
+  bnbops::StateOperators<bnbops::cpu::BlocksOnCpu>::implement(m);
+}

@@ -1,4 +1,7 @@
-// Which instruction set this machine gets.
+// Which instruction set this machine gets, and the operators that tell.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -75,6 +78,15 @@ Isa choose() {
   throw std::runtime_error("BNBOPS_ISA is '" + std::string(wanted) + "', but this machine and build offer: " + names);
 }
 
+std::string isa_name() { return isa().name; }
+
+std::vector<std::string> isa_names() {
+  std::vector<std::string> names;
+  for (const Isa& isa : isas()) names.emplace_back(isa.name);
+  std::reverse(names.begin(), names.end());
+  return names;
+}
+
 }  // namespace
 
 const std::vector<Isa>& isas() {
@@ -88,3 +100,8 @@ const Isa& isa() {
 }
 
 }  // namespace bnbops::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(bnbops, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&bnbops::cpu::isa_name));
+  m.impl("isas", TORCH_BOX(&bnbops::cpu::isa_names));
+}

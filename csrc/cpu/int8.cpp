@@ -1,30 +1,19 @@
 // The int8 operators on the CPU.
 #include <memory>
 
-#include "core/layout.h"
+#include "cpu/binding.h"
 #include "cpu/int8_kernels_table.h"
-#include "cpu/memory.h"
 #include "cpu/scratch.h"
 #include "ops/int8/int8_binding.h"
 
 namespace bnbops::cpu {
-
 namespace {
 
-constexpr int64_t kGrain = 32768;           // elements worth a thread
 constexpr int64_t kProductGrain = 1 << 18;  // products worth a thread
-
-// Calls work(first, last) on ranges of n pieces of so many elements each.
-template <class Work>
-void in_parallel(int64_t n, int64_t elements, int64_t grain, const Work& work) {
-  if (n == 0) return;
-  torch::stable::parallel_for(0, n, divide_up(grain, std::max<int64_t>(elements, 1)), work);
-}
 
 // Fills in the rows' absmax and the marks of outlier columns, and lists these columns.
 std::vector<int64_t> scan_rows(const Int8QuantJob& job) {
-  in_parallel(job.rows, job.inner, kGrain,
-              [&](int64_t first, int64_t last) { isa().int8->scan_rows(job, first, last); });
+  in_parallel(job.rows, job.inner, isa().int8->scan_rows, job);
   std::vector<int64_t> outliers;
   for (int64_t i = 0; job.has_threshold && i < job.inner; ++i) {
     if (job.is_outlier[i]) outliers.push_back(i);
@@ -35,8 +24,7 @@ std::vector<int64_t> scan_rows(const Int8QuantJob& job) {
 void encode_rows(Int8EncodeJob job, const std::vector<int64_t>& outliers) {
   job.outliers = outliers.data();
   job.outlier_count = static_cast<int64_t>(outliers.size());
-  in_parallel(job.rows, job.inner, kGrain,
-              [&](int64_t first, int64_t last) { isa().int8->encode_rows(job, first, last); });
+  in_parallel(job.rows, job.inner, isa().int8->encode_rows, job);
 }
 
 // Codes in the form that the kernels multiply.
@@ -56,7 +44,7 @@ Activations prepared(const Tensor& codes) {
   Activations a(rows_of(codes), columns_of(codes));
   const Int8Kernels& kernels = *isa().int8;
   const int64_t row_bytes = kernels.row_bytes(a.inner);
-  in_parallel(a.rows, a.inner, kGrain, [&](int64_t first, int64_t last) {
+  in_parallel(a.rows, a.inner, kThreadElements, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       a.sums[row] = kernels.prepare(data_of<int8_t>(codes) + row * a.inner, a.inner, a.bytes.get() + row * row_bytes);
     }
@@ -71,26 +59,21 @@ void multiply_activations(const Activations& a, const Tensor& weight, int32_t* s
                           epilogue,      outliers};
   const int64_t tiles = divide_up(job.columns, kInt8Panel) * divide_up(job.rows, kernels.row_block);
   const int64_t products = std::min(job.rows, kernels.row_block) * kInt8Panel * job.inner;
-  in_parallel(tiles, products, kProductGrain, [&](int64_t first, int64_t last) { kernels.multiply(job, first, last); });
+  in_parallel(tiles, products, kernels.multiply, job, kProductGrain);
 }
 
-struct Int8OnCpu {
+struct Int8OnCpu : OnCpu {
   static constexpr int64_t kWeightPanel = 512;  // what caches hold
 
-  explicit Int8OnCpu(const Tensor& /*like*/) {}
-  static void prepare(Tensor& fresh) { prefer_huge_pages(fresh); }
+  using OnCpu::OnCpu;
 
   static void quantize_rows(const Int8QuantJob& job) { encode_rows({job}, scan_rows(job)); }
 
   static void quantize_columns(const Int8QuantJob& job) {
-    in_parallel(divide_up(job.inner, kInt8Piece), job.rows * kInt8Piece, kGrain,
-                [&](int64_t first, int64_t last) { isa().int8->quantize_columns(job, first, last); });
+    in_parallel(divide_up(job.inner, kInt8Piece), job.rows * kInt8Piece, isa().int8->quantize_columns, job);
   }
 
-  static void dequantize(const Int8DequantJob& job) {
-    in_parallel(job.rows, job.width, kGrain,
-                [&](int64_t first, int64_t last) { isa().int8->dequantize(job, first, last); });
-  }
+  static void dequantize(const Int8DequantJob& job) { in_parallel(job.rows, job.width, isa().int8->dequantize, job); }
 
   static void multiply(const Tensor& codes, const Tensor& weight, Tensor& sums) {
     multiply_activations(prepared(codes), weight, mutable_data<int32_t>(sums), nullptr);
@@ -101,7 +84,7 @@ struct Int8OnCpu {
   }
 
   static void dequantize_sums(const int32_t* sums, const Int8Epilogue& epilogue) {
-    in_parallel(epilogue.rows, epilogue.columns, kGrain,
+    in_parallel(epilogue.rows, epilogue.columns, kThreadElements,
                 [&](int64_t first, int64_t last) { isa().int8->dequantize_sums(sums, epilogue, first, last); });
   }
 

@@ -1,56 +1,49 @@
-// The operators that quantize, dequantize and look up 4-bit weights, on the CPU.
+// The operators on 4-bit weights on the CPU. Few rows are multiplied by a kernel that decodes the weight as it goes;
+// many are worth decoding it once, for torch's own matrix product.
+#include "cpu/binding.h"
+#include "cpu/scratch.h"
+#include "cpu/tile_kernels.h"
+#include "ops/weight_4bit/linear_4bit_binding.h"
 #include "ops/weight_4bit/weight_4bit_binding.h"
 
-#include <algorithm>
-
-#include "cpu/decode_4bit.h"
-#include "cpu/memory.h"
-
 namespace bnbops::cpu {
+namespace {
 
-constexpr int64_t kGrain = 32768;  // elements worth a thread
-
+// Writes elements [first, first + numel) of the weight to contiguous memory.
 void dequantize_range(const Weight4bit& weight, int64_t first, int64_t numel, void* out, DType dtype) {
   const auto kernel = isa().kernels->dequantize_4bit;
   const int64_t size = size_of(dtype);
   constexpr int64_t kLines = 64;  // elements; a multiple of it fills whole lines in every dtype
   const bool past_caches =
       first % kLines == 0 && weight.blocksize % kLines == 0 && worth_past_caches(out, numel * size);
-  torch::stable::parallel_for(0, divide_up(numel, kChunk), kGrain / kChunk, [&](int64_t begin, int64_t end) {
+  in_parallel(divide_up(numel, kChunk), kChunk, kThreadElements, [&](int64_t begin, int64_t end) {
     const int64_t from = begin * kChunk, to = std::min(numel, end * kChunk);
     kernel(weight, first + from, to - from, static_cast<uint8_t*>(out) + from * size, dtype, past_caches);
   });
 }
 
-namespace {
-
-struct Weight4bitOnCpu {
-  explicit Weight4bitOnCpu(const Tensor& /*like*/) {}
-
-  static void prepare(Tensor& fresh) { prefer_huge_pages(fresh); }
+struct Weight4bitOnCpu : OnCpu {
+  using OnCpu::OnCpu;
 
   static void check_indices(const Tensor& indices, int64_t rows) {
     indices.scalar_type() == ScalarType::Long ? check_each<int64_t>(indices, rows) : check_each<int32_t>(indices, rows);
   }
 
-  void quantize(const QuantizeJob& job) const {
-    const auto kernel = isa().kernels->quantize_4bit;
-    torch::stable::parallel_for(0, divide_up(job.numel, job.blocksize), divide_up(kGrain, job.blocksize),
-                                [&](int64_t first, int64_t last) { kernel(job, first, last); });
+  static void quantize(const QuantizeJob& job) {
+    in_parallel(divide_up(job.numel, job.blocksize), job.blocksize, isa().kernels->quantize_4bit, job);
   }
 
-  void dequantize(const Weight4bit& weight, int64_t numel, void* out, DType dtype) const {
+  static void dequantize(const Weight4bit& weight, int64_t numel, void* out, DType dtype) {
     dequantize_range(weight, 0, numel, out, dtype);
   }
 
-  void look_up(const LookUpJob& job) const {
+  static void look_up(const LookUpJob& job) {
     const auto kernel = isa().kernels->dequantize_4bit;
-    const int64_t width = job.width, row_bytes = width * size_of(job.dtype),
-                  grain = divide_up(kGrain, std::max<int64_t>(width, 1));
-    torch::stable::parallel_for(0, job.count, grain, [&](int64_t first, int64_t last) {
+    const int64_t width = job.width, row_bytes = width * size_of(job.dtype);
+    in_parallel(job.count, width, kThreadElements, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
-        kernel(job.weight, job.index(i) * width, width, static_cast<uint8_t*>(job.out) + i * row_bytes, job.dtype,
-               false);
+        auto* row = static_cast<uint8_t*>(job.out) + i * row_bytes;
+        kernel(job.weight, job.index(i) * width, width, row, job.dtype, false);
       }
     });
   }
@@ -66,7 +59,184 @@ struct Weight4bitOnCpu {
   }
 };
 
+// ---- products ---------------------------------------------------------------------------------------------------
+
+constexpr int64_t kThreadWeights = 65536;  // what is worth a thread
+// Up to so many rows of activations, decoding the weight once for every eight of them is the fastest way.
+constexpr int64_t kFewRows = 4, kFewRowsWithoutTiles = 32;
+
+// One matrix [out_features, in_features] of a weight: all of it, or an expert's.
+struct Matrix4bit {
+  Weight4bit weight;
+  int64_t first, out_features, in_features;
+};
+
+Tensor dense(const Matrix4bit& matrix, const Tensor& like) {
+  Tensor out = OnCpu::new_result(like, {matrix.out_features, matrix.in_features}, like.scalar_type());
+  dequantize_range(matrix.weight, matrix.first, out.numel(), out.mutable_data_ptr(), dtype_of(out));
+  return out;
+}
+
+bool has_whole_blocks(const Matrix4bit& matrix) { return matrix.in_features % matrix.weight.blocksize == 0; }
+
+bool takes_tiles(const Tensor& activations, const Matrix4bit& matrix) {
+  return activations.scalar_type() == ScalarType::BFloat16 && has_whole_blocks(matrix) &&
+         matrix.weight.blocksize >= kChunk32 && isa().tiles != nullptr;
+}
+
+// x is contiguous.
+void few_rows_linear(const Tensor& x, const Matrix4bit& matrix, const void* bias, Tensor& out) {
+  const Kernels& kernels = *isa().kernels;
+  const int64_t rows = x.size(0), features = matrix.in_features, stride = divide_up(features, kXPadding) * kXPadding;
+  const Scratch<float> ordered = make_scratch<float>(rows * stride);
+  for (int64_t row = 0; row < rows; ++row) {
+    const auto* from = data_of<uint8_t>(x) + row * features * static_cast<int64_t>(x.element_size());
+    kernels.order_for_codes(from, dtype_of(x), matrix.weight.format, features, stride, ordered.get() + row * stride);
+  }
+  const Linear4bitJob job{matrix.weight, matrix.first, features, matrix.out_features,    rows,
+                          ordered.get(), stride,       bias,     out.mutable_data_ptr(), dtype_of(out)};
+  in_parallel(matrix.out_features, features, kernels.linear_4bit, job, kThreadWeights);
+}
+
+// The weight of a matrix that begins with a block, as if it were alone. Nested scales are decoded into `scales`.
+Weight4bit alone(const Matrix4bit& matrix, Tensor& scales) {
+  Weight4bit weight = matrix.weight;
+  const int64_t first = matrix.first / weight.blocksize;
+  weight.codes += matrix.first / 2;
+  if (weight.scales.absmax != nullptr) {
+    weight.scales.absmax += first;
+    return weight;
+  }
+  const int64_t blocks = matrix.out_features * matrix.in_features / weight.blocksize;
+  scales = torch::stable::new_empty(scales, {blocks}, ScalarType::Float);
+  auto* to = mutable_data<float>(scales);
+  const Kernels& kernels = *isa().kernels;
+  in_parallel(blocks, 1, kThreadWeights, [&](int64_t begin, int64_t end) {
+    kernels.scales_4bit(matrix.weight.scales, first + begin, end - begin, to + begin);
+  });
+  weight.scales.absmax = to;
+  return weight;
+}
+
+// `reduced` is the activations' dimension, `kept` the result's.
+void tile_product(const TileProduct& kernels, const Tensor& activations, const Matrix4bit& matrix, const void* bias,
+                  int64_t reduced, int64_t kept, Tensor& out) {
+  const int64_t rows = activations.size(0);
+  const int64_t tiles = 2 * divide_up(rows, kTilePair) * divide_up(reduced, kTilePair);
+  Tensor packed = torch::stable::new_empty(activations, {tiles, kTile * kTilePair});
+  Tensor scales = packed;
+  const TileJob job{alone(matrix, scales),
+                    matrix.out_features,
+                    matrix.in_features,
+                    rows,
+                    data_of<uint16_t>(activations),
+                    mutable_data<uint16_t>(packed),
+                    static_cast<const uint16_t*>(bias),
+                    mutable_data<uint16_t>(out)};
+  in_parallel(tiles, kTile * kTilePair, kernels.pack, job);
+  in_parallel(divide_up(kept, kTilePair), kTilePair * reduced, kernels.multiply, job, kThreadWeights);
+}
+
+// x [rows, in_features] to out [rows, out_features], contiguous.
+void linear_into(const Tensor& x, const Matrix4bit& matrix, const OptionalTensor& bias, Tensor& out) {
+  const int64_t rows = x.size(0);
+  const bool tiles = takes_tiles(x, matrix);
+  const bool few = has_whole_blocks(matrix) && rows <= (tiles ? kFewRows : kFewRowsWithoutTiles);
+  if (!few && !tiles) {
+    torch::stable::copy_(out, dense_linear(x, dense(matrix, x), bias));
+    return;
+  }
+  const OptionalTensor own_bias = in_logical_order(bias);
+  const void* bias_data = own_bias ? own_bias->const_data_ptr() : nullptr;
+  const Tensor contiguous = in_logical_order(x);
+  if (few) return few_rows_linear(contiguous, matrix, bias_data, out);
+  tile_product(isa().tiles->linear, contiguous, matrix, bias_data, matrix.in_features, matrix.out_features, out);
+}
+
+// gradient [rows, out_features] to out [rows, in_features], contiguous.
+void input_grad_into(const Tensor& gradient, const Matrix4bit& matrix, Tensor& out) {
+  if (takes_tiles(gradient, matrix)) {
+    tile_product(isa().tiles->input_grad, in_logical_order(gradient), matrix, nullptr, matrix.out_features,
+                 matrix.in_features, out);
+  } else {
+    matrix_product(gradient, dense(matrix, gradient), out);
+  }
+}
+
+// Where each expert's rows end, after a check that they are in order and exist.
+std::vector<int64_t> ends_of(const Operator& op, const Tensor& offsets, int64_t rows) {
+  std::vector<int64_t> ends;
+  int64_t previous = 0;
+  for (int64_t expert = 0; expert < offsets.numel(); ++expert) {
+    const int64_t end = data_of<int32_t>(offsets)[expert];
+    BNBOPS_CHECK(end >= previous && end <= rows, op, "offsets must not decrease and not exceed the ", rows,
+                 " rows, but offsets[", expert, "] = ", end, " after ", previous);
+    ends.push_back(end);
+    previous = end;
+  }
+  return ends;
+}
+
+// Calls product(rows of x, the expert's matrix, expert, rows of out) for each expert that has rows.
+template <class Product>
+Tensor grouped(const Tensor& x, const Weight4bitArguments& arguments, const Tensor& offsets, int64_t features,
+               const Product& product) {
+  const std::vector<int64_t> ends = ends_of(arguments.op, offsets, x.size(0));
+  Tensor out = torch::stable::new_empty(x, {x.size(0), features});
+  int64_t begin = 0;
+  const auto rows_of = [](const Tensor& tensor, int64_t first, int64_t last) {
+    Tensor copy = tensor;
+    return torch::stable::narrow(copy, 0, first, last - first);
+  };
+  for (size_t expert = 0; expert < ends.size(); ++expert) {
+    const int64_t out_features = arguments.shape[1], in_features = arguments.shape[2];
+    const Matrix4bit matrix{kernel_view(arguments), static_cast<int64_t>(expert) * out_features * in_features,
+                            out_features, in_features};
+    Tensor part = rows_of(out, begin, ends[expert]);
+    if (ends[expert] > begin) product(rows_of(x, begin, ends[expert]), matrix, static_cast<int64_t>(expert), part);
+    begin = ends[expert];
+  }
+  Tensor rest = rows_of(out, begin, x.size(0));
+  torch::stable::zero_(rest);
+  return out;
+}
+
+struct Linear4bitOnCpu {
+  static Matrix4bit matrix(const Weight4bitArguments& arguments) {
+    return {kernel_view(arguments), 0, arguments.shape[0], arguments.shape[1]};
+  }
+
+  static Tensor linear(const Tensor& x, const Weight4bitArguments& arguments, const OptionalTensor& bias) {
+    return by_rows(x, arguments.shape[0],
+                   [&](const Tensor& rows, Tensor& out) { linear_into(rows, matrix(arguments), bias, out); });
+  }
+
+  static Tensor input_grad(const Tensor& grad, const Weight4bitArguments& arguments) {
+    return by_rows(grad, arguments.shape[1],
+                   [&](const Tensor& rows, Tensor& out) { input_grad_into(rows, matrix(arguments), out); });
+  }
+
+  static Tensor grouped_linear(const Tensor& x, const Weight4bitArguments& arguments, const OptionalTensor& bias,
+                               const Tensor& offsets) {
+    return grouped(x, arguments, offsets, arguments.shape[1],
+                   [&](const Tensor& rows, const Matrix4bit& matrix, int64_t expert, Tensor& out) {
+                     const OptionalTensor own = bias ? OptionalTensor(torch::stable::select(*bias, 0, expert)) : bias;
+                     linear_into(rows, matrix, own, out);
+                   });
+  }
+
+  static Tensor grouped_input_grad(const Tensor& grad, const Weight4bitArguments& arguments, const Tensor& offsets) {
+    return grouped(grad, arguments, offsets, arguments.shape[2],
+                   [&](const Tensor& rows, const Matrix4bit& matrix, int64_t, Tensor& out) {
+                     input_grad_into(rows, matrix, out);
+                   });
+  }
+};
+
 }  // namespace
 }  // namespace bnbops::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(bnbops, CPU, m) { bnbops::Weight4bitOperators<bnbops::cpu::Weight4bitOnCpu>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(bnbops, CPU, m) {
+  bnbops::Weight4bitOperators<bnbops::cpu::Weight4bitOnCpu>::implement(m);
+  bnbops::Linear4bitOperators<bnbops::cpu::Linear4bitOnCpu>::implement(m);
+}

@@ -10,17 +10,15 @@
 #include <torch/csrc/stable/accelerator.h>
 #endif
 
-// The simulator registers the same operators for the CPU, in a library of its own.
-#ifndef BNBOPS_LIBRARY
-#define BNBOPS_LIBRARY bnbops
-#define BNBOPS_DEVICE_KEY CUDA
-#endif
-
 namespace bnbops::cuda {
 
 // Makes a tensor's device current for as long as it lives.
 class OnDevice {
  public:
+  static Tensor new_result(const Tensor& like, Sizes sizes, ScalarType dtype) {
+    return torch::stable::new_empty(like, sizes, dtype);
+  }
+
 #ifdef CUSIM
   explicit OnDevice(const Tensor& /*like*/) {}
   cudaStream_t stream() const { return nullptr; }

@@ -10,7 +10,6 @@ struct BlockwiseOnCuda : OnDevice {
   using OnDevice::OnDevice;
 
   static void check_sorted(const Tensor& /*code*/) {}  // reading it would wait for the device
-  static void prepare(Tensor& /*fresh*/) {}
 
   void quantize(const QuantizeJob& job) const {
     check_launch(cuda::quantize(job, stream()), "quantize_blockwise of ", job.numel, " elements in blocks of ",

@@ -25,7 +25,6 @@ struct Int8OnCuda : OnDevice {
   static constexpr int64_t kWeightPanel = 8192;  // large enough for a fast product
 
   using OnDevice::OnDevice;
-  static void prepare(Tensor& /*fresh*/) {}
 
   void quantize_rows(const Int8QuantJob& job) const {
     check_launch(cuda::quantize_rows(job, stream()), "int8 quantization of ", job.rows, " rows of ", job.inner);

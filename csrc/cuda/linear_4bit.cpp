@@ -17,7 +17,7 @@ Tensor dense(const OnDevice& device, const Weight4bitArguments& arguments, const
   Tensor out = torch::stable::new_empty(like, {rows, columns});
   check_launch(
       dequantize_4bit(kernel_view(arguments), out.numel(), out.mutable_data_ptr(), dtype_of(out), device.stream()),
-      arguments.op, " with a weight of ", rows, " x ", columns);
+      arguments.op.name, " with a weight of ", rows, " x ", columns);
   return out;
 }
 
@@ -61,7 +61,7 @@ struct Linear4bitOnCuda {
     const OnDevice device(x);
     const Linear4bitJob job = job_of(arguments, x, {rows_of(x), 1, nullptr});
     const bool few = rows_of(x) <= (takes_tensor_cores(job) ? kTensorRows : kGemvRows);
-    return few ? multiply(device, arguments.op, job, x, bias) : dense_linear(x, dense(device, arguments, x), bias);
+    return few ? multiply(device, arguments.op.name, job, x, bias) : dense_linear(x, dense(device, arguments, x), bias);
   }
 
   static Tensor input_grad(const Tensor& grad, const Weight4bitArguments& arguments) {
@@ -74,7 +74,7 @@ struct Linear4bitOnCuda {
                                const Tensor& offsets) {
     const OnDevice device(x);
     if (offsets.numel() == 0) return torch::stable::new_zeros(x, {x.size(0), arguments.shape[1]});
-    return multiply(device, arguments.op, job_of(arguments, x, grouping_of(x, offsets)), x, bias);
+    return multiply(device, arguments.op.name, job_of(arguments, x, grouping_of(x, offsets)), x, bias);
   }
 
   static Tensor grouped_input_grad(const Tensor& grad, const Weight4bitArguments& arguments, const Tensor& offsets) {
@@ -86,7 +86,7 @@ struct Linear4bitOnCuda {
     const GroupedProductJob job{
         grouping_of(grad, offsets), inner,         columns, ordered.const_data_ptr(), weight.const_data_ptr(),
         out.mutable_data_ptr(),     dtype_of(grad)};
-    check_launch(grouped_product(job, device.stream()), arguments.op, " of ", grad.size(0), " rows");
+    check_launch(grouped_product(job, device.stream()), arguments.op.name, " of ", grad.size(0), " rows");
     return out;
   }
 };

@@ -55,7 +55,7 @@ struct OptimizerOnCuda {
     if (overflow && a.directions.empty()) return;  // directions become NaN
     const OnDevice device(some_tensor(a));
     const Work work(a, kIndex, names.part);
-    check_launch(step(kIndex, work.call, device.stream()), names.op, " of ", work.call.count, " parameters");
+    check_launch(step(kIndex, work.call, device.stream()), names.name, " of ", work.call.count, " parameters");
   }
 };
 

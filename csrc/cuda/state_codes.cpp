@@ -9,7 +9,6 @@ namespace {
 struct StatesOnCuda : OnDevice {
   using OnDevice::OnDevice;
 
-  static void prepare(Tensor& /*fresh*/) {}
   void encode(const StateJob& job) const {
     check_launch(encode_state(job, stream()), "encode_state of ", job.blocks, " blocks");
   }

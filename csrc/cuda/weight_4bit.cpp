@@ -9,7 +9,6 @@ namespace {
 struct Weight4bitOnCuda : OnDevice {
   using OnDevice::OnDevice;
 
-  static void prepare(Tensor& /*fresh*/) {}
   static void check_indices(const Tensor& /*indices*/, int64_t /*rows*/) {}  // the kernel does
 
   void quantize(const QuantizeJob& job) const {

@@ -10,6 +10,8 @@
 BNBOPS_NAMESPACE_BEGIN
 
 constexpr uint32_t kFloatMaxBits = 0x7F7FFFFFU;
+// The most products of two codes whose sum an int32 holds for certain: 2^31 / 2^14, less one.
+constexpr int64_t kMaxInt8Products = 131071;
 constexpr float kInverse127 = 1.0F / 127.0F;
 constexpr float kInverse127Squared = 1.0F / (127.0F * 127.0F);  // bitsandbytes has 6.200124e-05, a digit short
 

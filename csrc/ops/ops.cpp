@@ -3,25 +3,19 @@
 
 #include <string>
 
-#include "ops/facts.h"
-#include "ops/int8/int8.h"
 #include "ops/optimizer/optimizer.h"
-#include "ops/optimizer/state_codes.h"
 #include "ops/weight_4bit/weight_4bit.h"
 #include "rules/all.h"
-
-#ifndef BNBOPS_LIBRARY
-#define BNBOPS_LIBRARY bnbops
-#endif
 
 namespace bnbops {
 namespace {
 
 void define_rules(torch::stable::detail::StableLibrary& m) {
-  for (const char* schema : kStateSchemas) m.def(schema);
   for_each_rule(AllRules{}, [&](auto rule, int) {
     using Rule = decltype(rule);
-    for (const Part part : {Part::kStep, Part::kDirection, Part::kApply}) m.def(schema_of<Rule>(part).c_str());
+    for (const Part part : {Part::kStep, Part::kDirection, Part::kApply}) {
+      m.def(schema_of(names_of<Rule>(part)).c_str());
+    }
   });
 }
 
@@ -45,6 +39,23 @@ void define_4bit(torch::stable::detail::StableLibrary& m) {
       ") -> Tensor");
 }
 
+void define_int8(torch::stable::detail::StableLibrary& m) {
+  m.def("int8_vectorwise_quant(Tensor A, float threshold=0.0) -> (Tensor, Tensor, Tensor)");
+  m.def("int8_vectorwise_dequant(Tensor A, Tensor stats) -> Tensor");
+  m.def("int8_double_quant(Tensor A, float threshold=0.0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("int8_linear_matmul(Tensor A, Tensor B) -> Tensor");
+  m.def("int8_linear_matmul.out(Tensor A, Tensor B, *, Tensor(a!) out) -> ()");
+  m.def(
+      "int8_mm_dequant(Tensor A, Tensor row_stats, Tensor col_stats, ScalarType? dtype=None, Tensor? bias=None) -> "
+      "Tensor");
+  m.def(
+      "int8_scaled_mm(Tensor A, Tensor B, Tensor row_stats, Tensor col_stats, Tensor? bias=None, "
+      "ScalarType? dtype=None) -> Tensor");
+  m.def("linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, float threshold) -> Tensor");
+  m.def("linear_int8_weight_only(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
+  m.def("linear_int8_input_grad(Tensor grad, Tensor weight, Tensor scale) -> Tensor");
+}
+
 }  // namespace
 }  // namespace bnbops
 
@@ -62,8 +73,8 @@ STABLE_TORCH_LIBRARY(BNBOPS_LIBRARY, m) {
   m.def(
       "percentile_clip_(Tensor(a!)[] gnorm_vec, Tensor squared_norms, Tensor[] steps, *, int percentile, "
       "Tensor? grad_scale=None, Tensor? found_inf=None) -> Tensor");
+  m.def("encode_state(Tensor values, str codec, str role, bool flat=False) -> (Tensor, Tensor)");
+  m.def("decode_state(Tensor codes, Tensor absmax, str codec, str role) -> Tensor");
   bnbops::define_rules(m);
   bnbops::define_int8(m);
 }
-
-STABLE_TORCH_LIBRARY_IMPL(BNBOPS_LIBRARY, CompositeExplicitAutograd, m) { m.impl("facts", TORCH_BOX(&bnbops::facts)); }

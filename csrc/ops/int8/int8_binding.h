@@ -1,8 +1,8 @@
-// The int8 operators of every device. A device says how it runs a job, and what fresh memory needs:
+// The int8 operators of every device. A device says how it runs a job, and how it makes a large result:
 //   struct Device {
 //     static constexpr int64_t kWeightPanel;  // rows or columns of a weight that are dequantized at a time
 //     explicit Device(const Tensor& like);      // makes its device current for as long as it lives
-//     static void prepare(Tensor& fresh);
+//     static Tensor new_result(const Tensor& like, Sizes, ScalarType);
 //     void quantize_rows(const Int8QuantJob&) const;
 //     void quantize_columns(const Int8QuantJob&) const;
 //     void dequantize(const Int8DequantJob&) const;
@@ -22,7 +22,6 @@
 
 #include "core/tensors.h"
 #include "formats/int8.h"
-#include "ops/int8/int8.h"
 #include "ops/int8/int8_jobs.h"
 
 namespace bnbops {
@@ -32,12 +31,12 @@ struct Int8Operators {
   // ---- quantization ----------------------------------------------------------------------------------------------
 
   static std::tuple<Tensor, Tensor, Tensor> vectorwise_quant(const Tensor& A, double threshold) {
-    check_int8_quant("int8_vectorwise_quant", A, threshold);
+    check_quant({"int8_vectorwise_quant"}, A, threshold);
     return quantize_rows(Device(A), in_logical_order(A), threshold);
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> double_quant(const Tensor& A, double threshold) {
-    check_int8_quant("int8_double_quant", A, threshold);
+    check_quant({"int8_double_quant"}, A, threshold);
     const Device device(A);
     const Tensor values = in_logical_order(A);
     const auto [row_codes, row_stats, is_outlier] = quantize_rows(device, values, threshold);
@@ -51,73 +50,72 @@ struct Int8Operators {
   }
 
   static Tensor vectorwise_dequant(const Tensor& A, const Tensor& stats) {
-    check_int8_dequant(A, stats);
-    Tensor out = torch::stable::new_empty(A, A.sizes(), ScalarType::Float);
-    Device::prepare(out);
+    constexpr Operator op{"int8_vectorwise_dequant"};
+    check_has_rows(op(A, "A").dtype(ScalarType::Char));
+    check_stats(op(stats, "stats"), A, rows_of(A), "rows in A");
+    const Tensor out = Device::new_result(A, A.sizes(), ScalarType::Float);
     return dequantized(Device(A), in_logical_order(A), in_logical_order(stats), 0, columns_of(A), out);
   }
 
   // ---- matrix products -------------------------------------------------------------------------------------------
 
   static Tensor linear_matmul(const Tensor& A, const Tensor& B) {
-    check_int8_matmul("int8_linear_matmul", A, B);
+    check_matmul(kMatmul, A, B);
     Tensor out = new_product(A, B.size(0), ScalarType::Int);
     Device(A).multiply(in_logical_order(A), in_logical_order(B), out);
     return out;
   }
 
   static void linear_matmul_out(const Tensor& A, const Tensor& B, Tensor out) {
-    check_int8_matmul("int8_linear_matmul", A, B);
-    check_int8_matmul_out(A, B, out);
+    check_matmul(kMatmul, A, B);
+    check_out(kMatmul(out, "out"), ScalarType::Int, A, with_last(A, B.size(0)),
+              [&] { return ", but A has " + shape_of(A) + " and B " + shape_of(B); },
+              {kMatmul(A, "A"), kMatmul(B, "B")});
     if (out.is_contiguous()) return Device(A).multiply(in_logical_order(A), in_logical_order(B), out);
     torch::stable::copy_(out, linear_matmul(A, B));
   }
 
   static Tensor mm_dequant(const Tensor& A, const Tensor& row_stats, const Tensor& col_stats,
-                           std::optional<ScalarType> dtype, const std::optional<Tensor>& bias) {
+                           std::optional<ScalarType> dtype, const OptionalTensor& bias) {
+    constexpr Operator op{"int8_mm_dequant"};
+    check_has_rows(op(A, "A").dtype(ScalarType::Int));
     const ScalarType to = dtype.value_or(ScalarType::Half);
-    check_int8_mm_dequant(A, row_stats, col_stats, bias, to);
+    check_scaling(op, A, columns_of(A), row_stats, col_stats, bias, to);
     const Device device(A);
-    const Tensor sums = in_logical_order(A), rows = in_logical_order(row_stats);
-    const Tensor columns = in_logical_order(col_stats);
-    const std::optional<Tensor> biases = in_logical_order(bias);
+    const Tensor sums = in_logical_order(A);
     Tensor out = new_product(A, columns_of(A), to);
-    device.dequantize_sums(data_of<int32_t>(sums), epilogue_of(data_of<float>(rows), columns, biases, out));
+    device.dequantize_sums(data_of<int32_t>(sums), Epilogue(row_stats, col_stats, bias, out));
     return out;
   }
 
   static Tensor scaled_mm(const Tensor& A, const Tensor& B, const Tensor& row_stats, const Tensor& col_stats,
-                          const std::optional<Tensor>& bias, std::optional<ScalarType> dtype) {
+                          const OptionalTensor& bias, std::optional<ScalarType> dtype) {
+    constexpr Operator op{"int8_scaled_mm"};
+    check_matmul(op, A, B);
     const ScalarType to = dtype.value_or(ScalarType::Half);
-    check_int8_matmul("int8_scaled_mm", A, B);
-    check_int8_scales("int8_scaled_mm", A, rows_of(A), B.size(0), row_stats, col_stats, bias, to);
-    const Device device(A);
-    const Tensor codes = in_logical_order(A), weight = in_logical_order(B);
-    const Tensor rows = in_logical_order(row_stats), columns = in_logical_order(col_stats);
-    const std::optional<Tensor> biases = in_logical_order(bias);
+    check_scaling(op, A, B.size(0), row_stats, col_stats, bias, to);
     Tensor out = new_product(A, B.size(0), to);
-    device.multiply(codes, weight, epilogue_of(data_of<float>(rows), columns, biases, out));
+    Device(A).multiply(in_logical_order(A), in_logical_order(B), Epilogue(row_stats, col_stats, bias, out));
     return out;
   }
 
   // ---- the linear layer ------------------------------------------------------------------------------------------
 
-  static Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias,
+  static Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale, const OptionalTensor& bias,
                        double threshold) {
-    check_linear_int8("linear_int8", x, weight, scale, bias, threshold);
-    const Device device(x);
+    constexpr Operator op{"linear_int8"};
+    check_linear(op, x, weight, scale, bias);
+    check_threshold(op, threshold);
     const Tensor values = in_logical_order(x), matrix = in_logical_order(weight);
-    const Tensor scales = in_logical_order(scale);
-    const std::optional<Tensor> biases = in_logical_order(bias);
     Tensor out = new_product(x, weight.size(0), x.scalar_type());
-    device.linear(quant_job(values, threshold), values, matrix, epilogue_of(nullptr, scales, biases, out));
+    Device(x).linear(quant_job(values, threshold), values, matrix, Epilogue(std::nullopt, scale, bias, out));
     return out;
   }
 
   // x @ W.T + bias in panels of W's rows, so that a large W is never whole in floating point.
   static Tensor linear_weight_only(const Tensor& x, const Tensor& weight, const Tensor& scale,
                                    const OptionalTensor& bias) {
-    check_linear_int8("linear_int8_weight_only", x, weight, scale, bias);
+    check_linear({"linear_int8_weight_only"}, x, weight, scale, bias);
     const Device device(x);
     const Tensor matrix = in_logical_order(weight), scales = in_logical_order(scale);
     const int64_t rows = rows_of(x), outputs = weight.size(0), inner = weight.size(1);
@@ -128,7 +126,7 @@ struct Int8Operators {
     for (int64_t begin = 0; begin < outputs; begin += Device::kWeightPanel) {
       const int64_t width = std::min(Device::kWeightPanel, outputs - begin);
       const auto of_panel = [&](Tensor whole) { return torch::stable::narrow(whole, 0, begin, width); };
-      Tensor panel = torch::stable::new_empty(x, {width, inner});
+      const Tensor panel = torch::stable::new_empty(x, {width, inner});
       dequantized(device, of_panel(matrix), of_panel(scale_of_row), 0, inner, panel);
       Tensor columns = torch::stable::narrow(rows_of_out, 1, begin, width);
       torch::stable::copy_(columns, dense_linear(rows_of_x, panel, bias ? OptionalTensor(of_panel(*bias)) : bias));
@@ -138,7 +136,12 @@ struct Int8Operators {
 
   // grad @ W in panels of W's columns.
   static Tensor linear_input_grad(const Tensor& grad, const Tensor& weight, const Tensor& scale) {
-    check_linear_int8_input_grad(grad, weight, scale);
+    constexpr Operator op{"linear_int8_input_grad"};
+    check_has_rows(op(grad, "grad").floats());
+    check_matrix(op(weight, "weight"), grad);
+    BNBOPS_CHECK(columns_of(grad) == weight.size(0), op, "grad has shape ", shape_of(grad), ", but weight has ",
+                 shape_of(weight), ": grad needs a column for each row of weight");
+    check_stats(op(scale, "scale"), grad, weight.size(0), "rows in weight");
     const Device device(grad);
     const Tensor matrix = in_logical_order(weight), scales = in_logical_order(scale);
     const int64_t rows = rows_of(grad), outputs = weight.size(0), inner = weight.size(1);
@@ -170,27 +173,82 @@ struct Int8Operators {
   }
 
  private:
+  static constexpr Operator kMatmul{"int8_linear_matmul"};
+
+  // ---- checks ----------------------------------------------------------------------------------------------------
+
+  static void check_has_rows(const Argument& a) {
+    BNBOPS_CHECK(a.tensor.dim() > 0, a, " must have at least one dimension, got a scalar");
+  }
+
+  static void check_matrix(const Argument& weight, const Tensor& first) {
+    weight.dtype(ScalarType::Char).device_of(first);
+    BNBOPS_CHECK(weight.tensor.dim() == 2, weight, " must have two dimensions, got ", shape_of(weight.tensor));
+  }
+
+  static void check_stats(const Argument& stats, const Tensor& first, int64_t count, const char* what) {
+    stats.scales().device_of(first);
+    BNBOPS_CHECK(stats.tensor.numel() == count, stats, " has ", stats.tensor.numel(), " elements, but there are ",
+                 count, " ", what);
+  }
+
+  static void check_threshold(const Operator& op, double threshold) {
+    BNBOPS_CHECK(threshold >= 0, op, "threshold must be positive, or 0 for none, got ", threshold);
+  }
+
+  static void check_quant(const Operator& op, const Tensor& A, double threshold) {
+    check_has_rows(op(A, "A").floats());
+    check_threshold(op, threshold);
+  }
+
+  // `a` [..., K] and the matrix `b` [N, K].
+  static void check_inner(const Argument& a, const Argument& b) {
+    const int64_t inner = columns_of(a.tensor);
+    BNBOPS_CHECK(columns_of(b.tensor) == inner, b, " has shape ", shape_of(b.tensor), ", but ", a.name, " has ",
+                 shape_of(a.tensor), ": their last dimensions must be equal");
+    BNBOPS_CHECK(inner <= kMaxInt8Products, a, " has ", inner, " columns; an int32 holds the sum of at most ",
+                 kMaxInt8Products, " products");
+  }
+
+  static void check_matmul(const Operator& op, const Tensor& A, const Tensor& B) {
+    check_has_rows(op(A, "A").dtype(ScalarType::Char));
+    check_matrix(op(B, "B"), A);
+    check_inner(op(A, "A"), op(B, "B"));
+  }
+
+  static void check_scaling(const Operator& op, const Tensor& A, int64_t columns, const Tensor& row_stats,
+                            const Tensor& col_stats, const OptionalTensor& bias, ScalarType dtype) {
+    check_stats(op(row_stats, "row_stats"), A, rows_of(A), "rows");
+    check_stats(op(col_stats, "col_stats"), A, columns, "columns");
+    if (bias) op(*bias, "bias").floats().device_of(A).shape({columns});
+    op.check_result_dtype(dtype);
+  }
+
+  static void check_linear(const Operator& op, const Tensor& x, const Tensor& weight, const Tensor& scale,
+                           const OptionalTensor& bias) {
+    check_has_rows(op(x, "x").floats());
+    check_matrix(op(weight, "weight"), x);
+    check_inner(op(x, "x"), op(weight, "weight"));
+    check_stats(op(scale, "scale"), x, weight.size(0), "rows in weight");
+    if (bias) op(*bias, "bias").floats().device_of(x).shape({weight.size(0)}).dtype(x.scalar_type());
+  }
+
+  // ---- jobs ------------------------------------------------------------------------------------------------------
+
   // An element is an outlier from the threshold on, as a float: from the first float that is not below it.
   static Int8QuantJob quant_job(const Tensor& values, double threshold) {
     auto nearest = static_cast<float>(std::min<double>(threshold, kFloatMax));
     if (nearest < threshold) nearest = std::nextafter(nearest, std::numeric_limits<float>::infinity());
-    Int8QuantJob job{};
-    job.values = values.const_data_ptr();
-    job.dtype = dtype_of(values);
-    job.rows = rows_of(values);
-    job.inner = columns_of(values);
-    job.has_threshold = threshold > 0;
-    job.limit = left_out_from(nearest);
-    return job;
+    return {values.const_data_ptr(), dtype_of(values), rows_of(values),
+            columns_of(values),      threshold > 0,    left_out_from(nearest)};
   }
 
   static std::tuple<Tensor, Tensor, Tensor> quantize_rows(const Device& device, const Tensor& values,
                                                           double threshold) {
     Int8QuantJob job = quant_job(values, threshold);
-    Tensor codes = torch::stable::new_empty(values, values.sizes(), ScalarType::Char);
+    Tensor codes = Device::new_result(values, values.sizes(), ScalarType::Char);
     Tensor stats = torch::stable::new_empty(values, {job.rows}, ScalarType::Float);
     Tensor is_outlier = torch::stable::new_zeros(values, {job.inner}, ScalarType::Bool);
-    Device::prepare(codes);
     job.row_stats = mutable_data<float>(stats);
     job.is_outlier = mutable_data<bool>(is_outlier);
     job.codes = mutable_data<int8_t>(codes);
@@ -200,34 +258,37 @@ struct Int8Operators {
 
   // Columns [begin, begin + width) of the values, [rows, width].
   static Tensor dequantized(const Device& device, const Tensor& codes, const Tensor& stats, int64_t begin,
-                            int64_t width, Tensor out) {
+                            int64_t width, const Tensor& out) {
     device.dequantize({data_of<int8_t>(codes), data_of<float>(stats), rows_of(codes), columns_of(codes), begin, width,
                        out.mutable_data_ptr(), dtype_of(out)});
     return out;
   }
 
   static Tensor new_product(const Tensor& A, int64_t columns, ScalarType dtype) {
-    Tensor out = torch::stable::new_empty(A, with_last(A, columns), dtype);
-    Device::prepare(out);
-    return out;
+    return Device::new_result(A, with_last(A, columns), dtype);
   }
 
-  // Tensors in logical order, which the caller keeps, to what the kernels want.
-  static Int8Epilogue epilogue_of(const float* row_stats, const Tensor& col_stats, const std::optional<Tensor>& bias,
-                                  Tensor& out) {
-    Int8Epilogue epilogue{};
-    epilogue.rows = rows_of(out);
-    epilogue.columns = columns_of(out);
-    epilogue.row_stats = row_stats;
-    epilogue.col_stats = data_of<float>(col_stats);
-    if (bias) {
-      epilogue.bias = bias->const_data_ptr();
-      epilogue.bias_dtype = dtype_of(*bias);
+  // What follows a product, and the tensors in logical order whose memory it reads.
+  struct Epilogue : Int8Epilogue {
+    OptionalTensor of_rows, of_bias;
+    Tensor of_columns;
+
+    Epilogue(const OptionalTensor& row_scales, const Tensor& column_scales, const OptionalTensor& biases,
+             const Tensor& result)
+        : Int8Epilogue{},
+          of_rows(in_logical_order(row_scales)),
+          of_bias(in_logical_order(biases)),
+          of_columns(in_logical_order(column_scales)) {
+      rows = rows_of(result);
+      columns = columns_of(result);
+      if (of_rows) row_stats = data_of<float>(*of_rows);
+      col_stats = data_of<float>(of_columns);
+      if (of_bias) bias = of_bias->const_data_ptr();
+      if (of_bias) bias_dtype = dtype_of(*of_bias);
+      out = result.mutable_data_ptr();
+      dtype = dtype_of(result);
     }
-    epilogue.out = out.mutable_data_ptr();
-    epilogue.dtype = dtype_of(out);
-    return epilogue;
-  }
+  };
 };
 
 }  // namespace bnbops

@@ -5,18 +5,18 @@
 
 namespace bnbops {
 
-// Floats to codes of rows, or of columns. Elements that are left out (codecs_int8.h) do not count towards an absmax,
+// Floats to codes of rows, or of columns. Elements that are left out (formats/int8.h) do not count towards an absmax,
 // and have code 0; in codes of rows, the whole column of an outlier has.
 struct Int8QuantJob {
   const void* values;  // [rows, inner]
   DType dtype;
   int64_t rows, inner;
   bool has_threshold;
-  uint32_t limit;    // left_out_from(threshold)
-  float* row_stats;  // [rows]
-  float* col_stats;  // [inner]
-  bool* is_outlier;  // [inner], by column; false beforehand
-  int8_t* codes;     // [rows, inner]
+  uint32_t limit;              // left_out_from(threshold)
+  float* row_stats = nullptr;  // [rows]
+  float* col_stats = nullptr;  // [inner]
+  bool* is_outlier = nullptr;  // [inner], by column; false beforehand
+  int8_t* codes = nullptr;     // [rows, inner]
 };
 
 // codes * stats / 127, of the columns from `begin` on, `width` of them.

@@ -8,10 +8,7 @@
 //   };
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-
-#include "core/tensors.h"
-#include "ops/weight_4bit/weight_4bit_view.h"
+#include "ops/weight_4bit/weight_4bit.h"
 
 namespace bnbops {
 
@@ -27,72 +24,61 @@ Tensor by_rows(const Tensor& x, int64_t features, const Product& product) {
   return out;
 }
 
+// What differs between the products, and their checks in this order.
+struct Product4bit {
+  Operator op;
+  const char* rows;      // what is multiplied
+  const char* features;  // its last dimension, a place in the weight's shape
+  bool grouped, is_gradient;
+
+  void check(const Tensor& x, const Weight4bitArguments& weight, const OptionalTensor& bias,
+             const OptionalTensor& offsets) const {
+    weight.check(grouped ? 3 : 2);
+    const auto& shape = weight.shape;
+    const int64_t out_features = shape[grouped], last = is_gradient ? out_features : shape.back();
+    const Argument named = op(x, rows).floats().device_of(weight.weight);
+    BNBOPS_CHECK(x.dim() >= 1 && columns_of(x) == last, named, " has shape ", shape_of(x),
+                 ", but its last dimension must be ", features, " = ", last, " of a weight of shape ", text_of(shape));
+    if (bias) {
+      const Argument named_bias = op(*bias, "bias").dtype(x.scalar_type()).device_of(x);
+      grouped ? named_bias.shape({shape[0], out_features}) : named_bias.shape({out_features});
+    }
+    if (!offsets) return;
+    BNBOPS_CHECK(x.dim() == 2, named, " must be a matrix [tokens, features], got ", shape_of(x));
+    op(*offsets, "offsets").dtype(ScalarType::Int).device_of(weight.weight).contiguous();
+    op(*offsets, "offsets").shape({shape[0]}, "one end for each expert");
+  }
+};
+
+constexpr Product4bit kLinear4bit{{"linear_4bit"}, "x", "in_features", false, false};
+constexpr Product4bit kInputGrad4bit{{"linear_4bit_input_grad"}, "grad", "out_features", false, true};
+constexpr Product4bit kGroupedLinear4bit{{"grouped_linear_4bit"}, "x", "in_features", true, false};
+constexpr Product4bit kGroupedInputGrad4bit{{"grouped_linear_4bit_input_grad"}, "grad", "out_features", true, true};
+
 template <class Device>
 struct Linear4bitOperators {
-  static Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& absmax, OptionalTensor bias,
-                       std::vector<int64_t> shape, int64_t blocksize, std::string quant_type,
-                       OptionalTensor nested_absmax, OptionalTensor nested_code, OptionalTensor nested_offset,
-                       int64_t nested_blocksize) {
-    const Weight4bitArguments arguments{"linear_4bit", "weight",      weight,          absmax,
-                                        shape,         blocksize,     quant_type,      nested_absmax,
-                                        nested_code,   nested_offset, nested_blocksize};
-    check_linear_4bit(x, arguments, bias);
-    return Device::linear(x, arguments, bias);
-  }
-
-  static Tensor input_grad(const Tensor& grad, const Tensor& weight, const Tensor& absmax, std::vector<int64_t> shape,
-                           int64_t blocksize, std::string quant_type, OptionalTensor nested_absmax,
-                           OptionalTensor nested_code, OptionalTensor nested_offset, int64_t nested_blocksize) {
-    const Weight4bitArguments arguments{"linear_4bit_input_grad",
-                                        "weight",
-                                        weight,
-                                        absmax,
-                                        shape,
-                                        blocksize,
-                                        quant_type,
-                                        nested_absmax,
-                                        nested_code,
-                                        nested_offset,
-                                        nested_blocksize};
-    check_linear_4bit_input_grad(grad, arguments);
-    return Device::input_grad(grad, arguments);
-  }
-
-  static Tensor grouped_linear(const Tensor& x, const Tensor& weight, const Tensor& absmax, OptionalTensor bias,
-                               const Tensor& offsets, std::vector<int64_t> shape, int64_t blocksize,
-                               std::string quant_type, OptionalTensor nested_absmax, OptionalTensor nested_code,
-                               OptionalTensor nested_offset, int64_t nested_blocksize) {
-    const Weight4bitArguments arguments{
-        "grouped_linear_4bit", "weight",    weight,        absmax,          shape, blocksize, quant_type,
-        nested_absmax,         nested_code, nested_offset, nested_blocksize};
-    check_grouped_linear_4bit(x, arguments, bias, offsets);
-    return Device::grouped_linear(x, arguments, bias, offsets);
-  }
-
-  static Tensor grouped_input_grad(const Tensor& grad, const Tensor& weight, const Tensor& absmax,
-                                   const Tensor& offsets, std::vector<int64_t> shape, int64_t blocksize,
-                                   std::string quant_type, OptionalTensor nested_absmax, OptionalTensor nested_code,
-                                   OptionalTensor nested_offset, int64_t nested_blocksize) {
-    const Weight4bitArguments arguments{"grouped_linear_4bit_input_grad",
-                                        "weight",
-                                        weight,
-                                        absmax,
-                                        shape,
-                                        blocksize,
-                                        quant_type,
-                                        nested_absmax,
-                                        nested_code,
-                                        nested_offset,
-                                        nested_blocksize};
-    check_grouped_linear_4bit_input_grad(grad, arguments, offsets);
-    return Device::grouped_input_grad(grad, arguments, offsets);
+  template <const Product4bit& kProduct>
+  static Tensor multiply(Stack& stack) {
+    const auto x = stack.take<Tensor>();
+    Weight4bitArguments weight(kProduct.op, "weight", stack);
+    OptionalTensor bias, offsets;
+    if (!kProduct.is_gradient) bias = stack.take<OptionalTensor>();
+    if (kProduct.grouped) offsets = stack.take<Tensor>();
+    weight.take_shape(stack);
+    weight.take_type(stack);
+    weight.take_nested(stack);
+    kProduct.check(x, weight, bias, offsets);
+    if (kProduct.is_gradient) {
+      return kProduct.grouped ? Device::grouped_input_grad(x, weight, *offsets) : Device::input_grad(x, weight);
+    }
+    return kProduct.grouped ? Device::grouped_linear(x, weight, bias, *offsets) : Device::linear(x, weight, bias);
   }
 
   static void implement(torch::stable::detail::StableLibrary& m) {
-    m.impl("linear_4bit", TORCH_BOX(&linear));
-    m.impl("linear_4bit_input_grad", TORCH_BOX(&input_grad));
-    m.impl("grouped_linear_4bit", TORCH_BOX(&grouped_linear));
-    m.impl("grouped_linear_4bit_input_grad", TORCH_BOX(&grouped_input_grad));
+    m.impl(kLinear4bit.op.name, &boxed<&multiply<kLinear4bit>>);
+    m.impl(kInputGrad4bit.op.name, &boxed<&multiply<kInputGrad4bit>>);
+    m.impl(kGroupedLinear4bit.op.name, &boxed<&multiply<kGroupedLinear4bit>>);
+    m.impl(kGroupedInputGrad4bit.op.name, &boxed<&multiply<kGroupedInputGrad4bit>>);
   }
 };
 

@@ -1,11 +1,8 @@
-// Checks that the operators on 4-bit weights share, on all backends.
+// The arguments that the operators on 4-bit weights share, on all backends.
 #pragma once
 
-#include <optional>
-#include <vector>
-
-#include "core/check.h"
 #include "core/layout.h"
+#include "core/stack.h"
 #include "ops/jobs.h"
 
 namespace bnbops {
@@ -13,38 +10,38 @@ namespace bnbops {
 constexpr const char* kNestedSchema =
     "*, Tensor? nested_absmax=None, Tensor? nested_code=None, Tensor? nested_offset=None, int nested_blocksize=256";
 
-// The arguments that describe a weight: what quantize_4bit gives, and the scales' own scales if they are quantized.
+// What describes a weight: what quantize_4bit gives, and the scales' own scales if they are quantized.
 struct Weight4bitArguments {
-  const char* op;
+  Operator op;
   const char* name;  // of the packed codes
-  const Tensor &weight, &absmax;
-  const std::vector<int64_t>& shape;
+  Tensor weight, absmax;
+  std::vector<int64_t> shape;
   int64_t blocksize;
-  const std::string& quant_type;
-  const std::optional<Tensor>&nested_absmax, &nested_code, &nested_offset;
+  std::string quant_type;
+  OptionalTensor nested_absmax, nested_code, nested_offset;
   int64_t nested_blocksize;
 
+  // Takes the weight and absmax; the others have their places further on in a schema.
+  Weight4bitArguments(const Operator& of, const char* codes, Stack& stack);
+  void take_shape(Stack& stack) { shape = stack.take<std::vector<int64_t>>(); }
+  void take_type(Stack& stack);  // blocksize and quant_type
+  void take_nested(Stack& stack);
+
+  std::vector<Argument> tensors() const;  // all that are given
   int64_t numel() const;
   void check(size_t dims) const;  // dims: how many the shape must have, 0 for any
 };
 
+// The same for kernels, which read the tensors' memory.
+Weight4bit kernel_view(const Weight4bitArguments& arguments);
+
 // Whose name it is: an index of kFormats4bit; throws if it is none's.
-int format_of(const char* op, const std::string& name);
+int format_of(const Operator& op, const std::string& name);
 
-// Bytes of an element that holds packed codes.
-int64_t storage_size(ScalarType quant_storage);
+void check_type_4bit(const Operator& op, int64_t blocksize, const std::string& quant_type);
 
-void check_quantize_4bit(const Tensor& A, int64_t blocksize, const std::string& quant_type, ScalarType quant_storage);
-void check_dequantize_4bit(const Weight4bitArguments& weight, ScalarType dtype);
-void check_dequantize_4bit_out(const Weight4bitArguments& weight, ScalarType dtype, const Tensor& out);
-void check_embedding_4bit(const Tensor& indices, const Weight4bitArguments& weight, ScalarType dtype);
-
-// x [..., in_features], and bias [out_features] or [experts, out_features].
-void check_linear_4bit(const Tensor& x, const Weight4bitArguments& weight, const std::optional<Tensor>& bias);
-void check_linear_4bit_input_grad(const Tensor& grad, const Weight4bitArguments& weight);
-// x or grad [tokens, features], offsets int32 [experts].
-void check_grouped_linear_4bit(const Tensor& x, const Weight4bitArguments& weight, const std::optional<Tensor>& bias,
-                               const Tensor& offsets);
-void check_grouped_linear_4bit_input_grad(const Tensor& grad, const Weight4bitArguments& weight, const Tensor& offsets);
+// Of packed codes: the bytes of an element, or 0 if that dtype does not hold them.
+int64_t storage_size(ScalarType dtype);
+constexpr const char* kStorageDtypes = "uint8, int8, float32, bfloat16 or float16";
 
 }  // namespace bnbops
