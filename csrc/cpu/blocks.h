@@ -10,13 +10,17 @@ BNBOPS_NAMESPACE_BEGIN
 template <class Lanes>
 constexpr int kGroup = 4 * Lanes::kWidth;  // elements whose codes are stored together
 
+template <class Lanes>
+BNBOPS_HD typename Lanes::Float load_half(const uint16_t* x, DType dtype) {
+  return dtype == DType::kBFloat16 ? Lanes::load_bfloat16(x) : Lanes::load_float16(x);
+}
+
 // kWidth elements of a tensor from the i-th on, as fp32. The dtype is the same for a whole call: a well-predicted
 // branch.
 template <class Lanes>
 BNBOPS_HD typename Lanes::Float load_as(const void* tensor, DType dtype, int64_t i) {
   if (dtype == DType::kFloat32) return Lanes::load(static_cast<const float*>(tensor) + i);
-  const auto* halves = static_cast<const uint16_t*>(tensor) + i;
-  return dtype == DType::kBFloat16 ? Lanes::load_bfloat16(halves) : Lanes::load_float16(halves);
+  return load_half<Lanes>(static_cast<const uint16_t*>(tensor) + i, dtype);
 }
 
 // Whatever NaN x is, the one of portable.h is written.
@@ -61,18 +65,30 @@ inline void make_encodable(const float* from, int64_t n, bool is_signed, float* 
   for (int64_t i = 0; i < n; ++i) to[i] = encodable(from[i], is_signed);
 }
 
-// Codes of n elements: `group(x, codes)` encodes kGroup of them. Elements beyond the last one count as 0.
+// Calls chunk(from, to) for kSize of n elements at a time, which have so many bits each. A rest goes through padded
+// copies; elements beyond the last one are 0.
+template <class Lanes, int kSize, class Chunk>
+BNBOPS_HD void map_chunks(const void* from, int from_bits, void* to, int to_bits, int64_t n, const Chunk& chunk) {
+  const auto* source = static_cast<const uint8_t*>(from);
+  auto* target = static_cast<uint8_t*>(to);
+  const int64_t source_step = kSize * from_bits / 8, target_step = kSize * to_bits / 8;
+  for (; n >= kSize; n -= kSize, source += source_step, target += target_step) chunk(source, target);
+  if (n == 0) return;
+  alignas(64) uint8_t padded[kSize * sizeof(float)] = {}, mapped[kSize * sizeof(float)];
+  Lanes::copy(padded, source, (n * from_bits + 7) / 8);
+  chunk(padded, mapped);
+  Lanes::copy(target, mapped, (n * to_bits + 7) / 8);
+}
+
+constexpr int kFloatBits = 32;
+BNBOPS_HD int size_in_bits(DType dtype) { return static_cast<int>(8 * size_of(dtype)); }
+
+// Codes of n elements: `group(x, codes)` encodes kGroup of them.
 template <class Lanes, int kPerByte = 1, class Group>
 BNBOPS_HD void encode_groups(const float* x, int64_t n, uint8_t* codes, const Group& group) {
-  for_chunks<kGroup<Lanes>>(
-      n, [&](int64_t i) { group(x + i, codes + i / kPerByte); },
-      [&](int64_t i, int64_t rest) {
-        float padded[kGroup<Lanes>] = {};
-        uint8_t padded_codes[kGroup<Lanes> / kPerByte];
-        Lanes::copy(padded, x + i, rest * sizeof(float));
-        group(padded, padded_codes);
-        Lanes::copy(codes + i / kPerByte, padded_codes, (rest + kPerByte - 1) / kPerByte);
-      });
+  map_chunks<Lanes, kGroup<Lanes>>(x, kFloatBits, codes, 8 / kPerByte, n, [&](const uint8_t* from, uint8_t* to) {
+    group(reinterpret_cast<const float*>(from), to);
+  });
 }
 
 // By a codec's encoder.
@@ -101,61 +117,34 @@ BNBOPS_HD void encode_entries(const float* x, int64_t n, float inverse_absmax, u
   });
 }
 
-// Writes the values of n codes, the first one at the beginning of a byte. `group(codes, out)` decodes kGroup of them,
-// to `size` bytes each.
-template <class Lanes, int kPerByte, class Group>
-BNBOPS_HD void decode_groups(const uint8_t* codes, int64_t n, void* out, int64_t size, const Group& group) {
-  auto* bytes = static_cast<uint8_t*>(out);
-  for_chunks<kGroup<Lanes>>(
-      n, [&](int64_t i) { group(codes + i / kPerByte, bytes + i * size); },
-      [&](int64_t i, int64_t rest) {
-        uint8_t padded[kGroup<Lanes> / kPerByte] = {};
-        alignas(64) uint8_t values[kGroup<Lanes> * sizeof(float)];
-        Lanes::copy(padded, codes + i / kPerByte, (rest + kPerByte - 1) / kPerByte);
-        group(padded, values);
-        Lanes::copy(bytes + i * size, values, rest * size);
-      });
-}
-
-// Writes the values as `dtype`.
+// Writes the values of n codes, the first one at the beginning of a byte, as `dtype`.
 template <class Lanes, class Codebook>
 BNBOPS_HD void decode(const Codebook& codebook, const uint8_t* codes, int64_t n, float absmax, void* out, DType dtype) {
-  decode_groups<Lanes, Codebook::kPerByte>(codes, n, out, size_of(dtype), [&](const uint8_t* from, uint8_t* to) {
+  const auto group = [&](const uint8_t* from, uint8_t* to) {
     typename Lanes::Float values[4];
     codebook.decode(from, absmax, values);
     for (int v = 0; v < 4; ++v) store_as<Lanes>(to, dtype, v * Lanes::kWidth, values[v]);
-  });
+  };
+  map_chunks<Lanes, kGroup<Lanes>>(codes, 8 / Codebook::kPerByte, out, size_in_bits(dtype), n, group);
 }
 
 // Writes n elements from the `first` one of a tensor on.
 template <class Lanes>
 inline void write(void* tensor, DType dtype, int64_t first, int64_t n, const float* x) {
   auto* to = static_cast<uint8_t*>(tensor) + first * size_of(dtype);
-  for_chunks<Lanes::kWidth>(
-      n, [&](int64_t i) { store_as<Lanes>(to, dtype, i, Lanes::load(x + i)); },
-      [&](int64_t i, int64_t rest) {
-        float padded[Lanes::kWidth] = {};
-        alignas(64) uint8_t values[Lanes::kWidth * sizeof(float)];
-        Lanes::copy(padded, x + i, rest * sizeof(float));
-        store_as<Lanes>(values, dtype, 0, Lanes::load(padded));
-        Lanes::copy(to + i * size_of(dtype), values, rest * size_of(dtype));
-      });
+  map_chunks<Lanes, Lanes::kWidth>(x, kFloatBits, to, size_in_bits(dtype), n, [&](const uint8_t* from, uint8_t* out) {
+    store_as<Lanes>(out, dtype, 0, Lanes::load(reinterpret_cast<const float*>(from)));
+  });
 }
 
 // Elements [first, first + n) of a tensor as fp32: in place, or converted into `scratch`.
 template <class Lanes>
 inline const float* read(const void* tensor, DType dtype, int64_t first, int64_t n, float* scratch) {
   if (dtype == DType::kFloat32) return static_cast<const float*>(tensor) + first;
-  const auto* from = static_cast<const uint16_t*>(tensor) + first;
-  for_chunks<Lanes::kWidth>(
-      n, [&](int64_t i) { Lanes::store(scratch + i, load_as<Lanes>(from, dtype, i)); },
-      [&](int64_t i, int64_t rest) {
-        uint16_t padded[Lanes::kWidth] = {};
-        float values[Lanes::kWidth];
-        Lanes::copy(padded, from + i, rest * sizeof(uint16_t));
-        Lanes::store(values, load_as<Lanes>(padded, dtype, 0));
-        Lanes::copy(scratch + i, values, rest * sizeof(float));
-      });
+  const auto* halves = static_cast<const uint16_t*>(tensor) + first;
+  map_chunks<Lanes, Lanes::kWidth>(halves, 16, scratch, kFloatBits, n, [&](const uint8_t* from, uint8_t* to) {
+    Lanes::store(reinterpret_cast<float*>(to), load_half<Lanes>(reinterpret_cast<const uint16_t*>(from), dtype));
+  });
   return scratch;
 }
 

@@ -47,8 +47,7 @@ struct PanelEpilogue {
     if (epilogue.bias != nullptr) {
       for (int64_t c = 0; c < width; ++c) values[c] += biases[c];
     }
-    auto* out = static_cast<uint8_t*>(epilogue.out) + (row * epilogue.columns + begin) * size_of(epilogue.dtype);
-    write<Lanes>(values, width, out, epilogue.dtype);
+    write<Lanes>(epilogue.out, epilogue.dtype, row * epilogue.columns + begin, width, values);
   }
 
   // part[r][c] = sum over the outlier columns, in order, of x[first_row + r] times the decoded weights of the panel,
@@ -101,7 +100,7 @@ struct PanelEpilogue {
       float exact[kInt8Panel];
       for (int64_t c = 0; c < kInt8Panel; ++c) exact[c] = int8_value(codes[i][c], scales[c]);
       uint8_t rounded[kInt8Panel * sizeof(float)] = {};
-      write<Lanes>(exact, kInt8Panel, rounded, epilogue.dtype);
+      write<Lanes>(rounded, epilogue.dtype, 0, kInt8Panel, exact);
       std::copy_n(read<Lanes>(rounded, epilogue.dtype, 0, kInt8Panel, exact), kInt8Panel, to[i]);
     }
   }

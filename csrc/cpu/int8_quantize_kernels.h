@@ -139,21 +139,6 @@ void quantize_columns(const Int8QuantJob& job, int64_t first, int64_t last) {
 
 // ---- back ------------------------------------------------------------------------------------------------------
 
-// Writes n values from fp32.
-template <class Lanes>
-inline void write(const float* values, int64_t n, void* to, DType dtype) {
-  auto* bytes = static_cast<uint8_t*>(to);
-  for_chunks<Lanes::kWidth>(
-      n, [&](int64_t i) { store_as<Lanes>(to, dtype, i, Lanes::load(values + i)); },
-      [&](int64_t i, int64_t rest) {
-        float padded[Lanes::kWidth] = {};
-        uint8_t stored[Lanes::kWidth * sizeof(float)];
-        Lanes::copy(padded, values + i, rest * sizeof(float));
-        store_as<Lanes>(stored, dtype, 0, Lanes::load(padded));
-        Lanes::copy(bytes + i * size_of(dtype), stored, rest * size_of(dtype));
-      });
-}
-
 template <class Lanes>
 void dequantize_int8(const Int8DequantJob& job, int64_t first, int64_t last) {
   alignas(64) float values[kInt8Piece];
@@ -164,7 +149,7 @@ void dequantize_int8(const Int8DequantJob& job, int64_t first, int64_t last) {
     for (int64_t i = 0; i < job.width; i += kInt8Piece) {
       const int64_t n = std::min(kInt8Piece, job.width - i);
       for (int64_t j = 0; j < n; ++j) values[j] = int8_value(codes[i + j], scale);
-      write<Lanes>(values, n, out + i * size_of(job.dtype), job.dtype);
+      write<Lanes>(out, job.dtype, i, n, values);
     }
   }
 }

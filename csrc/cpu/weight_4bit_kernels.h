@@ -91,7 +91,7 @@ BNBOPS_HD void decode_4bit(const Format4bit& format, const typename Lanes::Codeb
     store_as<Lanes>(values, dtype, i, Lanes::mul(Lanes::load(format.values + i), Lanes::splat(scale)));
   }
   const typename Lanes::HalfCodebook4bit halves(values, format.nibbles);
-  decode_groups<Lanes, 2>(codes, n, out, sizeof(uint16_t), [&](const uint8_t* from, uint8_t* to) {
+  map_chunks<Lanes, kGroup<Lanes>>(codes, 4, out, 16, n, [&](const uint8_t* from, uint8_t* to) {
     Lanes::store_int(to, halves.decode(from));
     Lanes::store_int(to + kGroup<Lanes>, halves.decode(from + Lanes::kWidth));
   });

@@ -100,8 +100,8 @@ FAULTS = (
     Fault(
         "a bias of another dtype is taken",
         "csrc/ops/weight_4bit/linear_4bit_binding.h",
-        "op(*bias, \"bias\").dtype(x.scalar_type())",
-        "op(*bias, \"bias\")",
+        'op(*bias, "bias").dtype(x.scalar_type())',
+        'op(*bias, "bias")',
         ("ops/test_linear_4bit_ops.py", "ops/test_fakes.py"),
     ),
     # ---- fakes ----
