@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "cpu/kernels.h"
-#include "ops/int8/int8_jobs.h"
+#include "ops/jobs.h"
 
 namespace bnbops::cpu {
 

@@ -118,11 +118,11 @@ Weight4bit alone(const Matrix4bit& matrix, Tensor& scales) {
   return weight;
 }
 
-// `reduced` is the activations' dimension, `kept` the result's.
+// `summed` is the activations' dimension, `kept` the result's.
 void tile_product(const TileProduct& kernels, const Tensor& activations, const Matrix4bit& matrix, const void* bias,
-                  int64_t reduced, int64_t kept, Tensor& out) {
+                  int64_t summed, int64_t kept, Tensor& out) {
   const int64_t rows = activations.size(0);
-  const int64_t tiles = 2 * divide_up(rows, kTilePair) * divide_up(reduced, kTilePair);
+  const int64_t tiles = 2 * divide_up(rows, kTilePair) * divide_up(summed, kTilePair);
   Tensor packed = torch::stable::new_empty(activations, {tiles, kTile * kTilePair});
   Tensor scales = packed;
   const TileJob job{alone(matrix, scales),
@@ -134,7 +134,7 @@ void tile_product(const TileProduct& kernels, const Tensor& activations, const M
                     static_cast<const uint16_t*>(bias),
                     mutable_data<uint16_t>(out)};
   in_parallel(tiles, kTile * kTilePair, kernels.pack, job);
-  in_parallel(divide_up(kept, kTilePair), kTilePair * reduced, kernels.multiply, job, kThreadWeights);
+  in_parallel(divide_up(kept, kTilePair), kTilePair * summed, kernels.multiply, job, kThreadWeights);
 }
 
 // x [rows, in_features] to out [rows, out_features], contiguous.
@@ -177,59 +177,43 @@ std::vector<int64_t> ends_of(const Operator& op, const Tensor& offsets, int64_t 
   return ends;
 }
 
-// Calls product(rows of x, the expert's matrix, expert, rows of out) for each expert that has rows.
-template <class Product>
-Tensor grouped(const Tensor& x, const Weight4bitArguments& arguments, const Tensor& offsets, int64_t features,
-               const Product& product) {
-  const std::vector<int64_t> ends = ends_of(arguments.op, offsets, x.size(0));
-  Tensor out = torch::stable::new_empty(x, {x.size(0), features});
-  int64_t begin = 0;
-  const auto rows_of = [](const Tensor& tensor, int64_t first, int64_t last) {
-    Tensor copy = tensor;
-    return torch::stable::narrow(copy, 0, first, last - first);
-  };
-  for (size_t expert = 0; expert < ends.size(); ++expert) {
-    const int64_t out_features = arguments.shape[1], in_features = arguments.shape[2];
-    const Matrix4bit matrix{kernel_view(arguments), static_cast<int64_t>(expert) * out_features * in_features,
-                            out_features, in_features};
-    Tensor part = rows_of(out, begin, ends[expert]);
-    if (ends[expert] > begin) product(rows_of(x, begin, ends[expert]), matrix, static_cast<int64_t>(expert), part);
-    begin = ends[expert];
-  }
-  Tensor rest = rows_of(out, begin, x.size(0));
-  torch::stable::zero_(rest);
-  return out;
-}
-
 struct Linear4bitOnCpu {
-  static Matrix4bit matrix(const Weight4bitArguments& arguments) {
-    return {kernel_view(arguments), 0, arguments.shape[0], arguments.shape[1]};
+  static Tensor multiply(const Product4bit& product) {
+    if (product.offsets) return multiply_by_experts(product);
+    return by_rows(product.x, product.kept(), [&](const Tensor& rows, Tensor& out) {
+      multiply_into(product, rows, matrix_of(product, 0), product.bias, out);
+    });
   }
 
-  static Tensor linear(const Tensor& x, const Weight4bitArguments& arguments, const OptionalTensor& bias) {
-    return by_rows(x, arguments.shape[0],
-                   [&](const Tensor& rows, Tensor& out) { linear_into(rows, matrix(arguments), bias, out); });
+ private:
+  static Matrix4bit matrix_of(const Product4bit& product, int64_t expert) {
+    const int64_t out_features = product.out_features(), in_features = product.in_features();
+    return {kernel_view(product.weight), expert * out_features * in_features, out_features, in_features};
   }
 
-  static Tensor input_grad(const Tensor& grad, const Weight4bitArguments& arguments) {
-    return by_rows(grad, arguments.shape[1],
-                   [&](const Tensor& rows, Tensor& out) { input_grad_into(rows, matrix(arguments), out); });
+  static void multiply_into(const Product4bit& product, const Tensor& rows, const Matrix4bit& matrix,
+                            const OptionalTensor& bias, Tensor& out) {
+    product.is_gradient ? input_grad_into(rows, matrix, out) : linear_into(rows, matrix, bias, out);
   }
 
-  static Tensor grouped_linear(const Tensor& x, const Weight4bitArguments& arguments, const OptionalTensor& bias,
-                               const Tensor& offsets) {
-    return grouped(x, arguments, offsets, arguments.shape[1],
-                   [&](const Tensor& rows, const Matrix4bit& matrix, int64_t expert, Tensor& out) {
-                     const OptionalTensor own = bias ? OptionalTensor(torch::stable::select(*bias, 0, expert)) : bias;
-                     linear_into(rows, matrix, own, out);
-                   });
-  }
-
-  static Tensor grouped_input_grad(const Tensor& grad, const Weight4bitArguments& arguments, const Tensor& offsets) {
-    return grouped(grad, arguments, offsets, arguments.shape[2],
-                   [&](const Tensor& rows, const Matrix4bit& matrix, int64_t, Tensor& out) {
-                     input_grad_into(rows, matrix, out);
-                   });
+  static Tensor multiply_by_experts(const Product4bit& product) {
+    const int64_t rows = product.x.size(0);
+    Tensor x = product.x, out = torch::stable::new_empty(x, {rows, product.kept()});
+    int64_t begin = 0, expert = 0;
+    for (const int64_t end : ends_of(product.weight.op, *product.offsets, rows)) {
+      Tensor part = torch::stable::narrow(out, 0, begin, end - begin);
+      OptionalTensor bias = product.bias;
+      if (bias) bias = torch::stable::select(*bias, 0, expert);
+      if (end > begin) {
+        const Tensor own = torch::stable::narrow(x, 0, begin, end - begin);
+        multiply_into(product, own, matrix_of(product, expert), bias, part);
+      }
+      begin = end;
+      ++expert;
+    }
+    Tensor rest = torch::stable::narrow(out, 0, begin, rows - begin);
+    torch::stable::zero_(rest);
+    return out;
   }
 };
 

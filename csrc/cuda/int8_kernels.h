@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/runtime.h"
-#include "ops/int8/int8_jobs.h"
+#include "ops/jobs.h"
 
 namespace bnbops::cuda {
 

@@ -1,9 +1,6 @@
-// The (de)quantization operators of every device. A device says how it runs a job, what it can check beforehand, and
-// how it makes a large result:
-//   struct Device {
-//     explicit Device(const Tensor& like);                    // makes its device current for as long as it lives
+// The (de)quantization operators of every device. A device says how it runs a job, and what it can check beforehand:
+//   struct Device : OnCpu {  // or cuda::OnDevice
 //     static void check_sorted(const Tensor& code);           // where values can be read
-//     static Tensor new_result(const Tensor& like, Sizes, ScalarType);
 //     void quantize(const QuantizeJob&) const;
 //     void dequantize(const DequantizeJob&) const;
 //   };

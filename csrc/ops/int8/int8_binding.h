@@ -1,8 +1,6 @@
-// The int8 operators of every device. A device says how it runs a job, and how it makes a large result:
-//   struct Device {
+// The int8 operators of every device. A device says how it runs a job:
+//   struct Device : OnCpu {  // or cuda::OnDevice
 //     static constexpr int64_t kWeightPanel;  // rows or columns of a weight that are dequantized at a time
-//     explicit Device(const Tensor& like);      // makes its device current for as long as it lives
-//     static Tensor new_result(const Tensor& like, Sizes, ScalarType);
 //     void quantize_rows(const Int8QuantJob&) const;
 //     void quantize_columns(const Int8QuantJob&) const;
 //     void dequantize(const Int8DequantJob&) const;
@@ -22,7 +20,7 @@
 
 #include "core/tensors.h"
 #include "formats/int8.h"
-#include "ops/int8/int8_jobs.h"
+#include "ops/jobs.h"
 
 namespace bnbops {
 

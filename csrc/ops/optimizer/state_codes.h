@@ -1,7 +1,5 @@
 // The operators that read and write states outside a step, of every device:
-//   struct Device {
-//     explicit Device(const Tensor& like);  // makes its device current for as long as it lives
-//     static Tensor new_result(const Tensor& like, Sizes, ScalarType);
+//   struct Device : OnCpu {  // or cuda::OnDevice
 //     void encode(const StateJob&) const;
 //     void decode(const StateJob&) const;
 //   };

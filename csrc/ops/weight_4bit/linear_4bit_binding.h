@@ -1,10 +1,6 @@
-// The products with 4-bit weights, on every device. A device says how it multiplies:
+// The products with 4-bit weights, on every device, which says how it multiplies:
 //   struct Device {
-//     static Tensor linear(const Tensor& x, const Weight4bitArguments&, const OptionalTensor& bias);
-//     static Tensor input_grad(const Tensor& grad, const Weight4bitArguments&);
-//     static Tensor grouped_linear(const Tensor& x, const Weight4bitArguments&, const OptionalTensor& bias,
-//                                  const Tensor& offsets);
-//     static Tensor grouped_input_grad(const Tensor& grad, const Weight4bitArguments&, const Tensor& offsets);
+//     static Tensor multiply(const Product4bit&);
 //   };
 #pragma once
 
@@ -24,61 +20,64 @@ Tensor by_rows(const Tensor& x, int64_t features, const Product& product) {
   return out;
 }
 
-// What differs between the products, and their checks in this order.
+// x @ W.T + bias, or grad @ W. W is the weight, [out_features, in_features], or one of [experts, out_features,
+// in_features] for the rows up to each offset.
 struct Product4bit {
-  Operator op;
-  const char* rows;      // what is multiplied
-  const char* features;  // its last dimension, a place in the weight's shape
-  bool grouped, is_gradient;
+  bool is_gradient;
+  Tensor x;  // or the gradient
+  Weight4bitArguments weight;
+  OptionalTensor bias, offsets;
 
-  void check(const Tensor& x, const Weight4bitArguments& weight, const OptionalTensor& bias,
-             const OptionalTensor& offsets) const {
-    weight.check(grouped ? 3 : 2);
-    const auto& shape = weight.shape;
-    const int64_t out_features = shape[grouped], last = is_gradient ? out_features : shape.back();
-    const Argument named = op(x, rows).floats().device_of(weight.weight);
-    BNBOPS_CHECK(x.dim() >= 1 && columns_of(x) == last, named, " has shape ", shape_of(x),
-                 ", but its last dimension must be ", features, " = ", last, " of a weight of shape ", text_of(shape));
-    if (bias) {
-      const Argument named_bias = op(*bias, "bias").dtype(x.scalar_type()).device_of(x);
-      grouped ? named_bias.shape({shape[0], out_features}) : named_bias.shape({out_features});
-    }
-    if (!offsets) return;
-    BNBOPS_CHECK(x.dim() == 2, named, " must be a matrix [tokens, features], got ", shape_of(x));
-    op(*offsets, "offsets").dtype(ScalarType::Int).device_of(weight.weight).contiguous();
-    op(*offsets, "offsets").shape({shape[0]}, "one end for each expert");
-  }
-};
-
-constexpr Product4bit kLinear4bit{{"linear_4bit"}, "x", "in_features", false, false};
-constexpr Product4bit kInputGrad4bit{{"linear_4bit_input_grad"}, "grad", "out_features", false, true};
-constexpr Product4bit kGroupedLinear4bit{{"grouped_linear_4bit"}, "x", "in_features", true, false};
-constexpr Product4bit kGroupedInputGrad4bit{{"grouped_linear_4bit_input_grad"}, "grad", "out_features", true, true};
-
-template <class Device>
-struct Linear4bitOperators {
-  template <const Product4bit& kProduct>
-  static Tensor multiply(Stack& stack) {
-    const auto x = stack.take<Tensor>();
-    Weight4bitArguments weight(kProduct.op, "weight", stack);
-    OptionalTensor bias, offsets;
-    if (!kProduct.is_gradient) bias = stack.take<OptionalTensor>();
-    if (kProduct.grouped) offsets = stack.take<Tensor>();
+  Product4bit(const Operator& op, Stack& stack, bool grouped, bool gradient)
+      : is_gradient(gradient), x(stack.take<Tensor>()), weight(op, "weight", stack) {
+    if (!gradient) bias = stack.take<OptionalTensor>();
+    if (grouped) offsets = stack.take<Tensor>();
     weight.take_shape(stack);
     weight.take_type(stack);
     weight.take_nested(stack);
-    kProduct.check(x, weight, bias, offsets);
-    if (kProduct.is_gradient) {
-      return kProduct.grouped ? Device::grouped_input_grad(x, weight, *offsets) : Device::input_grad(x, weight);
-    }
-    return kProduct.grouped ? Device::grouped_linear(x, weight, bias, *offsets) : Device::linear(x, weight, bias);
   }
 
+  int64_t out_features() const { return weight.shape[weight.shape.size() - 2]; }
+  int64_t in_features() const { return weight.shape.back(); }
+  int64_t summed() const { return is_gradient ? out_features() : in_features(); }
+  int64_t kept() const { return is_gradient ? in_features() : out_features(); }
+
+  void check() const {
+    const Operator& op = weight.op;
+    weight.check(offsets ? 3 : 2);
+    const Argument rows = op(x, is_gradient ? "grad" : "x").floats().device_of(weight.weight);
+    BNBOPS_CHECK(x.dim() >= 1 && columns_of(x) == summed(), rows, " has shape ", shape_of(x),
+                 ", but its last dimension must be ", is_gradient ? "out_features" : "in_features", " = ", summed(),
+                 " of a weight of shape ", text_of(weight.shape));
+    if (bias) {
+      const Argument named = op(*bias, "bias").dtype(x.scalar_type()).device_of(x);
+      offsets ? named.shape({weight.shape[0], out_features()}) : named.shape({out_features()});
+    }
+    if (!offsets) return;
+    BNBOPS_CHECK(x.dim() == 2, rows, " must be a matrix [tokens, features], got ", shape_of(x));
+    const Argument ends = op(*offsets, "offsets").dtype(ScalarType::Int).device_of(weight.weight).contiguous();
+    ends.shape({weight.shape[0]}, "one end for each expert");
+  }
+};
+
+template <class Device>
+struct Linear4bitOperators {
+  static Tensor linear(Stack& stack) { return multiply({{"linear_4bit"}, stack, false, false}); }
+  static Tensor input_grad(Stack& stack) { return multiply({{"linear_4bit_input_grad"}, stack, false, true}); }
+  static Tensor grouped(Stack& stack) { return multiply({{"grouped_linear_4bit"}, stack, true, false}); }
+  static Tensor grouped_grad(Stack& stack) { return multiply({{"grouped_linear_4bit_input_grad"}, stack, true, true}); }
+
   static void implement(torch::stable::detail::StableLibrary& m) {
-    m.impl(kLinear4bit.op.name, &boxed<&multiply<kLinear4bit>>);
-    m.impl(kInputGrad4bit.op.name, &boxed<&multiply<kInputGrad4bit>>);
-    m.impl(kGroupedLinear4bit.op.name, &boxed<&multiply<kGroupedLinear4bit>>);
-    m.impl(kGroupedInputGrad4bit.op.name, &boxed<&multiply<kGroupedInputGrad4bit>>);
+    m.impl("linear_4bit", &boxed<&linear>);
+    m.impl("linear_4bit_input_grad", &boxed<&input_grad>);
+    m.impl("grouped_linear_4bit", &boxed<&grouped>);
+    m.impl("grouped_linear_4bit_input_grad", &boxed<&grouped_grad>);
+  }
+
+ private:
+  static Tensor multiply(const Product4bit& product) {
+    product.check();
+    return Device::multiply(product);
   }
 };
 

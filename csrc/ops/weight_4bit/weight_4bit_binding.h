@@ -1,8 +1,6 @@
 // The operators that quantize, dequantize and look up 4-bit weights, on every device. A device says how it runs a job,
-// what it can check beforehand, and how it makes a large result:
-//   struct Device {
-//     explicit Device(const Tensor& like);  // makes its device current for as long as it lives
-//     static Tensor new_result(const Tensor& like, Sizes, ScalarType);
+// and what it can check beforehand:
+//   struct Device : OnCpu {  // or cuda::OnDevice
 //     static void check_indices(const Tensor& indices, int64_t rows);  // where values can be read
 //     void quantize(const QuantizeJob&) const;
 //     void dequantize(const Weight4bit&, int64_t numel, void* out, DType) const;
