@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from bnbops.facts import RULES
+from bnbops.optim.core.options import learning_rate, with_vector_size
+
+if TYPE_CHECKING:
+    from bnbops.optim.core.stateful import StatefulOptimizer
 
 # What a param group may hold, over all optimizers: the operators' options, and those that are Python's.
 _OF_RULES = {option.name for rule in RULES.values() for option in rule.options if not option.name.startswith("beta")}
@@ -25,6 +29,9 @@ KNOWN_OPTIONS = tuple(sorted(_OF_RULES | _OF_PYTHON))
 STATE_OPTIONS = frozenset(
     {"initial_accumulator_value", "is_paged", "min_8bit_size", "min_8bit_vector_size", "optim_bits", "state_codec"}
 )
+
+
+_NONE = -1  # the number of no override
 
 
 class GlobalOptimManager:
@@ -185,6 +192,62 @@ class GlobalOptimManager:
                 "before optimizer.init_state() and the first step().",
                 stacklevel=3,
             )
+
+
+class Overrides:
+    """Distinct overrides, by number, and the number of each parameter that has one.
+
+    Parameters of one number share an operator call. The manager's dictionaries are keyed by identity, so that the
+    compiler cannot look into them; these are looked up before a graph runs.
+    """
+
+    def __init__(self) -> None:
+        self.values: list[dict[str, Any]] = []
+        self.number_of: dict[Tensor, int] = {}
+
+    def look_up(self, optimizer: StatefulOptimizer) -> None:
+        """Asks the manager for the overrides of every parameter.
+
+        Raises:
+            ValueError: for an option that the optimizer does not have, or with a value that it refuses.
+        """
+        overrides = GlobalOptimManager.get_instance().overrides()
+        values: list[dict[str, Any]] = []
+        number_of: dict[Tensor, int] = {}
+        for group in optimizer.param_groups if overrides else ():
+            for param in group["params"]:
+                if not (override := with_vector_size(overrides.get(param, {}))):
+                    continue
+                if unknown := sorted(override.keys() - group.keys()):
+                    raise ValueError(
+                        f"GlobalOptimManager overrides {', '.join(unknown)} of a parameter of shape "
+                        f"{list(param.shape)}, but {type(optimizer).__name__} has no such options"
+                    )
+                optimizer._check_options({**group, **override})
+                if "lr" in override:
+                    learning_rate("lr", override["lr"])
+                if override not in values:
+                    values.append(override)
+                number_of[param] = values.index(override)
+        if values != self.values or number_of != self.number_of:  # else a compiled graph keeps the objects it knows
+            self.values, self.number_of = values, number_of
+
+    def number(self, param: Tensor) -> int:
+        """The number of a parameter's override, or _NONE."""
+        return self.number_of.get(param, _NONE) if self.values else _NONE
+
+    def partition(self, params: list[Tensor]) -> list[tuple[int, list[Tensor]]]:
+        """The parameters by number of their override, in order of appearance."""
+        if not self.values:
+            return [(_NONE, params)]
+        parts: dict[int, list[Tensor]] = {}
+        for param in params:
+            parts.setdefault(self.number(param), []).append(param)
+        return list(parts.items())
+
+    def applied(self, group: dict[str, Any], number: int) -> dict[str, Any]:
+        """The options of a param group with the override of that number."""
+        return group if number == _NONE else {**group, **self.values[number]}
 
 
 def _living(weak: WeakIdKeyDictionary) -> list[tuple[Any, dict[str, Any]]]:

@@ -32,11 +32,24 @@ def require(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def non_negative(name: str, value: Any) -> None:
-    require(
-        isinstance(value, Real) and math.isfinite(value) and value >= 0,  # type: ignore[operator]  # not in Real's stub
-        f"{name} must be finite and not negative, got {value!r}",
-    )
+def must_be(wanted: str, ok: Callable[[Any], bool]) -> Check:
+    """The check that an option is what is wanted."""
+
+    def check(name: str, value: Any) -> None:
+        require(ok(value), f"{name} must be {wanted}, got {value!r}")
+
+    return check
+
+
+non_negative = must_be("finite and not negative", lambda x: isinstance(x, Real) and math.isfinite(x) and x >= 0)
+schedule_length = must_be("None or an int", lambda x: x is None or (isinstance(x, int) and x >= 0))
+_size = must_be("an int and not negative", lambda x: isinstance(x, int) and x >= 0)
+COMMON_CHECKS: dict[str, Check] = {
+    "optim_bits": must_be("8 or 32", lambda x: x in (8, 32)),
+    "min_8bit_size": _size,
+    "min_8bit_vector_size": _size,
+    "percentile_clipping": must_be("an int from 0 to 100 (off)", lambda x: isinstance(x, int) and 0 <= x <= 100),
+}
 
 
 def _decay_rates(rates: list[Option]) -> Check:
@@ -85,33 +98,9 @@ def numbers_of(rule: Rule, group: Mapping[str, Any]) -> dict[str, Any]:
     return {option.name: values[option.name] for option in rule.options}
 
 
-def schedule_length(name: str, value: Any) -> None:
-    require(value is None or (isinstance(value, int) and value >= 0), f"{name} must be None or an int, got {value!r}")
-
-
 def learning_rate(name: str, value: Any) -> None:
     require(not isinstance(value, Tensor) or value.numel() == 1, f"a tensor {name} must have one element")
     non_negative(name, value.item() if isinstance(value, Tensor) else value)
-
-
-def bits(name: str, value: Any) -> None:
-    require(value in (8, 32), f"{name} must be 8 or 32, got {value!r}")
-
-
-def size(name: str, value: Any) -> None:
-    require(isinstance(value, int) and value >= 0, f"{name} must be an int and not negative, got {value!r}")
-
-
-def percentile(name: str, value: Any) -> None:
-    require(isinstance(value, int) and 0 <= value <= 100, f"{name} must be an int from 0 to 100 (off), got {value!r}")
-
-
-COMMON_CHECKS: dict[str, Check] = {
-    "optim_bits": bits,
-    "min_8bit_size": size,
-    "min_8bit_vector_size": size,
-    "percentile_clipping": percentile,
-}
 
 
 def with_vector_size(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,7 +141,7 @@ def check_unsupported(name: str, **flags: bool) -> None:
 
 
 def common_defaults(
-    name: str, defaults: Mapping[str, Any], args: Any, block_wise: bool, **given: Any
+    name: str, defaults: Mapping[str, Any], args: Any, block_wise: bool, given: Mapping[str, Any]
 ) -> dict[str, Any]:
     """A family's defaults and those common to all, replaced by what `args` has (bitsandbytes' `args` argument).
 

@@ -174,8 +174,7 @@ def _new_codecs(
 def missing_tensors(
     param: Tensor,
     state: Mapping[str, Tensor],
-    names: Iterable[str],
-    config: Mapping[str, Any],
+    plan: Plan,
     *,
     known: Iterable[str],
     initial: Mapping[str, float],
@@ -189,8 +188,7 @@ def missing_tensors(
     Args:
         param: the parameter.
         state: what there is; new states are coded if it is, in its layout of blocks.
-        names: the states to have.
-        config: the parameter's options.
+        plan: the parameter's options, and the states to have.
         known: states that tell whether they are coded, if they are there.
         initial: values of states that do not begin with 0.
         allocate: makes the zeros; ordinary memory if None.
@@ -198,16 +196,16 @@ def missing_tensors(
     device, new = local(param).device, {}
     if "step" not in state:
         new["step"] = torch.zeros((), dtype=torch.float32, device=device)
-    names = [name for name in names if name not in state]
+    names = [name for name in plan.names if name not in state]
     flat = any(scales.dim() == 1 for scales in scales_of(state).values())
-    for name, codec in _new_codecs(param, state, names, config, known).items():
+    for name, codec in _new_codecs(param, state, names, plan.config, known).items():
         new[name] = _zeros(param, tuple, dtype_of(codec), allocate)
         if codec != UNCODED:
             shape = flat_absmax_shape if flat else absmax_shape
             new[absmax_name(name, codec)] = _zeros(param, shape, torch.float32, allocate)
         if initial.get(name):
             fill(new, name, initial[name])
-    if config["percentile_clipping"] != 100 and "gnorm_vec" not in state:
+    if "gnorm_vec" in plan.needed and "gnorm_vec" not in state:
         # Infinite where there was no gradient yet: those clip nothing.
         new["gnorm_vec"] = torch.full((NORM_HISTORY,), math.inf, dtype=torch.float32, device=device)
     return new

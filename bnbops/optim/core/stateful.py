@@ -16,7 +16,7 @@ from bnbops.optim.checkpoints import checkpoint, interchange, torch_interchange
 from bnbops.optim.checkpoints.loading import copied
 from bnbops.optim.core import edit
 from bnbops.optim.core.codec import in_bytes
-from bnbops.optim.core.manager import GlobalOptimManager
+from bnbops.optim.core.manager import GlobalOptimManager, Overrides
 from bnbops.optim.core.options import (
     COMMON_CHECKS,
     MIN_8BIT_SIZE,
@@ -28,7 +28,6 @@ from bnbops.optim.core.options import (
     learning_rate,
     with_vector_size,
 )
-from bnbops.optim.core.overrides import Overrides
 from bnbops.optim.core.parallel import check_param
 from bnbops.optim.core.state import Plan, missing_tensors
 from bnbops.optim.core.watch import Watch
@@ -62,22 +61,15 @@ class StatefulOptimizer(torch.optim.Optimizer):
         maximize: bool = False,
         paged_directory: str | os.PathLike[str] | None = None,
     ) -> None:
-        defaults = common_defaults(
-            type(self).__name__,
-            defaults,
-            args,
-            block_wise,
-            optim_bits=optim_bits,
-            min_8bit_size=min_8bit_size,
-            percentile_clipping=percentile_clipping,
-        )
-        defaults |= {"state_codec": as_codecs(state_codec)}
+        given = {"optim_bits": optim_bits, "min_8bit_size": min_8bit_size, "percentile_clipping": percentile_clipping}
+        defaults = common_defaults(type(self).__name__, defaults, args, block_wise, given)
+        defaults |= {"state_codec": as_codecs(state_codec), "is_paged": is_paged, "maximize": maximize}
+        defaults |= {"format_version": checkpoint.FORMAT_VERSION}
         self.fused_scaling = False
         self._overrides = Overrides()
         self._memory = StateMemory(paged_directory)
         self._unmoved = False
         self._watch = Watch()
-        defaults |= {"is_paged": is_paged, "maximize": maximize, "format_version": checkpoint.FORMAT_VERSION}
         super().__init__(params, defaults)
         GlobalOptimManager.get_instance().watch(self)
 
@@ -226,15 +218,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__}.step() is being compiled, but a parameter has no optimizer state yet; call "
                 "optimizer.init_state() before compiling (bnbops.compiled_train_step does it for you)"
             )
-        state |= missing_tensors(
-            param,
-            state,
-            plan.names,
-            plan.config,
-            known=self._state_names(),
-            initial=self._initial(plan.config),
-            allocate=self._allocator(param, plan.config),
-        )
+        initial, allocate = self._initial(plan.config), self._allocator(param, plan.config)
+        state |= missing_tensors(param, state, plan, known=self._state_names(), initial=initial, allocate=allocate)
         self._watch.look({param: state})
 
     def _allocator(self, param: Tensor, config: Mapping[str, Any]) -> Allocate | None:
