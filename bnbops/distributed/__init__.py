@@ -24,12 +24,6 @@ _HOME = {  # of public names; imported on first use, as torch.distributed takes 
 __all__ = list(_HOME)
 
 
-def _register() -> None:
-    from bnbops.distributed import sharding
-
-    sharding.register()
-
-
 class _After(importlib.abc.MetaPathFinder):
     """Does something when a module of torch's has been imported. That import takes longer than all of bnbops', and
     programs on one device do without."""
@@ -60,7 +54,7 @@ def _after(module: str, action: Callable[[], None]) -> None:
         sys.meta_path.insert(0, _After(module, action))
 
 
-_after("torch.distributed.tensor", _register)  # the operators' sharding rules
+_after("torch.distributed.tensor", lambda: import_module("bnbops.distributed.sharding").register())
 if not torch_is("2.13"):
     from bnbops.distributed import older_torch
 

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -38,13 +38,11 @@ from bnbops.distributed.ranks import gathered, share, together
 from bnbops.dtensors import is_dtensor
 from bnbops.lasting import usual_settings
 from bnbops.optim import Optimizer
-from bnbops.optim.checkpoints.checkpoint import problem_with
-from bnbops.optim.checkpoints.loading import keeps_blocks
+from bnbops.optim.checkpoints.loading import keeps_blocks, problem_with
 from bnbops.optim.core.state import PER_PARAMETER
 
 _STATE = ("optimizer", "state")  # where states are in what is saved
 _SHOWN = 5  # names in a message
-T = TypeVar("T")
 
 
 @usual_settings()

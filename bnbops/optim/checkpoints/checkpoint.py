@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from bnbops.facts import DEFAULT_CODEC
 from bnbops.lasting import lasting
 from bnbops.optim.checkpoints import interchange, torch_interchange
-from bnbops.optim.checkpoints.loading import check_cast, check_state, copied, in_precision, placed_state
+from bnbops.optim.checkpoints.loading import check_cast, copied, in_precision, placed_state, problem_with
 from bnbops.optim.core.codec import codec_of
 from bnbops.optim.core.manager import KNOWN_OPTIONS
 from bnbops.optim.core.options import as_codecs
@@ -60,15 +59,6 @@ def load(optimizer: StatefulOptimizer, state_dict: dict[str, Any], move_to_devic
         after(optimizer)
 
 
-def problem_with(
-    optimizer: StatefulOptimizer, param: Tensor, state: Mapping[str, object], any_float: bool = False
-) -> str | None:
-    """Why `load` would refuse a parameter's state for its names, shapes or dtypes, or None."""
-    names = optimizer._state_names()
-    optional = tuple(name for name in names if any(name not in rule.state_names for rule in optimizer._rules))
-    return check_state(param, state, names, optional, any_float=any_float)
-
-
 def _check_groups(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     """Raises ValueError if something is no state dict, or of other numbers of parameters."""
     if missing := {"state", "param_groups"} - state_dict.keys():
@@ -85,21 +75,15 @@ def _matched_params(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
     Raises:
         ValueError: the groups' options do not fit the optimizer's.
     """
-    groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
+    groups, saved_groups, name = optimizer.param_groups, state_dict["param_groups"], type(optimizer).__name__
     for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
-        version = saved.get("format_version")
+        here, version = f"param group {i} of the state dict", saved.get("format_version")
         if version != FORMAT_VERSION:
-            raise ValueError(
-                f"param group {i} of the state dict has format_version {version}; this bnbops reads "
-                f"version {FORMAT_VERSION}"
-            )
+            raise ValueError(f"{here} has format_version {version}; this bnbops reads version {FORMAT_VERSION}")
         if keys := (optimizer.defaults.keys() & group.keys()) - {*_OWN, *_DEFAULTS} - saved.keys():
-            raise ValueError(f"param group {i} of the state dict lacks {sorted(keys)}; is it of another optimizer?")
+            raise ValueError(f"{here} lacks {sorted(keys)}; is it of another optimizer?")
         if keys := set(KNOWN_OPTIONS) & saved.keys() - group.keys():
-            raise ValueError(
-                f"param group {i} of the state dict has {sorted(keys)}, which {type(optimizer).__name__} has not; "
-                "is it of another optimizer?"
-            )
+            raise ValueError(f"{here} has {sorted(keys)}, which {name} has not; is it of another optimizer?")
     ids = chain.from_iterable(saved["params"] for saved in saved_groups)
     params = chain.from_iterable(group["params"] for group in groups)
     return dict(zip(ids, params, strict=True))

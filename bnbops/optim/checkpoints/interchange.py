@@ -84,14 +84,7 @@ def from_bitsandbytes(optimizer: StatefulOptimizer, state_dict: dict[str, Any]) 
     Nothing is computed: codes and scales keep their bytes, so training goes on from bitsandbytes' very state. Scales
     stay in flat blocks `[blocks]`; where rows are whole blocks that is the same as ours `[rows, blocks]`, and they get
     that shape. Options that bitsandbytes does not store (maximize, nesterov, percentile_clipping, ...) stay those of
-    `optimizer`.
-
-    Args:
-        optimizer: the one that is to load it; it is not changed.
-        state_dict: with the states of a parameter nested, or flat as older versions wrote them.
-
-    Returns:
-        State dict whose tensors share memory with `state_dict`.
+    `optimizer`. Tensors may share the memory of `state_dict`'s.
 
     Raises:
         ValueError: it does not fit the optimizer's parameters, is of another optimizer, or cannot be continued exactly:

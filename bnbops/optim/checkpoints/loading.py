@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,27 +35,21 @@ from bnbops.optim.core.state import (
 )
 from bnbops.optim.paging.memory import Allocate
 
+if TYPE_CHECKING:
+    from bnbops.optim.core.stateful import StatefulOptimizer
+
 _SAMPLE, _FEW = 4096, 8  # elements that are looked at, and different values that states may have by chance
 
 
-def check_state(
-    param: Tensor,
-    state: Mapping[str, object],
-    names: tuple[str, ...],
-    optional: tuple[str, ...] = (),
-    *,
-    any_float: bool = False,
+def problem_with(
+    optimizer: StatefulOptimizer, param: Tensor, state: Mapping[str, object], any_float: bool = False
 ) -> str | None:
-    """What is wrong with a state loaded for a parameter, or None.
+    """What is wrong with the names, shapes or dtypes of a state loaded for a parameter, or None.
 
-    Args:
-        param: the parameter.
-        state: what is loaded.
-        names: of the optimizer's states.
-        optional: states that may be missing.
-        any_float: whether a 32-bit state may have another floating-point dtype, as `in_precision` will cast it.
+    With `any_float` a 32-bit state may have another floating-point dtype, as `in_precision` will cast it.
     """
-    present = [name for name in names if name not in optional or name in state]
+    always = set.intersection(*(set(rule.state_names) for rule in optimizer._rules))
+    present = [name for name in optimizer._state_names() if name in always or name in state]
     coded = codecs_of(state)
     expected = {"step", *present, *(absmax_name(name, codec) for name, codec in coded.items() if name in present)}
     if state.keys() - {"gnorm_vec"} != expected:

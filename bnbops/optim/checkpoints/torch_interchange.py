@@ -33,29 +33,17 @@ class _Counterpart:
 
     classes: str
     options: tuple[str, ...]  # that both have, beside lr, weight_decay and maximize
-    implementation: tuple[str, ...]  # of _IMPLEMENTATION
+    lacks: tuple[str, ...] = ()  # of _IMPLEMENTATION
     off: tuple[str, ...] = ()  # flags that have to be
     counts: bool = True  # has a "step"
     extra: Mapping[str, Any] = field(default_factory=dict)  # what else is written
 
 
 _COUNTERPARTS = {
-    "adam": _Counterpart(
-        "Adam and AdamW",
-        ("betas", "eps"),
-        ("foreach", "fused", "capturable", "differentiable"),
-        off=("amsgrad",),
-        extra={_DECOUPLED: True},
-    ),
-    "momentum": _Counterpart(
-        "SGD", ("momentum", "dampening", "nesterov"), ("foreach", "fused", "differentiable"), counts=False
-    ),
-    "rmsprop": _Counterpart(
-        "RMSprop", ("alpha", "eps", "momentum"), ("foreach", "capturable", "differentiable"), off=("centered",)
-    ),
-    "adagrad": _Counterpart(
-        "Adagrad", ("lr_decay", "eps", "initial_accumulator_value"), ("foreach", "fused", "differentiable")
-    ),
+    "adam": _Counterpart("Adam and AdamW", ("betas", "eps"), off=("amsgrad",), extra={_DECOUPLED: True}),
+    "momentum": _Counterpart("SGD", ("momentum", "dampening", "nesterov"), lacks=("capturable",), counts=False),
+    "rmsprop": _Counterpart("RMSprop", ("alpha", "eps", "momentum"), lacks=("fused",), off=("centered",)),
+    "adagrad": _Counterpart("Adagrad", ("lr_decay", "eps", "initial_accumulator_value"), lacks=("capturable",)),
 }
 _COMMON = ("lr", "weight_decay", "maximize")
 
@@ -70,14 +58,8 @@ def is_torch(state_dict: dict[str, Any]) -> bool:
 def from_torch(optimizer: StatefulOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict of torch's class of the same name, as that of `optimizer` with 32-bit states, but for their dtypes.
 
-    Options that torch does not have (optim_bits, percentile_clipping, ...) stay those of `optimizer`.
-
-    Args:
-        optimizer: the one that is to load it; it is not changed.
-        state_dict: with tensors of any floating-point dtype, whole or DTensors.
-
-    Returns:
-        State dict whose tensors may share memory with `state_dict`.
+    Options that torch does not have (optim_bits, percentile_clipping, ...) stay those of `optimizer`. Tensors may
+    have any floating-point dtype, and be DTensors.
 
     Raises:
         ValueError: it is of another optimizer, or cannot be continued: amsgrad, centered, a weight decay that Adam adds
@@ -167,7 +149,7 @@ def _write_group(
         )
     written = {key: group[key] for key in (*_COMMON, *counterpart.options)}
     written |= {"lr": float(group["lr"]), **dict.fromkeys(counterpart.off, False), **counterpart.extra}
-    written |= {key: _IMPLEMENTATION[key] for key in counterpart.implementation}
+    written |= {key: value for key, value in _IMPLEMENTATION.items() if key not in counterpart.lacks}
     extra = group.keys() - optimizer.defaults.keys() - {"params"}
     return {**written, **{key: group[key] for key in extra}, "params": ids}
 

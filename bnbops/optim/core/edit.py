@@ -22,15 +22,11 @@ if TYPE_CHECKING:
 _NOT_NEGATIVE = {name for name, state in STATES.items() if state.role.divisor} | PER_PARAMETER.keys()
 
 
+@torch.no_grad()
 def dequantized(optimizer: StatefulOptimizer, param: Tensor) -> dict[str, Tensor]:
     """`StatefulOptimizer.dequantized_state`."""
     _group_of(optimizer, param)
-    return in_32_bits(param, optimizer.state.get(param, {}))
-
-
-@torch.no_grad()
-def in_32_bits(param: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of a parameter's state with every code replaced by its value."""
+    state = optimizer.state.get(param, {})
     coded = codecs_of(state)
 
     def copy(name: str) -> Tensor:

@@ -41,7 +41,7 @@ def must_be(wanted: str, ok: Callable[[Any], bool]) -> Check:
     return check
 
 
-non_negative = must_be("finite and not negative", lambda x: isinstance(x, Real) and math.isfinite(x) and x >= 0)
+non_negative = must_be("finite and not negative", lambda x: isinstance(x, Real) and 0 <= float(x) < math.inf)
 schedule_length = must_be("None or an int", lambda x: x is None or (isinstance(x, int) and x >= 0))
 _size = must_be("an int and not negative", lambda x: isinstance(x, int) and x >= 0)
 COMMON_CHECKS: dict[str, Check] = {

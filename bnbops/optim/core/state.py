@@ -159,26 +159,20 @@ def in_memory(tensor: Tensor, allocate: Allocate) -> Tensor:
 
 
 def _new_codecs(
-    param: Tensor, state: Mapping[str, Tensor], names: Iterable[str], config: Mapping[str, Any], known: Iterable[str]
+    param: Tensor, state: Mapping[str, Tensor], names: Iterable[str], config: Mapping[str, Any]
 ) -> dict[str, str]:
     """The codecs of states to come. Those that are there tell whether the parameter's are coded, if their options have
     a codec for them."""
     if scales_of(state):
         return {name: chosen_codec(config["state_codec"], name) for name in names}
-    if any(name in state and chosen_codec(config["state_codec"], name) != UNCODED for name in known):
+    if any(chosen_codec(config["state_codec"], name) != UNCODED for name in names_of(state)):
         return dict.fromkeys(names, UNCODED)
     return wanted_codecs(param, config, names)
 
 
 @lasting()
 def missing_tensors(
-    param: Tensor,
-    state: Mapping[str, Tensor],
-    plan: Plan,
-    *,
-    known: Iterable[str],
-    initial: Mapping[str, float],
-    allocate: Allocate | None,
+    param: Tensor, state: Mapping[str, Tensor], plan: Plan, *, initial: Mapping[str, float], allocate: Allocate | None
 ) -> dict[str, Tensor]:
     """What a parameter's state lacks: all of it before the first step, later a buffer that an option asks for.
 
@@ -189,7 +183,6 @@ def missing_tensors(
         param: the parameter.
         state: what there is; new states are coded if it is, in its layout of blocks.
         plan: the parameter's options, and the states to have.
-        known: states that tell whether they are coded, if they are there.
         initial: values of states that do not begin with 0.
         allocate: makes the zeros; ordinary memory if None.
     """
@@ -198,7 +191,7 @@ def missing_tensors(
         new["step"] = torch.zeros((), dtype=torch.float32, device=device)
     names = [name for name in plan.names if name not in state]
     flat = any(scales.dim() == 1 for scales in scales_of(state).values())
-    for name, codec in _new_codecs(param, state, names, plan.config, known).items():
+    for name, codec in _new_codecs(param, state, names, plan.config).items():
         new[name] = _zeros(param, tuple, dtype_of(codec), allocate)
         if codec != UNCODED:
             shape = flat_absmax_shape if flat else absmax_shape

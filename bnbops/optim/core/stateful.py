@@ -219,7 +219,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 "optimizer.init_state() before compiling (bnbops.compiled_train_step does it for you)"
             )
         initial, allocate = self._initial(plan.config), self._allocator(param, plan.config)
-        state |= missing_tensors(param, state, plan, known=self._state_names(), initial=initial, allocate=allocate)
+        state |= missing_tensors(param, state, plan, initial=initial, allocate=allocate)
         self._watch.look({param: state})
 
     def _allocator(self, param: Tensor, config: Mapping[str, Any]) -> Allocate | None:

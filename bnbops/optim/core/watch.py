@@ -72,7 +72,13 @@ class Watch:
             codec = codec_of(state, name)
             kept = state.get(absmax_name(name, codec))
             if kept is not None and any(x is self._scales[i]() for x in _counted(kept)) and _are_codes(state, name):
-                raise RuntimeError(_message(param, name, codec))
+                raise RuntimeError(
+                    f"'{name}' of a parameter of shape {list(param.shape)} was written, or replaced, since the last "
+                    f"step, but not its scales, '{absmax_name(name, codec)}'. An 8-bit state holds codes, fractions of "
+                    "the scales; it was taken for numbers. Change states with reset_state(), or set_state() and "
+                    "dequantized_state(), whose values are float32. To go on, reset_state() this parameter or "
+                    "load_state_dict() a checkpoint"
+                )
         self._forget()  # they may be other tensors, or fewer
         self.look(states)
 
@@ -95,12 +101,3 @@ def _versions(tensors: Iterable[ReferenceType[Tensor]]) -> list[int | None]:
     except (AttributeError, RuntimeError):
         alive = [tensor() for tensor in tensors]
         return [-1 if x is None else None if x.is_inference() else x._version for x in alive]
-
-
-def _message(param: Tensor, name: str, codec: str) -> str:
-    return (
-        f"'{name}' of a parameter of shape {list(param.shape)} was written, or replaced, since the last step, but not "
-        f"its scales, '{absmax_name(name, codec)}'. An 8-bit state holds codes, fractions of the scales; it was taken "
-        "for numbers. Change states with reset_state(), or set_state() and dequantized_state(), whose values are "
-        "float32. To go on, reset_state() this parameter or load_state_dict() a checkpoint"
-    )
