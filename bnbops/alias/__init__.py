@@ -29,7 +29,7 @@ def install_as_bitsandbytes() -> None:
         if _installed:
             return
         module = sys.modules.get(finder.NAME)
-        if module is not None and not finder.is_ours(module):
+        if module is not None and module.__name__ != finder.PACKAGE:
             raise ImportError(
                 f"bitsandbytes is already imported, from {getattr(module, '__file__', None)}: call "
                 "bnbops.install_as_bitsandbytes() before anything imports it, in the first lines of the program",

@@ -149,7 +149,3 @@ def uninstall() -> None:
             vars(sys.modules[own]).pop(child, None)
     for name in names:
         del sys.modules[name]
-
-
-def is_ours(module: ModuleType) -> bool:
-    return module.__name__ == PACKAGE

@@ -23,6 +23,8 @@ from bnbops.nn.weights.quantization import Quantization
 if TYPE_CHECKING:
     from bnbops.integrations.transformers.quantizer import BnbOpsHfQuantizer
 
+Missing = set[str] | None  # names that Transformers still misses
+
 
 class _Operation(ConversionOps):
     def __init__(self, quantizer: BnbOpsHfQuantizer) -> None:
@@ -32,7 +34,7 @@ class _Operation(ConversionOps):
         """Transformers copies operations for each tensor; the quantizer stays one."""
         return copy(self)
 
-    def _put(self, model: nn.Module, name: str, missing_keys: set[str] | None, make: Any, *arguments: Any) -> None:
+    def _put(self, model: nn.Module, name: str, missing_keys: Missing, make: Any, *arguments: Any) -> None:
         """Replaces what holds the weight `name`, and what shares it. A failure is kept for the end of loading: an
         exception here would reach users as a line in Transformers' report."""
         names = self.quantizer.sharers(name)
@@ -68,12 +70,7 @@ class Quantize(_Operation):
     """Quantizes a float tensor of the checkpoint."""
 
     def convert(
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],
-        model: nn.Module | None = None,
-        missing_keys: set[str] | None = None,
-        **kwargs: Any,
+        self, input_dict: dict[str, Any], source_patterns: list[str], model: nn.Module, missing_keys: Missing, **_: Any
     ) -> dict[str, Tensor]:
         others = {}
         for name in list(input_dict):
@@ -108,12 +105,7 @@ class Deserialize(_Operation):
         self.own = own  # what the weight itself is called among the sources
 
     def convert(
-        self,
-        input_dict: dict[str, Any],
-        full_layer_name: str,
-        model: nn.Module | None = None,
-        missing_keys: set[str] | None = None,
-        **kwargs: Any,
+        self, input_dict: dict[str, Any], full_layer_name: str, model: nn.Module, missing_keys: Missing, **_: Any
     ) -> dict[str, Tensor]:
         tensors = {name.removeprefix(f"{self.own}."): _single(input_dict.pop(name)) for name in list(input_dict)}
         weight, place = tensors.pop(self.own, None), find(model, full_layer_name)
