@@ -53,14 +53,12 @@ BNBOPS_DEVICE void quantize_blocks(const QuantizeJob& job, const Write& write) {
       return load_octet(job.values, job.dtype, share.at + from, share.count - from);
     };
     Octet octet[kKept];
-#pragma unroll
-    for (int k = 0; k < kKept; ++k) octet[k] = load(k * kStride);
+    unrolled<kKept>([&](int k) { octet[k] = load(k * kStride); });
     float largest = 0, kept[kKept][kOctet], x[kOctet];
-#pragma unroll
-    for (int k = 0; k < kKept; ++k) {
+    unrolled<kKept>([&](int k) {
       to_floats(octet[k], job.dtype, kept[k]);
       largest = max_or_nan(largest, make_encodable(kept[k]));
-    }
+    });
     for (Count from = kKept * kStride; kMore && from < share.count; from += kStride) {
       to_floats(load(from), job.dtype, x);
       largest = max_or_nan(largest, make_encodable(x));
@@ -68,10 +66,9 @@ BNBOPS_DEVICE void quantize_blocks(const QuantizeJob& job, const Write& write) {
     const float absmax = float_from_bits(group_max<kGroup>(bits_of(largest), scratch)), inverse = inverse_scale(absmax);
     if (share.lane == 0 && share.count > 0) job.absmax[share.block] = absmax;
 
-#pragma unroll
-    for (int k = 0; k < kKept; ++k) {
+    unrolled<kKept>([&](int k) {
       if (k * kStride < share.count) write(kept[k], inverse, share.at + k * kStride, share.count - k * kStride);
-    }
+    });
     for (Count from = kKept * kStride; kMore && from < share.count; from += kStride) {
       to_floats(load(from), job.dtype, x);
       make_encodable(x);

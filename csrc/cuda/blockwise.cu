@@ -39,13 +39,11 @@ BNBOPS_DEVICE uint2 encode(const float (&x)[kOctet], float inverse, Codebook cod
   if (codebook == Codebook::kSigned) return codes_of(x, inverse, tables.signed_map);
   if (codebook == Codebook::kUnsigned) {
     float positive[kOctet];
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) positive[i] = x[i] > 0 ? x[i] : 0.0F;
+    unrolled<kOctet>([&](int i) { positive[i] = x[i] > 0 ? x[i] : 0.0F; });
     return codes_of(positive, inverse, tables.unsigned_map);
   }
   uint32_t code[kOctet];
-#pragma unroll
-  for (int i = 0; i < kOctet; ++i) code[i] = nearest_entry<ScalarLanes>(x[i] * inverse, tables.nearest);
+  unrolled<kOctet>([&](int i) { code[i] = nearest_entry<ScalarLanes>(x[i] * inverse, tables.nearest); });
   return pack_codes(code);
 }
 
@@ -68,8 +66,7 @@ __global__ void __launch_bounds__(kThreads, kResident) dequantize_kernel(Dequant
     for (auto from = 0 * share.count; from < share.count; from += share.kStride) {
       const uint2 codes = load_codes(job.codes + share.at + from, share.count - from);
       float x[kOctet];
-#pragma unroll
-      for (int i = 0; i < kOctet; ++i) x[i] = codebook[code_of(codes, i)] * absmax;
+      unrolled<kOctet>([&](int i) { x[i] = codebook[code_of(codes, i)] * absmax; });
       store_octet(job.values, job.dtype, share.at + from, share.count - from, x);
       if (kGroup < kThreads) break;  // one octet is a thread's whole share
     }

@@ -58,10 +58,9 @@ BNBOPS_DEVICE uint32_t load_packed(const uint8_t* codes, int64_t first, int64_t 
   const uint8_t* from = codes + first / 2;
   if (count >= kOctet && is_aligned<uint32_t>(from)) return load_vector<uint32_t>(from);
   uint32_t packed = 0;
-#pragma unroll
-  for (int i = 0; i < kOctet / 2; ++i) {
+  unrolled<kOctet / 2>([&](int i) {
     if (2 * i < count) packed |= static_cast<uint32_t>(from[i]) << (i * 8);
-  }
+  });
   return packed;
 }
 
@@ -73,8 +72,7 @@ BNBOPS_DEVICE uint32_t code_4bit(uint32_t packed, int i) {
 
 template <Nibbles kNibbles>
 BNBOPS_DEVICE void decode_packed(uint32_t packed, const Codebook4bit& codebook, float scale, float (&x)[kOctet]) {
-#pragma unroll
-  for (int i = 0; i < kOctet; ++i) x[i] = codebook.value[code_4bit<kNibbles>(packed, i)] * scale;
+  unrolled<kOctet>([&](int i) { x[i] = codebook.value[code_4bit<kNibbles>(packed, i)] * scale; });
 }
 
 // ---- two codes at a time ---------------------------------------------------------------------------------------
@@ -143,11 +141,9 @@ class ScaleReader {
   template <int kCount>
   BNBOPS_DEVICE void load(const unsigned (&elements)[kCount], float (&scale)[kCount]) const {
     if (absmax_ != nullptr) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) scale[i] = absmax_[block(elements[i])];
+      unrolled<kCount>([&](int i) { scale[i] = absmax_[block(elements[i])]; });
     } else {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) scale[i] = scale_of_block(scales_, block_ + block(elements[i]));
+      unrolled<kCount>([&](int i) { scale[i] = scale_of_block(scales_, block_ + block(elements[i])); });
     }
   }
 

@@ -47,6 +47,13 @@ namespace bnbops::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFU;
 
+// visit(0) to visit(kCount - 1), without a loop: an array that it indexes lives in registers.
+template <int kCount, class Visit>
+BNBOPS_DEVICE void unrolled(const Visit& visit) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) visit(i);
+}
+
 // Tells the compiler, which does not know it of pointers read from memory, that this one is to global memory.
 template <class T>
 BNBOPS_DEVICE T* global_pointer(T* pointer) {

@@ -34,28 +34,24 @@ BNBOPS_DEVICE Octet load_octet(const void* values, DType dtype, int64_t at, int6
     if (dtype == DType::kFloat32) load_words(from + sizeof(uint4), octet.word + 4);
     return octet;
   }
-#pragma unroll
-  for (int i = 0; i < kOctet; ++i) {
-    if (i >= count) continue;
+  unrolled<kOctet>([&](int i) {
+    if (i >= count) return;
     if (dtype == DType::kFloat32) {
       octet.word[i] = reinterpret_cast<const uint32_t*>(from)[i];
     } else {
       octet.word[i / 2] |= static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(from)[i]) << (i % 2 * 16);
     }
-  }
+  });
   return octet;
 }
 
 BNBOPS_DEVICE void to_floats(const Octet& octet, DType dtype, float (&x)[kOctet]) {
   if (dtype == DType::kFloat32) {
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) x[i] = float_from_bits(octet.word[i]);
+    unrolled<kOctet>([&](int i) { x[i] = float_from_bits(octet.word[i]); });
   } else if (dtype == DType::kBFloat16) {
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) x[i] = from_bfloat16(octet.word[i / 2] >> (i % 2 * 16) & 0xFFFFU);
+    unrolled<kOctet>([&](int i) { x[i] = from_bfloat16(octet.word[i / 2] >> (i % 2 * 16) & 0xFFFFU); });
   } else {
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) x[i] = from_float16(octet.word[i / 2] >> (i % 2 * 16) & 0xFFFFU);
+    unrolled<kOctet>([&](int i) { x[i] = from_float16(octet.word[i / 2] >> (i % 2 * 16) & 0xFFFFU); });
   }
 }
 
@@ -63,11 +59,9 @@ BNBOPS_DEVICE void to_floats(const Octet& octet, DType dtype, float (&x)[kOctet]
 BNBOPS_DEVICE Octet from_floats(const float (&x)[kOctet], DType dtype) {
   Octet octet{};
   if (dtype == DType::kFloat32) {
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) octet.word[i] = bits_of(with_one_nan(x[i]));
+    unrolled<kOctet>([&](int i) { octet.word[i] = bits_of(with_one_nan(x[i])); });
   } else {
-#pragma unroll
-    for (int i = 0; i < kOctet / 2; ++i) octet.word[i] = pack_halves(dtype, x[2 * i], x[2 * i + 1]);
+    unrolled<kOctet / 2>([&](int i) { octet.word[i] = pack_halves(dtype, x[2 * i], x[2 * i + 1]); });
   }
   return octet;
 }
@@ -80,15 +74,14 @@ BNBOPS_DEVICE void store_octet(void* values, DType dtype, int64_t at, int64_t co
     if (dtype == DType::kFloat32) store_words(to + sizeof(uint4), octet.word + 4);
     return;
   }
-#pragma unroll
-  for (int i = 0; i < kOctet; ++i) {
-    if (i >= count) continue;
+  unrolled<kOctet>([&](int i) {
+    if (i >= count) return;
     if (dtype == DType::kFloat32) {
       reinterpret_cast<uint32_t*>(to)[i] = octet.word[i];
     } else {
       reinterpret_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(octet.word[i / 2] >> (i % 2 * 16));
     }
-  }
+  });
 }
 
 // Eight codes of a byte each, the first one in the lowest bits; beyond `count` they are `rest`.
@@ -96,10 +89,7 @@ BNBOPS_DEVICE uint2 load_codes(const uint8_t* codes, int64_t count, uint8_t rest
   codes = global_pointer(codes);
   if (count >= kOctet && is_aligned<uint2>(codes)) return load_vector<uint2>(codes);
   uint32_t word[2] = {};
-#pragma unroll
-  for (int i = 0; i < kOctet; ++i) {
-    word[i / 4] |= static_cast<uint32_t>(i < count ? codes[i] : rest) << (i % 4 * 8);
-  }
+  unrolled<kOctet>([&](int i) { word[i / 4] |= static_cast<uint32_t>(i < count ? codes[i] : rest) << (i % 4 * 8); });
   return make_uint2(word[0], word[1]);
 }
 
@@ -108,10 +98,9 @@ BNBOPS_DEVICE uint32_t code_of(const uint2& codes, int i) { return (i < 4 ? code
 BNBOPS_DEVICE void store_codes(uint8_t* to, int64_t count, const uint2& codes) {
   to = global_pointer(to);
   if (count >= kOctet && is_aligned<uint2>(to)) return store_vector(to, codes);
-#pragma unroll
-  for (int i = 0; i < kOctet; ++i) {
+  unrolled<kOctet>([&](int i) {
     if (i < count) to[i] = static_cast<uint8_t>(code_of(codes, i));
-  }
+  });
 }
 
 // Byte `kByte` of each of four words.
@@ -136,8 +125,7 @@ BNBOPS_DEVICE uint2 pack_codes(const uint32_t (&code)[kOctet]) {
 
 BNBOPS_DEVICE float largest_magnitude(const float (&x)[kOctet]) {
   float largest = 0;
-#pragma unroll
-  for (int i = 0; i < kOctet; ++i) largest = max_or_nan(largest, fabsf(x[i]));
+  unrolled<kOctet>([&](int i) { largest = max_or_nan(largest, fabsf(x[i])); });
   return largest;
 }
 
@@ -145,8 +133,7 @@ BNBOPS_DEVICE float largest_magnitude(const float (&x)[kOctet]) {
 BNBOPS_DEVICE float make_encodable(float (&x)[kOctet]) {
   const float largest = largest_magnitude(x);
   if (largest <= kFloatMax) return largest;
-#pragma unroll
-  for (int i = 0; i < kOctet; ++i) x[i] = encodable(x[i]);
+  unrolled<kOctet>([&](int i) { x[i] = encodable(x[i]); });
   return largest_magnitude(x);
 }
 

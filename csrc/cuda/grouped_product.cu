@@ -27,15 +27,13 @@ BNBOPS_DEVICE void load_tiles(const GroupedProductJob& job, const Part& part, in
     const int r = loader % kTile, first = loader / kTile * kOctet;
     const int64_t count = row + r < part.row_end ? job.inner - k - first : 0;
     to_floats(load_octet(job.x, job.dtype, (row + r) * job.inner + k + first, count), job.dtype, values);
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) tiles.x[first + i][r] = values[i];
+    unrolled<kOctet>([&](int i) { tiles.x[first + i][r] = values[i]; });
   } else {
     const int d = loader / (kTile / kOctet), first = loader % (kTile / kOctet) * kOctet;
     const int64_t count = k + d < job.inner ? job.columns - part.column - first : 0;
     const int64_t at = (part.expert * job.inner + k + d) * job.columns + part.column + first;
     to_floats(load_octet(job.weight, job.dtype, at, count), job.dtype, values);
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) tiles.weight[d][first + i] = values[i];
+    unrolled<kOctet>([&](int i) { tiles.weight[d][first + i] = values[i]; });
   }
 }
 
@@ -50,30 +48,24 @@ __global__ void __launch_bounds__(kThreads, kGroupedResident) grouped_product_ke
       __syncthreads();  // the last tiles have been read
       load_tiles(job, part, row, k, tiles);
       __syncthreads();
-#pragma unroll
-      for (int d = 0; d < kDepth; ++d) {
+      unrolled<kDepth>([&](int d) {
         float x[kOwn], weight[kOwn];
-#pragma unroll
-        for (int i = 0; i < kOwn; ++i) {
+        unrolled<kOwn>([&](int i) {
           x[i] = tiles.x[d][own_row + i * kAcross];
           weight[i] = tiles.weight[d][own_column + i * kAcross];
-        }
-#pragma unroll
-        for (int i = 0; i < kOwn; ++i) {
-#pragma unroll
-          for (int j = 0; j < kOwn; ++j) sum[i][j] = fused_multiply_add(x[i], weight[j], sum[i][j]);
-        }
-      }
+        });
+        unrolled<kOwn * kOwn>([&](int i) {
+          float& to = sum[i / kOwn][i % kOwn];
+          to = fused_multiply_add(x[i / kOwn], weight[i % kOwn], to);
+        });
+      });
     }
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-#pragma unroll
-      for (int j = 0; j < kOwn; ++j) {
-        const int64_t to_row = row + own_row + i * kAcross, column = part.column + own_column + j * kAcross;
-        if (to_row >= part.row_end || column >= job.columns) continue;
-        store_element(job.out, job.dtype, to_row * job.columns + column, sum[i][j]);
-      }
-    }
+    unrolled<kOwn * kOwn>([&](int i) {
+      const int64_t to_row = row + own_row + i / kOwn * kAcross;
+      const int64_t column = part.column + own_column + i % kOwn * kAcross;
+      if (to_row >= part.row_end || column >= job.columns) return;
+      store_element(job.out, job.dtype, to_row * job.columns + column, sum[i / kOwn][i % kOwn]);
+    });
   }
 }
 

@@ -83,12 +83,10 @@ struct Int8Tile {
       const auto low = load_vector<float4>(shared.weight[o] + own_column);
       const auto high = load_vector<float4>(shared.weight[o] + own_column + 4);
       const float weight[kOctet] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-      for (int r = 0; r < kOwn; ++r) {
+      unrolled<kOwn>([&](int r) {
         const float x = shared.x[o][own_row + r];
-#pragma unroll
-        for (int i = 0; i < kOctet; ++i) part[r][i] = fused_multiply_add(x, weight[i], part[r][i]);
-      }
+        unrolled<kOctet>([&](int i) { part[r][i] = fused_multiply_add(x, weight[i], part[r][i]); });
+      });
     }
   }
 
@@ -98,16 +96,14 @@ struct Int8Tile {
     const float row_scale = decodable(epilogue.row_stats[at_row]);
     float scale[kOctet], x[kOctet];
     to_floats(load_octet(epilogue.col_stats, DType::kFloat32, at, count), DType::kFloat32, scale);
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) {
+    unrolled<kOctet>([&](int i) {
       x[i] = product_value(sum[i], row_scale, decodable(scale[i]));
       if (has_outliers) x[i] += outlier_part[i];
-    }
+    });
     if (epilogue.bias != nullptr) {
       float bias[kOctet];
       to_floats(load_octet(epilogue.bias, epilogue.bias_dtype, at, count), epilogue.bias_dtype, bias);
-#pragma unroll
-      for (int i = 0; i < kOctet; ++i) x[i] += bias[i];
+      unrolled<kOctet>([&](int i) { x[i] += bias[i]; });
     }
     store_octet(epilogue.out, epilogue.dtype, at_row * epilogue.columns + at, count, x);
   }

@@ -20,14 +20,12 @@ constexpr int kResidentTiles = 3;  // thread blocks on a multiprocessor: 80 regi
 BNBOPS_DEVICE void load_run(const int8_t* row, int64_t k, int64_t inner, uint32_t (&word)[4]) {
   const auto* from = reinterpret_cast<const char*>(row + k);
   if (k + kRun <= inner && is_aligned<uint4>(from)) return load_words(from, word);
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
+  unrolled<4>([&](int w) {
     word[w] = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    unrolled<4>([&](int i) {
       if (k + 4 * w + i < inner) word[w] |= static_cast<uint32_t>(static_cast<uint8_t>(from[4 * w + i])) << (8 * i);
-    }
-  }
+    });
+  });
 }
 
 // Row i of a matrix; beyond the last one, that one again.
@@ -40,38 +38,26 @@ BNBOPS_DEVICE void multiply_tile(const Int8ProductJob& job, int64_t row, int64_t
                                  int32_t (&sums)[kTileRows][kTileColumns]) {
   const int warp = threadIdx.x / kWarp, group = threadIdx.x % kWarp / 4, turn = threadIdx.x % 4;
   const int8_t *weight[4], *codes[2];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) weight[i] = row_of(job.weight, column + group + 8 * i, job.columns, job.inner);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) codes[i] = row_of(job.codes, row + group + 8 * i, job.rows, job.inner);
+  unrolled<4>([&](int i) { weight[i] = row_of(job.weight, column + group + 8 * i, job.columns, job.inner); });
+  unrolled<2>([&](int i) { codes[i] = row_of(job.codes, row + group + 8 * i, job.rows, job.inner); });
   int32_t part[2][2][4] = {};  // by 16 columns and by 8 rows
   for (int64_t first = warp * kDepth; first < job.inner; first += kWarps * kDepth) {
     const int64_t k = first + turn * kRun;
     uint32_t w[4][4], x[2][4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) load_run(weight[i], k, job.inner, w[i]);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) load_run(codes[i], k, job.inner, x[i]);
+    unrolled<4>([&](int i) { load_run(weight[i], k, job.inner, w[i]); });
+    unrolled<2>([&](int i) { load_run(codes[i], k, job.inner, x[i]); });
 #pragma unroll
     for (int s = 0; s < 4; s += 2) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
+      unrolled<2>([&](int c) {
         const uint32_t a[4] = {w[2 * c][s], w[2 * c + 1][s], w[2 * c][s + 1], w[2 * c + 1][s + 1]};
-#pragma unroll
-        for (int r = 0; r < 2; ++r) multiply_add_int8(part[c][r], a, {x[r][s], x[r][s + 1]});
-      }
+        unrolled<2>([&](int r) { multiply_add_int8(part[c][r], a, {x[r][s], x[r][s + 1]}); });
+      });
     }
   }
-#pragma unroll
-  for (int c = 0; c < 2; ++c) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        atomicAdd(&sums[8 * r + 2 * turn + i % 2][16 * c + 8 * (i / 2) + group], part[c][r][i]);
-      }
-    }
-  }
+  unrolled<16>([&](int i) {
+    const int c = i / 8, r = i / 4 % 2, j = i % 4;
+    atomicAdd(&sums[8 * r + 2 * turn + j % 2][16 * c + 8 * (j / 2) + group], part[c][r][j]);
+  });
 }
 
 using ProductTile = Int8Tile<kTileColumns, kTileRows, 1>;
@@ -89,8 +75,7 @@ __global__ void __launch_bounds__(kThreads, kResidentTiles) multiply_kernel(Int8
   if (job.sums == nullptr) {
     const ProductTile tile(job.epilogue, row, column);
     return tile.write(job.outliers, outliers, [&](int r, int32_t (&sum)[kOctet]) {
-#pragma unroll
-      for (int i = 0; i < kOctet; ++i) sum[i] = sums[r][tile.own_column + i];
+      unrolled<kOctet>([&](int i) { sum[i] = sums[r][tile.own_column + i]; });
     });
   }
   for (int r = threadIdx.x / kTileColumns; r < kTileRows; r += kThreads / kTileColumns) {
@@ -112,8 +97,7 @@ __global__ void __launch_bounds__(kThreads, kResidentTiles)
   tile.write(outliers, shared, [&](int r, int32_t (&sum)[kOctet]) {
     const int64_t at = column + tile.own_column;
     const Octet words = load_octet(sums, DType::kFloat32, (row + r) * epilogue.columns + at, epilogue.columns - at);
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) sum[i] = static_cast<int32_t>(words.word[i]);
+    unrolled<kOctet>([&](int i) { sum[i] = static_cast<int32_t>(words.word[i]); });
   });
 }
 

@@ -43,8 +43,7 @@ __global__ void __launch_bounds__(kThreads, kResident) quantize_rows_kernel(Quan
   quantize_blocks<kGroup, true>(job, [&](const float (&x)[kOctet], float inverse, int64_t at, int64_t count) {
     const float factor = code_factor(inverse);
     uint32_t code[kOctet];
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) code[i] = int8_code(x[i], factor, limit);
+    unrolled<kOctet>([&](int i) { code[i] = int8_code(x[i], factor, limit); });
     store_codes(job.codes + at, count, pack_codes(code));
   });
 }
@@ -56,12 +55,11 @@ __global__ void __launch_bounds__(kThreads, kResident) scan_rows_kernel(Int8Quan
   for_blocks<kGroup>(RowsAsBlocks{job.rows * job.inner, job.inner}, [&](const Share<kGroup>& share) {
     uint32_t largest = 0;
     for_octets(job.values, job.dtype, share, [&](const float (&x)[kOctet], auto from) {
-#pragma unroll
-      for (int i = 0; i < kOctet; ++i) {
+      unrolled<kOctet>([&](int i) {
         const uint32_t bits = counted_bits(x[i], job.limit);
         largest = bits > largest ? bits : largest;
         if (is_outlier(x[i], job.limit)) set_flag(job.is_outlier + share.lane * kOctet + from + i);
-      }
+      });
     });
     largest = group_max<kGroup>(largest, scratch);
     if (share.lane == 0 && share.count > 0) job.row_stats[share.block] = float_from_bits(largest);
@@ -77,10 +75,7 @@ __global__ void __launch_bounds__(kThreads, kResident) encode_rows_kernel(Int8Qu
       const auto* marks = reinterpret_cast<const uint8_t*>(job.is_outlier) + share.lane * kOctet + from;
       const uint2 marked = load_codes(marks, share.count - from);
       uint32_t code[kOctet];
-#pragma unroll
-      for (int i = 0; i < kOctet; ++i) {
-        code[i] = code_of(marked, i) != 0 ? 0 : int8_code(x[i], factor, job.limit);
-      }
+      unrolled<kOctet>([&](int i) { code[i] = code_of(marked, i) != 0 ? 0 : int8_code(x[i], factor, job.limit); });
       store_codes(reinterpret_cast<uint8_t*>(job.codes) + share.at + from, share.count - from, pack_codes(code));
     });
   });
@@ -94,8 +89,7 @@ __global__ void __launch_bounds__(kThreads, kResident) dequantize_rows_kernel(In
     for (auto from = 0 * share.count; from < share.count; from += share.kStride) {
       const uint2 codes = load_codes(row + share.lane * kOctet + from, share.count - from);
       float x[kOctet];
-#pragma unroll
-      for (int i = 0; i < kOctet; ++i) x[i] = int8_value(static_cast<int8_t>(code_of(codes, i)), scale);
+      unrolled<kOctet>([&](int i) { x[i] = int8_value(static_cast<int8_t>(code_of(codes, i)), scale); });
       store_octet(job.values, job.dtype, share.at + from, share.count - from, x);
     }
   });
@@ -137,16 +131,14 @@ __global__ void __launch_bounds__(kThreads, kResident) scan_columns_kernel(Int8Q
   const int lane_column = threadIdx.x % kWarp * kOctet;
   uint32_t mine[kOctet] = {};
   for_rows(job, first + lane_column, [&](const float (&x)[kOctet], int64_t /*at*/, int64_t /*count*/) {
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) {
+    unrolled<kOctet>([&](int i) {
       const uint32_t bits = counted_bits(x[i], job.limit);
       mine[i] = bits > mine[i] ? bits : mine[i];
-    }
+    });
   });
   largest[threadIdx.x] = 0;
   __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kOctet; ++i) atomicMax(largest + lane_column + i, mine[i]);
+  unrolled<kOctet>([&](int i) { atomicMax(largest + lane_column + i, mine[i]); });
   __syncthreads();
   const int64_t column = first + threadIdx.x;
   if (column < job.inner) atomicMax(reinterpret_cast<uint32_t*>(job.col_stats) + column, largest[threadIdx.x]);
@@ -156,12 +148,10 @@ __global__ void __launch_bounds__(kThreads, kResident) encode_columns_kernel(Int
   const int64_t column = first_column(job) + threadIdx.x % kWarp * kOctet;
   float factor[kOctet];
   to_floats(load_octet(job.col_stats, DType::kFloat32, column, job.inner - column), DType::kFloat32, factor);
-#pragma unroll
-  for (int i = 0; i < kOctet; ++i) factor[i] = code_factor(inverse_scale(factor[i]));
+  unrolled<kOctet>([&](int i) { factor[i] = code_factor(inverse_scale(factor[i])); });
   for_rows(job, column, [&](const float (&x)[kOctet], int64_t at, int64_t count) {
     uint32_t code[kOctet];
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) code[i] = int8_code(x[i], factor[i], job.limit);
+    unrolled<kOctet>([&](int i) { code[i] = int8_code(x[i], factor[i], job.limit); });
     store_codes(reinterpret_cast<uint8_t*>(job.codes) + at, count, pack_codes(code));
   });
 }
@@ -180,8 +170,7 @@ __global__ void __launch_bounds__(kListThreads, 1)
     const int64_t column = first + threadIdx.x * kOctet;
     const uint2 marked = load_codes(reinterpret_cast<const uint8_t*>(is_outlier) + column, inner - column);
     int32_t mine = 0;
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) mine += code_of(marked, i) != 0;
+    unrolled<kOctet>([&](int i) { mine += code_of(marked, i) != 0; });
     int32_t upto = mine;  // of the lanes up to this one
 #pragma unroll
     for (int step = 1; step < kWarp; step *= 2) {
@@ -195,10 +184,9 @@ __global__ void __launch_bounds__(kListThreads, 1)
       if (w < warp) at += in_warp[w];
       listed += in_warp[w];
     }
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) {
+    unrolled<kOctet>([&](int i) {
       if (code_of(marked, i) != 0) columns[at++] = static_cast<int32_t>(column) + i;
-    }
+    });
     __syncthreads();  // before the next numbers
   }
   if (threadIdx.x == 0) *count = listed;

@@ -49,8 +49,8 @@ class WholeOctets {
         codes_(job.weight.codes + feature_of(job, part, 0) * features_ / 2),
         scales_(job.weight, feature_of(job, part, 0) * features_) {
     const int64_t first = feature_of(job, part, 0);
-#pragma unroll
-    for (int f = 0; f < kFeatures; ++f) first_[f] = static_cast<unsigned>(feature_of(job, part, f) - first) * features_;
+    unrolled<kFeatures>(
+        [&](int f) { first_[f] = static_cast<unsigned>(feature_of(job, part, f) - first) * features_; });
   }
 
   BNBOPS_DEVICE void begin(int k) { load(k); }
@@ -59,30 +59,26 @@ class WholeOctets {
   BNBOPS_DEVICE void next(int k, Octets& octets) {
     uint32_t codes[kFeatures];
     unsigned first[kFeatures];
-#pragma unroll
-    for (int f = 0; f < kFeatures; ++f) {
+    unrolled<kFeatures>([&](int f) {
       codes[f] = ahead_[f];
       first[f] = first_[f] + k;
-    }
+    });
     octets.count = kOctet;
     scales_.load(first, octets.scale);
     load(k + kStep);
-#pragma unroll
-    for (int f = 0; f < kFeatures; ++f) {
-#pragma unroll
-      for (int i = 0; i < kOctet; i += 2) {
-        const Words<2> pair = Table::look_up(table_, codes[f], i / 2);
-        octets.weight[f][i] = float_from_bits(pair.word[0]);
-        octets.weight[f][i + 1] = float_from_bits(pair.word[1]);
-      }
-    }
+    unrolled<kFeatures>([&](int f) {
+      unrolled<kOctet / 2>([&](int i) {
+        const Words<2> pair = Table::look_up(table_, codes[f], i);
+        octets.weight[f][2 * i] = float_from_bits(pair.word[0]);
+        octets.weight[f][2 * i + 1] = float_from_bits(pair.word[1]);
+      });
+    });
   }
 
  private:
   BNBOPS_DEVICE void load(int k) {
     if (k >= features_) return;
-#pragma unroll
-    for (int f = 0; f < kFeatures; ++f) ahead_[f] = load_vector<uint32_t>(codes_ + (first_[f] + k) / 2);
+    unrolled<kFeatures>([&](int f) { ahead_[f] = load_vector<uint32_t>(codes_ + (first_[f] + k) / 2); });
   }
 
   const int features_;
@@ -108,11 +104,10 @@ class AnyOctets {
 
   BNBOPS_DEVICE void next(int64_t k, Octets& octets) {
     octets.count = job_.in_features - k;
-#pragma unroll
-    for (int f = 0; f < kFeatures; ++f) {
+    unrolled<kFeatures>([&](int f) {
       const int64_t first = feature_of(job_, part_, f) * job_.in_features + k;
       octets.scale[f] = load(first, octets.count, octets.weight[f]);
-    }
+    });
   }
 
  private:
@@ -124,13 +119,12 @@ class AnyOctets {
       decode_packed<kNibbles>(load_packed(weight.codes, first, count), table_, 1.0F, w);
       return scale_of_block(weight.scales, block_of(weight, first));
     }
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) {
+    unrolled<kOctet>([&](int i) {
       const int64_t at = first + i;
       w[i] = i < count ? table_.value[code_4bit<kNibbles>(weight.codes[at / 2], at % 2)] *
                              scale_of_block(weight.scales, block_of(weight, at))
                        : 0.0F;
-    }
+    });
     return 1.0F;
   }
 
@@ -152,13 +146,12 @@ BNBOPS_DEVICE void multiply(const Linear4bitJob& job, Weights& weights, int64_t 
       if (r > 0 && r >= rows) break;
       float x[kOctet];
       to_floats(load_octet(job.x, job.dtype, (row + r) * job.in_features + k, octets.count), job.dtype, x);
-#pragma unroll
-      for (int f = 0; f < kFeatures; ++f) {
+      unrolled<kFeatures>([&](int f) {
         float dot = octets.weight[f][0] * x[0];
 #pragma unroll
         for (int i = 1; i < kOctet; ++i) dot = fused_multiply_add(octets.weight[f][i], x[i], dot);
         sum[f][r] = fused_multiply_add(dot, octets.scale[f], sum[f][r]);
-      }
+      });
     }
   }
 }
@@ -189,11 +182,10 @@ __global__ void __launch_bounds__(kThreads, kGemvResident) gemv_kernel(Linear4bi
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (r >= rows) break;
-#pragma unroll
-      for (int f = 0; f < kFeatures; ++f) {
+      unrolled<kFeatures>([&](int f) {
         const float total = warp_sum(sum[f][r]);
         if (lane == 0) of_warp[warp][f][r] = total;
-      }
+      });
     }
     __syncthreads();
     const int f = threadIdx.x % kFeatures, r = threadIdx.x / kFeatures;

@@ -68,8 +68,7 @@ class Product {
   BNBOPS_DEVICE void multiply(int64_t row, int rows, Sums& sum, const WhenReady& when_ready) const {
     Position at = begin(row, rows);
     Segment ahead[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) load(at, i, ahead[i]);
+    unrolled<kAhead>([&](int i) { load(at, i, ahead[i]); });
     when_ready();
     for (; at.k < features_; advance(at)) {
 #pragma unroll
@@ -107,30 +106,25 @@ class Product {
     Position at;
     at.k = warp_ * kSegment;
     const int own = at.k + lane_ % 4 * kLaneWeights;
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) at.codes[i] = codes_ + (feature(i * 8 + g_) + own) / 2;
+    unrolled<kColumns>([&](int i) { at.codes[i] = codes_ + (feature(i * 8 + g_) + own) / 2; });
     const uint16_t* x = static_cast<const uint16_t*>(job_.x) + row * features_;
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
+    unrolled<kTiles>([&](int n) {
       const int number = n * kWidth + g_;  // rows beyond the last are computed as it is, and not stored
       at.x[n] = x + ((number < rows ? number : rows - 1) * features_ + own);
-    }
+    });
     return at;
   }
 
   static BNBOPS_DEVICE void advance(Position& at) {
     at.k += kAhead * kStep;
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) at.codes[i] += kAhead * kStep / 2;
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) at.x[n] += kAhead * kStep;
+    unrolled<kColumns>([&](int i) { at.codes[i] += kAhead * kStep / 2; });
+    unrolled<kTiles>([&](int n) { at.x[n] += kAhead * kStep; });
   }
 
   BNBOPS_DEVICE void load(const Position& at, int ahead, Segment& to) const {
     const int k = at.k + ahead * kStep;
     if (k >= features_) return;
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) to.codes[i] = load_vector<Words<kWords>>(at.codes[i] + ahead * (kStep / 2));
+    unrolled<kColumns>([&](int i) { to.codes[i] = load_vector<Words<kWords>>(at.codes[i] + ahead * (kStep / 2)); });
     to.scale = scales_.load(scaled_ + k);
   }
 
@@ -139,14 +133,12 @@ class Product {
     uint32_t pair[kHeights][kWords * 4][2];  // along k; of features g and g + 8
     float scale[kHeights][2];
     const float own_scale = scale_of(job_.weight.scales, weights.scale);
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
+    unrolled<kColumns>([&](int i) {
       scale[i / 2][i % 2] = __shfl_sync(kAllLanes, own_scale, i * 8 + g_);
-#pragma unroll
-      for (int j = 0; j < kWords * 4; ++j) {
+      unrolled<kWords * 4>([&](int j) {
         pair[i / 2][j][i % 2] = PairTable<1>::look_up(pairs_, weights.codes[i].word[j / 4], j % 4).word[0];
-      }
-    }
+      });
+    });
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       if (n > 0 && n * kWidth >= rows) break;
@@ -154,22 +146,18 @@ class Product {
 #pragma unroll
       for (int j = 0; j < kWords * 4; j += 4) {
         const auto right = load_vector<uint4>(at.x[n] + (ahead * kStep + 2 * j));
-#pragma unroll
-        for (int m = 0; m < kHeights; ++m) {
+        unrolled<kHeights>([&](int m) {
           const uint32_t (&left)[kWords * 4][2] = pair[m];
           multiply_add_tiles<kDType>(dot[m], {left[j][0], left[j][1], left[j + 1][0], left[j + 1][1]},
                                      {right.x, right.y});
           multiply_add_tiles<kDType>(dot[m], {left[j + 2][0], left[j + 2][1], left[j + 3][0], left[j + 3][1]},
                                      {right.z, right.w});
-        }
+        });
       }
-#pragma unroll
-      for (int m = 0; m < kHeights; ++m) {
-#pragma unroll
-        for (int i = 0; i < kFragment; ++i) {
-          sum[m][n][i] = fused_multiply_add(dot[m][i], scale[m][i / 2], sum[m][n][i]);
-        }
-      }
+      unrolled<kHeights * kFragment>([&](int j) {
+        const int m = j / kFragment, i = j % kFragment;
+        sum[m][n][i] = fused_multiply_add(dot[m][i], scale[m][i / 2], sum[m][n][i]);
+      });
     }
   }
 
@@ -198,10 +186,8 @@ BNBOPS_DEVICE void reduce_and_store(const Linear4bitJob& job, const Part& part, 
     for (int i = 0; i < kReduced; ++i) {
       const int tile = first + i;
       if (tile >= kHeights * kTiles) break;
-#pragma unroll
-      for (int j = 0; j < kFragment; ++j) {
-        partial.of_warp[i][warp][j * kWarp + lane] = sum[tile / kTiles][tile % kTiles][j];
-      }
+      unrolled<kFragment>(
+          [&](int j) { partial.of_warp[i][warp][j * kWarp + lane] = sum[tile / kTiles][tile % kTiles][j]; });
     }
     __syncthreads();
     const int tile = first + threadIdx.x / (kFragment * kWarp), element = threadIdx.x % (kFragment * kWarp);
@@ -210,8 +196,7 @@ BNBOPS_DEVICE void reduce_and_store(const Linear4bitJob& job, const Part& part, 
     const int64_t feature = part.column + tile / kTiles * kHeight + j / 2 * 8 + lane / 4;
     if (tile >= kHeights * kTiles || r >= rows || feature >= job.out_features) continue;
     float total = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) total += partial.of_warp[tile - first][w][element];
+    unrolled<kWarps>([&](int w) { total += partial.of_warp[tile - first][w][element]; });
     total *= 1 / kEntryFactor;
     if (job.bias != nullptr) total += load_element(job.bias, job.dtype, part.expert * job.out_features + feature);
     store_element(job.out, job.dtype, (row + r) * job.out_features + feature, total);

@@ -31,18 +31,16 @@ template <bool kKeepPositive = false, class Codec, bool kSigned>
 BNBOPS_DEVICE uint2 codes_of(const float (&x)[kOctet], float inverse, const CodeTable<Codec, kSigned>& table) {
   constexpr uint32_t kZero = Codec::template code_of_magnitude<kSigned>(kZeroBits), kSmallestPositive = kZero + 1;
   uint32_t code[kOctet];
-#pragma unroll
-  for (int i = 0; i < kOctet; ++i) {
+  unrolled<kOctet>([&](int i) {
     code[i] = table.code(fused_multiply_add(fabsf(x[i]), inverse, kShift));
     if (kKeepPositive && x[i] > 0 && code[i] < kSmallestPositive << 24) code[i] = kSmallestPositive << 24;
     if (kKeepPositive && kSigned && x[i] < 0) code[i] = kZero << 24;
-  }
+  });
   uint32_t word[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
+  unrolled<2>([&](int i) {
     word[i] = pack_bytes<3>(code + 4 * i);
     if (kSigned && !kKeepPositive) word[i] = Codec::with_signs(word[i], pack_signs(x + 4 * i));
-  }
+  });
   return make_uint2(word[0], word[1]);
 }
 

@@ -11,11 +11,10 @@ namespace {
 static_assert(kColumns == kWarp * kOctet && kColumns == kThreads);
 
 BNBOPS_DEVICE void add_squares(const float (&x)[kOctet], double (&column)[kOctet]) {
-#pragma unroll
-  for (int i = 0; i < kOctet; ++i) {
+  unrolled<kOctet>([&](int i) {
     const double value = counted(x[i]);
     column[i] = __fma_rn(value, value, column[i]);  // the square of a float is exact either way
-  }
+  });
 }
 
 // Of the columns of all lanes, neighbours first.
@@ -47,10 +46,9 @@ __global__ void __launch_bounds__(kThreads, kResident) squares_kernel(const Many
     double column[kOctet] = {};
     for (int64_t at = begin; at < begin + kNormPiece; at += kAtOnce * kColumns) {
       Octet octets[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
+      unrolled<kAtOnce>([&](int i) {
         octets[i] = load_octet(record.values, record.dtype, at + i * kColumns, record.numel - at - i * kColumns);
-      }
+      });
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         float x[kOctet];

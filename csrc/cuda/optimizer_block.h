@@ -63,15 +63,12 @@ struct Elements {
   // Calls visit(g, p, states) for each; what they hold afterwards is kept.
   template <class Visit>
   BNBOPS_DEVICE void each(const Visit& visit) {
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) {
+    unrolled<kOctet>([&](int i) {
       StatesOf<float, Rule> states{};
-#pragma unroll
-      for (int k = 0; k < Rule::kStates; ++k) states[k] = s[k][i];
+      unrolled<Rule::kStates>([&](int k) { states[k] = s[k][i]; });
       visit(g[i], p[i], states);
-#pragma unroll
-      for (int k = 0; k < Rule::kStates; ++k) s[k][i] = states[k];
-    }
+      unrolled<Rule::kStates>([&](int k) { s[k][i] = states[k]; });
+    });
   }
 };
 

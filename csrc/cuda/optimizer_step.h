@@ -56,8 +56,7 @@ __global__ void __launch_bounds__(kThreads, kResident) apply_kernel(const Many<S
     float p[kOctet], u[kOctet];
     to_floats(from, job.param_dtype, p);
     to_floats(along, DType::kFloat32, u);
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) guarded_apply<Rule>(p[i], u[i], record.hyper);
+    unrolled<kOctet>([&](int i) { guarded_apply<Rule>(p[i], u[i], record.hyper); });
     store_octet(job.param, job.param_dtype, place.at, place.count, p);
   });
 }

@@ -60,8 +60,7 @@ struct StateOf {
                                    float (&x)[kOctet]) {
     const uint2 codes = make_uint2(from.octet.word[0], from.octet.word[1]);
     const float scale = decodable(from.absmax);
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) x[i] = map.value[code_of(codes, i)] * scale;
+    unrolled<kOctet>([&](int i) { x[i] = map.value[code_of(codes, i)] * scale; });
   }
 
   // Elements that have no encoding as they are change. Every lane must have read the old scale.

@@ -29,8 +29,7 @@ BNBOPS_DEVICE uint32_t group_max(uint32_t x, uint32_t* scratch) {
     __syncthreads();  // the last call's numbers have been read
     if (threadIdx.x % kWarp == 0) scratch[warp] = x;
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) x = x > scratch[first + i] ? x : scratch[first + i];
+    unrolled<kWarps>([&](int i) { x = x > scratch[first + i] ? x : scratch[first + i]; });
     return x;
   }
 }

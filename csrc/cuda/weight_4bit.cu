@@ -10,10 +10,9 @@ namespace {
 BNBOPS_DEVICE void store_packed(uint8_t* codes, int64_t first, int64_t count, uint32_t packed) {
   uint8_t* to = codes + first / 2;
   if (count >= kOctet && is_aligned<uint32_t>(to)) return store_vector(to, packed);
-#pragma unroll
-  for (int i = 0; i < kOctet / 2; ++i) {
+  unrolled<kOctet / 2>([&](int i) {
     if (2 * i < count) to[i] = static_cast<uint8_t>(packed >> (i * 8));
-  }
+  });
 }
 
 template <int kGroup, Nibbles kNibbles>
@@ -24,10 +23,9 @@ __global__ void __launch_bounds__(kThreads, kResident) quantize_4bit_kernel(Quan
   const EncoderTables4bit<ScalarLanes> tables(encoder);
   quantize_blocks<kGroup>(job, [&](const float (&x)[kOctet], float inverse, int64_t at, int64_t count) {
     uint32_t packed = 0;
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) {
+    unrolled<kOctet>([&](int i) {
       packed |= static_cast<uint32_t>(encode_4bit<ScalarLanes>(x[i], inverse, tables)) << nibble_shift(kNibbles, i);
-    }
+    });
     store_packed(job.codes, at, count, packed);
   });
 }
@@ -37,13 +35,12 @@ __global__ void __launch_bounds__(kThreads, kResident) quantize_4bit_kernel(Quan
 template <Nibbles kNibbles>
 BNBOPS_DEVICE void decode_askew(const Weight4bit& weight, const Codebook4bit& codebook, int64_t first, int64_t count,
                                 float (&x)[kOctet]) {
-#pragma unroll
-  for (int i = 0; i < kOctet; ++i) {
-    if (i >= count) continue;
+  unrolled<kOctet>([&](int i) {
+    if (i >= count) return;
     const int64_t element = first + i;
     const uint32_t code = code_4bit<kNibbles>(weight.codes[element / 2], static_cast<int>(element % 2));
     x[i] = codebook.value[code] * scale_of_block(weight.scales, block_of(weight, element));
-  }
+  });
 }
 
 constexpr int kOctets = 2;                            // of a thread, on their way together
@@ -67,18 +64,16 @@ BNBOPS_DEVICE void decode_piece(const LookUpJob& job, const Codebook4bit& codebo
   }
   uint32_t packed[kOctets];
   float scale[kOctets];
-#pragma unroll
-  for (int k = 0; k < kOctets; ++k) {
+  unrolled<kOctets>([&](int k) {
     const int64_t i = at + k * kStride;
     packed[k] = load_packed(weight.codes, row + i, job.width - i);
     scale[k] = i < job.width ? scale_of_block(weight.scales, block_of(weight, row + i)) : 0.0F;
-  }
-#pragma unroll
-  for (int k = 0; k < kOctets; ++k) {
+  });
+  unrolled<kOctets>([&](int k) {
     const int64_t i = at + k * kStride;
     decode_packed<kNibbles>(packed[k], codebook, scale[k], x);
     store_octet(job.out, job.dtype, to + i, job.width - i, x);
-  }
+  });
 }
 
 template <Nibbles kNibbles>
