@@ -45,7 +45,7 @@ BNBOPS_DEVICE void for_blocks(const Job& job, const Visit& visit) {
 // in registers. Only blocks of more than 4096 elements are read twice. `kMore`: a share may have more than one octet.
 template <int kGroup, bool kMore = kGroup == kThreads, class Write>
 BNBOPS_DEVICE void quantize_blocks(const QuantizeJob& job, const Write& write) {
-  __shared__ uint32_t scratch[kThreads / kWarp];
+  __shared__ uint32_t scratch[kWarps];
   using Count = typename Share<kGroup>::Count;
   constexpr int kKept = kGroup == kThreads ? 2 : 1, kStride = Share<kGroup>::kStride;
   for_blocks<kGroup>(job, [&](const Share<kGroup>& share) {
@@ -77,16 +77,16 @@ BNBOPS_DEVICE void quantize_blocks(const QuantizeJob& job, const Write& write) {
   });
 }
 
-// Calls launch(group, grid) with the number of threads that suits a block, as a constant, and the grid for it.
+// What launch(group, grid) gives for the number of threads that suits a block, a constant, and the grid for it.
 template <class Job, class Launch>
-void with_groups(const Job& job, const Launch& launch) {
+cudaError_t with_groups(const Job& job, const Launch& launch) {
   const auto call = [&](auto group) {
-    launch(group, grid_of(divide_up(divide_up(job.numel, job.blocksize), kThreads / group)));
+    return launch(group, grid_of(divide_up(divide_up(job.numel, job.blocksize), kThreads / group)));
   };
   if (job.blocksize <= 8 * kOctet) return call(std::integral_constant<int, 8>{});
   if (job.blocksize <= kWarp * kOctet) return call(std::integral_constant<int, kWarp>{});
   if (job.blocksize <= 128 * kOctet) return call(std::integral_constant<int, 128>{});
-  call(std::integral_constant<int, kThreads>{});
+  return call(std::integral_constant<int, kThreads>{});
 }
 
 }  // namespace bnbops::cuda

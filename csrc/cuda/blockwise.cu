@@ -76,19 +76,11 @@ __global__ void __launch_bounds__(kThreads, kResident) dequantize_kernel(Dequant
 }  // namespace
 
 cudaError_t quantize(const QuantizeJob& job, cudaStream_t stream) {
-  if (job.numel == 0) return cudaSuccess;
-  with_groups(job, [&](auto group, dim3 grid) {
-    LAUNCH((quantize_kernel<decltype(group)::value>), grid, dim3(kThreads), 0, stream, job);
-  });
-  return cudaGetLastError();
+  return with_groups(job, [&](auto group, dim3 grid) { return launch(quantize_kernel<group>, grid, stream, job); });
 }
 
 cudaError_t dequantize(const DequantizeJob& job, cudaStream_t stream) {
-  if (job.numel == 0) return cudaSuccess;
-  with_groups(job, [&](auto group, dim3 grid) {
-    LAUNCH((dequantize_kernel<decltype(group)::value>), grid, dim3(kThreads), 0, stream, job);
-  });
-  return cudaGetLastError();
+  return with_groups(job, [&](auto group, dim3 grid) { return launch(dequantize_kernel<group>, grid, stream, job); });
 }
 
 }  // namespace bnbops::cuda

@@ -20,17 +20,17 @@ struct Codebook4bit {
 // A copy for devices.
 static __device__ const auto kDeviceFormats4bit = kFormats4bit;
 
-// Calls visit(nibbles), a constant, with the order of a format's codes: kernels whose loops depend on it have an
+// What visit(nibbles) gives for the order of a format's codes, a constant: kernels whose loops depend on it have an
 // instance for each order that some format has.
 template <class Visit>
-void with_nibbles_of(int format, const Visit& visit) {
+cudaError_t with_nibbles_of(int format, const Visit& visit) {
   constexpr bool kSome = !every_format_4bit([](const Format4bit& f) { return f.nibbles == Nibbles::kHighFirst; });
   if constexpr (kSome) {
     if (kFormats4bit[format].nibbles == Nibbles::kLowFirst) {
       return visit(std::integral_constant<Nibbles, Nibbles::kLowFirst>{});
     }
   }
-  visit(std::integral_constant<Nibbles, Nibbles::kHighFirst>{});
+  return visit(std::integral_constant<Nibbles, Nibbles::kHighFirst>{});
 }
 
 // To shared memory; a barrier must follow. The 16 entries lie in 16 banks, so a warp's look-ups never conflict.

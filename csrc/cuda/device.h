@@ -17,11 +17,6 @@
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
 
-// `name` points to the dynamic shared memory, aligned to 16 bytes.
-#define DYNAMIC_SHARED(type, name)                                       \
-  extern __shared__ __align__(16) unsigned char bnbops_dynamic_shared[]; \
-  type* const name = reinterpret_cast<type*>(bnbops_dynamic_shared)
-
 // As torch's own operators treat an index out of range: the message goes to stderr, and the next call that waits for
 // the device raises "device-side assert triggered". Also in release builds.
 extern "C" __host__ __device__ void __assert_fail(const char* assertion, const char* file, unsigned line,

@@ -60,11 +60,12 @@ __global__ void __launch_bounds__(kThreads, kGroupedResident) grouped_product_ke
         });
       });
     }
-    unrolled<kOwn * kOwn>([&](int i) {
-      const int64_t to_row = row + own_row + i / kOwn * kAcross;
-      const int64_t column = part.column + own_column + i % kOwn * kAcross;
-      if (to_row >= part.row_end || column >= job.columns) return;
-      store_element(job.out, job.dtype, to_row * job.columns + column, sum[i / kOwn][i % kOwn]);
+    unrolled<kOwn>([&](int i) {
+      unrolled<kOwn>([&](int j) {
+        const int64_t to_row = row + own_row + i * kAcross, column = part.column + own_column + j * kAcross;
+        if (to_row >= part.row_end || column >= job.columns) return;
+        store_element(job.out, job.dtype, to_row * job.columns + column, sum[i][j]);
+      });
     });
   }
 }
@@ -72,9 +73,7 @@ __global__ void __launch_bounds__(kThreads, kGroupedResident) grouped_product_ke
 }  // namespace
 
 cudaError_t grouped_product(const GroupedProductJob& job, cudaStream_t stream) {
-  if (job.grouping.rows == 0 || job.columns == 0) return cudaSuccess;
-  LAUNCH(grouped_product_kernel, grid_of_parts<kTile>(job.grouping, job.columns), dim3(kThreads), 0, stream, job);
-  return cudaGetLastError();
+  return launch(grouped_product_kernel, grid_of_parts<kTile>(job.grouping, job.columns), stream, job);
 }
 
 }  // namespace bnbops::cuda

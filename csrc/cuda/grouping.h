@@ -17,6 +17,7 @@ struct Part {
 
 template <int kColumns>
 dim3 grid_of_parts(const Grouping& grouping, int64_t columns) {
+  if (grouping.rows == 0) return dim3(0);
   const int64_t experts = grouping.ends == nullptr ? 1 : grouping.experts + 1;
   return dim3(static_cast<unsigned>(experts * divide_up(columns, kColumns)));
 }

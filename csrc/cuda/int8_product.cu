@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kTileColumns = 32, kTileRows = 16;  // columns of the product: rows of weights
 constexpr int kRun = 16;                          // codes that a lane loads at once
-constexpr int kDepth = 4 * kRun, kWarps = kThreads / kWarp;
+constexpr int kDepth = 4 * kRun;
 constexpr int kResidentTiles = 3;  // thread blocks on a multiprocessor: 80 registers a thread, for operands and sums
 
 // Codes k ... k + 15 of a row; zeros beyond its end.
@@ -108,18 +108,13 @@ dim3 grid_of_tiles(int64_t rows, int64_t columns, int64_t tile_rows, int64_t til
 }  // namespace
 
 cudaError_t multiply(const Int8ProductJob& job, cudaStream_t stream) {
-  if (job.rows == 0 || job.columns == 0) return cudaSuccess;
-  const dim3 grid = grid_of_tiles(job.rows, job.columns, kTileRows, kTileColumns);
-  LAUNCH(multiply_kernel, grid, dim3(kThreads), 0, stream, job);
-  return cudaGetLastError();
+  return launch(multiply_kernel, grid_of_tiles(job.rows, job.columns, kTileRows, kTileColumns), stream, job);
 }
 
 cudaError_t dequantize_sums(const int32_t* sums, const Int8Epilogue& epilogue, const Int8Outliers& outliers,
                             cudaStream_t stream) {
-  if (epilogue.rows == 0 || epilogue.columns == 0) return cudaSuccess;
   const dim3 grid = grid_of_tiles(epilogue.rows, epilogue.columns, kSumRows, kSumColumns);
-  LAUNCH(dequantize_sums_kernel, grid, dim3(kThreads), 0, stream, sums, epilogue, outliers);
-  return cudaGetLastError();
+  return launch(dequantize_sums_kernel, grid, stream, sums, epilogue, outliers);
 }
 
 }  // namespace bnbops::cuda

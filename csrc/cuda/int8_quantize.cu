@@ -12,12 +12,11 @@ struct RowsAsBlocks {
   int64_t numel, blocksize;
 };
 
-// Calls launch(group, grid) with the number of threads for a row: a warp or, for a long one, the whole thread block.
+// What launch(group, grid) gives for the number of threads for a row: a warp or, for a long one, the thread block.
 template <class Launch>
-void with_row_groups(const RowsAsBlocks& rows, const Launch& launch) {
-  const int64_t count = rows.numel / rows.blocksize;
-  if (rows.blocksize > 4 * kWarp * kOctet) return launch(std::integral_constant<int, kThreads>{}, grid_of(count));
-  launch(std::integral_constant<int, kWarp>{}, grid_of(divide_up(count, kThreads / kWarp)));
+cudaError_t with_row_groups(int64_t rows, int64_t width, const Launch& launch) {
+  if (width > 4 * kWarp * kOctet) return launch(std::integral_constant<int, kThreads>{}, grid_of(rows));
+  return launch(std::integral_constant<int, kWarp>{}, grid_of(divide_up(rows, kWarps)));
 }
 
 // Calls visit(x, from) for a thread's octets of a block, `from` elements into its share, two of them loaded at a time.
@@ -51,7 +50,7 @@ __global__ void __launch_bounds__(kThreads, kResident) quantize_rows_kernel(Quan
 // With one, all rows must be seen before the codes of the first: row_stats and is_outlier ...
 template <int kGroup>
 __global__ void __launch_bounds__(kThreads, kResident) scan_rows_kernel(Int8QuantJob job) {
-  __shared__ uint32_t scratch[kThreads / kWarp];
+  __shared__ uint32_t scratch[kWarps];
   for_blocks<kGroup>(RowsAsBlocks{job.rows * job.inner, job.inner}, [&](const Share<kGroup>& share) {
     uint32_t largest = 0;
     for_octets(job.values, job.dtype, share, [&](const float (&x)[kOctet], auto from) {
@@ -100,10 +99,6 @@ __global__ void __launch_bounds__(kThreads, kResident) dequantize_rows_kernel(In
 // A thread has eight columns and, of a part of so many rows, every eighth.
 constexpr int64_t kPartColumns = kWarp * kOctet, kPartRows = 128;
 static_assert(kPartColumns == kThreads, "one thread for each column");
-
-int64_t column_parts(const Int8QuantJob& job) {
-  return divide_up(job.inner, kPartColumns) * divide_up(job.rows, kPartRows);
-}
 
 BNBOPS_DEVICE int64_t first_column(const Int8QuantJob& job) {
   return blockIdx.x % divide_up(job.inner, kPartColumns) * kPartColumns;
@@ -197,39 +192,28 @@ __global__ void __launch_bounds__(kListThreads, 1)
 cudaError_t quantize_rows(const Int8QuantJob& job, cudaStream_t stream) {
   if (job.rows == 0) return cudaSuccess;
   if (job.inner == 0) return cudaMemsetAsync(job.row_stats, 0, job.rows * sizeof(float), stream);
-  const RowsAsBlocks rows{job.rows * job.inner, job.inner};
-  if (!job.has_threshold) {
-    const QuantizeJob blocks{job.values,    job.dtype,  nullptr,       reinterpret_cast<uint8_t*>(job.codes),
-                             job.row_stats, rows.numel, rows.blocksize};
-    with_row_groups(rows, [&](auto group, dim3 grid) {
-      LAUNCH((quantize_rows_kernel<decltype(group)::value>), grid, dim3(kThreads), 0, stream, blocks, job.limit);
-    });
-    return cudaGetLastError();
-  }
-  with_row_groups(rows, [&](auto group, dim3 grid) {
-    LAUNCH((scan_rows_kernel<decltype(group)::value>), grid, dim3(kThreads), 0, stream, job);
-    LAUNCH((encode_rows_kernel<decltype(group)::value>), grid, dim3(kThreads), 0, stream, job);
+  auto* codes = reinterpret_cast<uint8_t*>(job.codes);
+  const QuantizeJob blocks{job.values, job.dtype, nullptr, codes, job.row_stats, job.rows * job.inner, job.inner};
+  return with_row_groups(job.rows, job.inner, [&](auto group, dim3 grid) {
+    if (!job.has_threshold) return launch(quantize_rows_kernel<group>, grid, stream, blocks, job.limit);
+    const cudaError_t error = launch(scan_rows_kernel<group>, grid, stream, job);
+    return error == cudaSuccess ? launch(encode_rows_kernel<group>, grid, stream, job) : error;
   });
-  return cudaGetLastError();
 }
 
 cudaError_t quantize_columns(const Int8QuantJob& job, cudaStream_t stream) {
   if (job.inner == 0) return cudaSuccess;
-  const cudaError_t error = cudaMemsetAsync(job.col_stats, 0, job.inner * sizeof(float), stream);
-  if (error != cudaSuccess || job.rows == 0) return error;
-  const dim3 grid(static_cast<unsigned>(column_parts(job)));
-  LAUNCH(scan_columns_kernel, grid, dim3(kThreads), 0, stream, job);
-  LAUNCH(encode_columns_kernel, grid, dim3(kThreads), 0, stream, job);
-  return cudaGetLastError();
+  const dim3 grid(static_cast<unsigned>(divide_up(job.inner, kPartColumns) * divide_up(job.rows, kPartRows)));
+  cudaError_t error = cudaMemsetAsync(job.col_stats, 0, job.inner * sizeof(float), stream);
+  if (error == cudaSuccess) error = launch(scan_columns_kernel, grid, stream, job);
+  return error == cudaSuccess ? launch(encode_columns_kernel, grid, stream, job) : error;
 }
 
 cudaError_t dequantize(const Int8DequantJob& job, cudaStream_t stream) {
-  const RowsAsBlocks rows{job.rows * job.width, job.width};
-  if (rows.numel == 0) return cudaSuccess;
-  with_row_groups(rows, [&](auto group, dim3 grid) {
-    LAUNCH((dequantize_rows_kernel<decltype(group)::value>), grid, dim3(kThreads), 0, stream, job);
+  if (job.width == 0) return cudaSuccess;
+  return with_row_groups(job.rows, job.width, [&](auto group, dim3 grid) {
+    return launch(dequantize_rows_kernel<group>, grid, stream, job);
   });
-  return cudaGetLastError();
 }
 
 cudaError_t list_outliers(const bool* is_outlier, int64_t inner, int32_t* columns, int32_t* count,

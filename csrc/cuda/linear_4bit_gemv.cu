@@ -16,7 +16,7 @@
 namespace bnbops::cuda {
 namespace {
 
-constexpr int kFeatures = 4, kRows = kGemvRows, kWarps = kThreads / kWarp;
+constexpr int kFeatures = 4, kRows = kGemvRows;
 constexpr int kGemvResident = 2;
 using Sums = float[kFeatures][kRows];
 constexpr int kStep = kThreads * kOctet;  // from a thread's octet to its next one
@@ -199,24 +199,15 @@ __global__ void __launch_bounds__(kThreads, kGemvResident) gemv_kernel(Linear4bi
   }
 }
 
-template <class Weights>
-void launch(const Linear4bitJob& job, cudaStream_t stream) {
-  const dim3 grid = grid_of_parts<kFeatures>(job.grouping, job.out_features);
-  LAUNCH((gemv_kernel<Weights>), grid, dim3(kThreads), 0, stream, job);
-}
-
 }  // namespace
 
 cudaError_t linear_4bit_gemv(const Linear4bitJob& job, cudaStream_t stream) {
-  if (job.grouping.rows == 0 || job.out_features == 0) return cudaSuccess;
+  const dim3 grid = grid_of_parts<kFeatures>(job.grouping, job.out_features);
   const bool whole = job.in_features % kOctet == 0 && job.in_features < (1 << 24) &&
                      reinterpret_cast<uintptr_t>(job.weight.codes) % sizeof(uint32_t) == 0;
-  if (whole) {
-    launch<WholeOctets>(job, stream);
-  } else {
-    with_nibbles_of(job.weight.format, [&](auto nibbles) { launch<AnyOctets<decltype(nibbles)::value>>(job, stream); });
-  }
-  return cudaGetLastError();
+  if (whole) return launch(gemv_kernel<WholeOctets>, grid, stream, job);
+  return with_nibbles_of(job.weight.format,
+                         [&](auto nibbles) { return launch(gemv_kernel<AnyOctets<nibbles>>, grid, stream, job); });
 }
 
 }  // namespace bnbops::cuda

@@ -22,7 +22,6 @@
 namespace bnbops::cuda {
 namespace {
 
-constexpr int kWarps = kThreads / kWarp;
 constexpr int kHeight = 16, kWidth = 8;  // of a tile: output features and rows
 constexpr int kFragment = 4;             // sums of a tile that a lane has
 constexpr int kReduced = 2;              // tiles that are added up over the warps at a time
@@ -227,10 +226,10 @@ __global__ void __launch_bounds__(kThreads, Product<kDType, kSegment, kHeights, 
 }
 
 template <DType kDType, int kSegment, int kHeights, int kTiles>
-void launch(const Linear4bitJob& job, cudaStream_t stream) {
+cudaError_t launch_tiles(const Linear4bitJob& job, cudaStream_t stream) {
   constexpr int kFeatures = Product<kDType, kSegment, kHeights, kTiles>::kFeatures;
   const dim3 grid = grid_of_parts<kFeatures>(job.grouping, job.out_features);
-  LAUNCH((tensor_core_kernel<kDType, kSegment, kHeights, kTiles>), grid, dim3(kThreads), 0, stream, job);
+  return launch(tensor_core_kernel<kDType, kSegment, kHeights, kTiles>, grid, stream, job);
 }
 
 bool has_long_segments(const Linear4bitJob& job) {
@@ -240,21 +239,21 @@ bool has_long_segments(const Linear4bitJob& job) {
 
 // As many tiles of rows as an expert has in the mean, since nobody knows more here.
 template <DType kDType>
-void launch_for_rows(const Linear4bitJob& job, cudaStream_t stream) {
+cudaError_t launch_for_rows(const Linear4bitJob& job, cudaStream_t stream) {
   const int64_t rows = divide_up(job.grouping.rows, job.grouping.experts);
   constexpr int kMost = kTensorRows / kWidth;
-  if (!has_long_segments(job)) return launch<kDType, kShort, 2, kMost>(job, stream);
+  if (!has_long_segments(job)) return launch_tiles<kDType, kShort, 2, kMost>(job, stream);
   if (rows <= kWidth) {
     // Two tiles of features share the activations that were read, but make half as many thread blocks: of these there
     // must be as many as the device can run at a time.
     using Wide = Product<kDType, kLong, 2, 1>;
     const int64_t most = int64_t{Wide::kResident * Wide::kFeatures} * multiprocessors();
     const bool wide = job.grouping.experts * job.out_features >= most;
-    return wide ? launch<kDType, kLong, 2, 1>(job, stream) : launch<kDType, kLong, 1, 1>(job, stream);
+    return wide ? launch_tiles<kDType, kLong, 2, 1>(job, stream) : launch_tiles<kDType, kLong, 1, 1>(job, stream);
   }
-  if (rows <= 2 * kWidth) return launch<kDType, kLong, 2, 2>(job, stream);
-  if (rows <= 4 * kWidth) return launch<kDType, kLong, 2, 4>(job, stream);
-  launch<kDType, kLong, 2, kMost>(job, stream);
+  if (rows <= 2 * kWidth) return launch_tiles<kDType, kLong, 2, 2>(job, stream);
+  if (rows <= 4 * kWidth) return launch_tiles<kDType, kLong, 2, 4>(job, stream);
+  return launch_tiles<kDType, kLong, 2, kMost>(job, stream);
 }
 
 }  // namespace
@@ -267,10 +266,8 @@ bool takes_tensor_cores(const Linear4bitJob& job) {
 }
 
 cudaError_t linear_4bit_tensor_cores(const Linear4bitJob& job, cudaStream_t stream) {
-  if (job.grouping.rows == 0 || job.out_features == 0) return cudaSuccess;
-  job.dtype == DType::kBFloat16 ? launch_for_rows<DType::kBFloat16>(job, stream)
-                                : launch_for_rows<DType::kFloat16>(job, stream);
-  return cudaGetLastError();
+  return job.dtype == DType::kBFloat16 ? launch_for_rows<DType::kBFloat16>(job, stream)
+                                       : launch_for_rows<DType::kFloat16>(job, stream);
 }
 
 }  // namespace bnbops::cuda

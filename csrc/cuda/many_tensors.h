@@ -7,8 +7,6 @@
 
 namespace bnbops::cuda {
 
-constexpr int kWarps = kThreads / kWarp;
-
 BNBOPS_DEVICE int lane_of_warp() { return static_cast<int>(threadIdx.x) % kWarp; }
 BNBOPS_DEVICE int warp_of_block() { return static_cast<int>(threadIdx.x) / kWarp; }
 
@@ -93,6 +91,8 @@ BNBOPS_DEVICE void for_units(const Many<Record>& many, Record (&records)[kWarps]
   }
 }
 
-inline dim3 grid_of_units(int64_t units, int resident) { return grid_of(divide_up(units, kWarps), resident); }
+inline dim3 grid_of_units(int64_t units, int resident = kResident) {
+  return grid_of(divide_up(units, kWarps), resident);
+}
 
 }  // namespace bnbops::cuda

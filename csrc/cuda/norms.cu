@@ -112,16 +112,13 @@ __global__ void __launch_bounds__(kClipThreads)
 }  // namespace
 
 cudaError_t squared_norms(const SquaresCall& call, cudaStream_t stream) {
-  if (call.count == 0) return cudaSuccess;
   in_batches(call.items, call.count, [&](const Batch<SquaresItem>& batch) {
     LAUNCH(place_kernel, dim3(1), dim3(batch.kMost), 0, stream, batch, call.records);
   });
-  if (call.pieces > 0) {
-    const Many<SquaresItem> many{call.records, call.count, call.pieces};
-    LAUNCH(squares_kernel, grid_of_units(call.pieces, kResident), dim3(kThreads), 0, stream, many, call.sums);
-  }
-  LAUNCH(sum_pieces_kernel, dim3(call.count), dim3(kThreads), 0, stream, call.records, call.sums, call.norms);
-  return cudaGetLastError();
+  const Many<SquaresItem> many{call.records, call.count, call.pieces};
+  const cudaError_t error = launch(squares_kernel, grid_of_units(call.pieces), stream, many, call.sums);
+  if (error != cudaSuccess) return error;
+  return launch(sum_pieces_kernel, dim3(call.count), stream, call.records, call.sums, call.norms);
 }
 
 cudaError_t percentile_clip(const ClipCall& call, cudaStream_t stream) {

@@ -40,12 +40,9 @@ StepKernel<Rule> kernel_for(Part part, int codec) {
 
 template <class Rule>
 cudaError_t run_rule(const StepCall& call, cudaStream_t stream) {
-  if (call.count == 0) return cudaSuccess;
   const auto many = launch_prepare<Rule>(call, stream);
-  if (call.blocks == 0) return cudaGetLastError();
   const StepKernel<Rule> kernel = kernel_for<Rule>(call.part, call.codec);
-  LAUNCH(kernel.run, grid_of_units(call.blocks, kernel.resident), dim3(kThreads), 0, stream, many);
-  return cudaGetLastError();
+  return launch(kernel.run, grid_of_units(call.blocks, kernel.resident), stream, many);
 }
 
 struct Table {

@@ -42,15 +42,13 @@ __global__ void __launch_bounds__(kThreads, kResident) decode_state_kernel(const
   });
 }
 
-cudaError_t launch(void (*kernel)(StateJob), const StateJob& job, cudaStream_t stream) {
-  if (job.blocks == 0) return cudaSuccess;
-  LAUNCH(kernel, grid_of_units(job.blocks, kResident), dim3(kThreads), 0, stream, job);
-  return cudaGetLastError();
-}
-
 }  // namespace
 
-cudaError_t encode_state(const StateJob& job, cudaStream_t stream) { return launch(encode_state_kernel, job, stream); }
-cudaError_t decode_state(const StateJob& job, cudaStream_t stream) { return launch(decode_state_kernel, job, stream); }
+cudaError_t encode_state(const StateJob& job, cudaStream_t stream) {
+  return launch(encode_state_kernel, grid_of_units(job.blocks), stream, job);
+}
+cudaError_t decode_state(const StateJob& job, cudaStream_t stream) {
+  return launch(decode_state_kernel, grid_of_units(job.blocks), stream, job);
+}
 
 }  // namespace bnbops::cuda

@@ -6,8 +6,8 @@
 namespace bnbops::cuda {
 
 constexpr int kThreads = 256;  // of every kernel's thread blocks, unless it says otherwise
-constexpr int kResident =
-    4;  // thread blocks on a multiprocessor: enough to hide the memory, with 64 registers a thread
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kResident = 4;  // thread blocks on a multiprocessor: enough to hide the memory, with 64 registers each
 
 // The largest of the unsigned numbers that the `kSize` threads of a group hold; all of them get it. A group is a part
 // of a warp, a warp, or several warps; then all threads of the thread block must call, and `scratch` is shared memory
@@ -24,12 +24,12 @@ BNBOPS_DEVICE uint32_t group_max(uint32_t x, uint32_t* scratch) {
   } else {
     x = __reduce_max_sync(kAllLanes, x);
     if constexpr (kSize == kWarp) return x;
-    constexpr int kWarps = kSize / kWarp;
-    const int warp = threadIdx.x / kWarp, first = warp / kWarps * kWarps;
+    constexpr int kOwnWarps = kSize / kWarp;
+    const int warp = threadIdx.x / kWarp, first = warp / kOwnWarps * kOwnWarps;
     __syncthreads();  // the last call's numbers have been read
     if (threadIdx.x % kWarp == 0) scratch[warp] = x;
     __syncthreads();
-    unrolled<kWarps>([&](int i) { x = x > scratch[first + i] ? x : scratch[first + i]; });
+    unrolled<kOwnWarps>([&](int i) { x = x > scratch[first + i] ? x : scratch[first + i]; });
     return x;
   }
 }
@@ -63,6 +63,13 @@ inline int multiprocessors() { return 2; }
 inline dim3 grid_of(int64_t units, int resident = kResident) {
   const int64_t most = int64_t{multiprocessors()} * resident;
   return dim3(static_cast<unsigned>(units < most ? units : most));
+}
+
+// Launches a grid, unless it is empty, and tells what CUDA says of this and of earlier launches.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, cudaStream_t stream, const Arguments&... arguments) {
+  if (grid.x > 0) LAUNCH(kernel, grid, dim3(kThreads), 0, stream, arguments...);
+  return cudaGetLastError();
 }
 
 }  // namespace bnbops::cuda

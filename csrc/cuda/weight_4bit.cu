@@ -83,7 +83,6 @@ __global__ void __launch_bounds__(kThreads, kResident) look_up_kernel(LookUpJob 
   copy_codebook(job.weight.format, codebook);
   copy_nested_table(job.weight, nested_table);
   __syncthreads();
-  constexpr int kWarps = kThreads / kWarp;
   const int64_t step = int64_t{gridDim.x} * kWarps;
   for (int64_t i = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp; i < job.count * pieces; i += step) {
     const int64_t row = i / pieces, index = job.index(row);
@@ -95,24 +94,17 @@ __global__ void __launch_bounds__(kThreads, kResident) look_up_kernel(LookUpJob 
 }  // namespace
 
 cudaError_t quantize_4bit(const QuantizeJob& job, cudaStream_t stream) {
-  if (job.numel == 0) return cudaSuccess;
-  with_nibbles_of(job.format, [&](auto nibbles) {
-    with_groups(job, [&](auto group, dim3 grid) {
-      LAUNCH((quantize_4bit_kernel<decltype(group)::value, decltype(nibbles)::value>), grid, dim3(kThreads), 0, stream,
-             job);
-    });
+  return with_nibbles_of(job.format, [&](auto nibbles) {
+    return with_groups(
+        job, [&](auto group, dim3 grid) { return launch(quantize_4bit_kernel<group, nibbles>, grid, stream, job); });
   });
-  return cudaGetLastError();
 }
 
 cudaError_t look_up_4bit(const LookUpJob& job, cudaStream_t stream) {
-  if (job.count == 0 || job.width == 0) return cudaSuccess;
   const int64_t pieces = divide_up(job.width, kPiece);
-  with_nibbles_of(job.weight.format, [&](auto nibbles) {
-    LAUNCH((look_up_kernel<decltype(nibbles)::value>), grid_of(divide_up(job.count * pieces, kThreads / kWarp)),
-           dim3(kThreads), 0, stream, job, pieces);
+  return with_nibbles_of(job.weight.format, [&](auto nibbles) {
+    return launch(look_up_kernel<nibbles>, grid_of(divide_up(job.count * pieces, kWarps)), stream, job, pieces);
   });
-  return cudaGetLastError();
 }
 
 // A look-up of a table's only row.
