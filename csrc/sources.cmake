@@ -6,9 +6,8 @@ set(BNBOPS_SCHEMAS ops/ops.cpp ops/facts.cpp)
 # The argument checks, which every backend has in it.
 set(BNBOPS_CHECKS core/check.cpp ops/optimizer/optimizer.cpp ops/weight_4bit/weight_4bit.cpp)
 
-# The CUDA backend. Each kernel file stands beside the binding that calls it; tests/cuda_on_cpu builds the same files.
+# The CUDA backend. The bindings call what the kernel files define; tests/cuda_on_cpu builds the same files.
 set(BNBOPS_CUDA_KERNELS cuda/blockwise.cu cuda/weight_4bit.cu cuda/int8_quantize.cu cuda/int8_product.cu
   cuda/linear_4bit_gemv.cu cuda/linear_4bit_mma.cu cuda/grouped_product.cu cuda/norms.cu cuda/optimizer.cu
   cuda/state_codes.cu)
-set(BNBOPS_CUDA_BINDINGS cuda/blockwise.cpp cuda/weight_4bit.cpp cuda/int8.cpp cuda/linear_4bit.cpp
-  cuda/norms.cpp cuda/optimizer.cpp cuda/state_codes.cpp cuda/managed.cpp)
+set(BNBOPS_CUDA_BINDINGS cuda/blockwise.cpp cuda/weight_4bit.cpp cuda/int8.cpp cuda/optimizer.cpp cuda/managed.cpp)

@@ -6,8 +6,7 @@
 #include "core/older_glibc.h"
 
 // glibc 2.29: exp and log that leave errno alone.
-FROM_FIRST_GLIBC(exp);
-FROM_FIRST_GLIBC(log);
+FROM_FIRST_GLIBC(exp, log);
 
 #if defined(__GLIBC__) && defined(__GLIBCXX__)
 

@@ -1,9 +1,9 @@
 // What every CUDA operator does around its launches.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include "core/host_values.h"
-#include "cuda/runtime.h"
-#include "cuda/scalar.h"
 
 #ifndef CUSIM
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -37,24 +37,6 @@ class OnDevice {
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
 };
-
-// Whether the host may read a tensor's numbers. The simulator's device has the host's memory: there, tensors without
-// dimensions play those on the host.
-inline bool on_host(const Tensor& tensor) {
-#ifdef CUSIM
-  return tensor.dim() == 0;
-#else
-  return tensor.is_cpu();
-#endif
-}
-
-inline Scalar scalar_of(const Tensor& tensor) {
-  if (on_host(tensor)) return {nullptr, scalar(tensor), false};
-  return {tensor.const_data_ptr(), 0, tensor.scalar_type() == ScalarType::Double};
-}
-inline Scalar scalar_of(const std::optional<Tensor>& tensor, double otherwise) {
-  return tensor ? scalar_of(*tensor) : Scalar{nullptr, otherwise, false};
-}
 
 // A fresh tensor of one dimension, whose memory comes from torch: in the order of the stream.
 inline Tensor fresh(const Tensor& like, int64_t numel, ScalarType dtype) {

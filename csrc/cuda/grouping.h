@@ -3,7 +3,7 @@
 
 #include "core/layout.h"
 #include "cuda/elements.h"
-#include "cuda/linear_4bit_kernels.h"
+#include "cuda/kernels.h"
 
 namespace bnbops::cuda {
 

@@ -1,6 +1,6 @@
 // The int8 operators on CUDA devices. Nothing waits for the device: how many outlier columns there are, it alone knows.
 #include "cuda/binding.h"
-#include "cuda/int8_kernels.h"
+#include "cuda/kernels.h"
 #include "ops/int8/int8_binding.h"
 
 namespace bnbops::cuda {
@@ -45,8 +45,14 @@ struct Int8OnCuda : OnDevice {
     multiply_by_kernel(codes, weight, mutable_data<int32_t>(sums), {}, {});
   }
 
-  void multiply(const Tensor& codes, const Tensor& weight, const Int8Epilogue& epilogue) const {
-    multiply(codes, weight, epilogue, {});
+  void multiply(const Tensor& codes, const Tensor& weight, const Int8Epilogue& epilogue,
+                const Int8Outliers& outliers = {}) const {
+    if (!suits_torch(codes, weight, epilogue.rows)) {
+      return multiply_by_kernel(codes, weight, nullptr, epilogue, outliers);
+    }
+    Tensor sums = torch::stable::new_empty(codes, {epilogue.rows, epilogue.columns}, ScalarType::Int);
+    torch_product(as_matrix(codes), weight, sums);
+    dequantize_sums(data_of<int32_t>(sums), epilogue, outliers);
   }
 
   void dequantize_sums(const int32_t* sums, const Int8Epilogue& epilogue, const Int8Outliers& outliers = {}) const {
@@ -75,28 +81,12 @@ struct Int8OnCuda : OnDevice {
   }
 
  private:
-  void multiply(const Tensor& codes, const Tensor& weight, const Int8Epilogue& epilogue,
-                const Int8Outliers& outliers) const {
-    if (!suits_torch(codes, weight, epilogue.rows)) {
-      return multiply_by_kernel(codes, weight, nullptr, epilogue, outliers);
-    }
-    Tensor sums = torch::stable::new_empty(codes, {epilogue.rows, epilogue.columns}, ScalarType::Int);
-    torch_product(as_matrix(codes), weight, sums);
-    dequantize_sums(data_of<int32_t>(sums), epilogue, outliers);
-  }
-
   void multiply_by_kernel(const Tensor& codes, const Tensor& weight, int32_t* sums, const Int8Epilogue& epilogue,
                           const Int8Outliers& outliers) const {
-    const Int8ProductJob job{data_of<int8_t>(codes),
-                             data_of<int8_t>(weight),
-                             rows_of(codes),
-                             weight.size(0),
-                             weight.size(1),
-                             sums,
-                             epilogue,
-                             outliers};
-    check_launch(cuda::multiply(job, stream()), "int8 product of ", job.rows, " rows with ", job.columns, " of ",
-                 job.inner);
+    const int64_t rows = rows_of(codes), columns = weight.size(0), inner = weight.size(1);
+    const Int8ProductJob job{
+        data_of<int8_t>(codes), data_of<int8_t>(weight), rows, columns, inner, sums, epilogue, outliers};
+    check_launch(cuda::multiply(job, stream()), "int8 product of ", rows, " rows with ", columns, " of ", inner);
   }
 };
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/elements.h"
-#include "cuda/int8_kernels.h"
+#include "cuda/kernels.h"
 #include "cuda/threads.h"
 #include "formats/int8.h"
 

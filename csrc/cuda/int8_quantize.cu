@@ -1,6 +1,6 @@
 // Int8 codes of rows and columns, and back.
 #include "cuda/blocks.h"
-#include "cuda/int8_kernels.h"
+#include "cuda/kernels.h"
 #include "formats/int8.h"
 
 namespace bnbops::cuda {

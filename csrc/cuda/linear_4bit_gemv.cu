@@ -203,8 +203,8 @@ __global__ void __launch_bounds__(kThreads, kGemvResident) gemv_kernel(Linear4bi
 
 cudaError_t linear_4bit_gemv(const Linear4bitJob& job, cudaStream_t stream) {
   const dim3 grid = grid_of_parts<kFeatures>(job.grouping, job.out_features);
-  const bool whole = job.in_features % kOctet == 0 && job.in_features < (1 << 24) &&
-                     reinterpret_cast<uintptr_t>(job.weight.codes) % sizeof(uint32_t) == 0;
+  const bool whole =
+      job.in_features % kOctet == 0 && job.in_features < (1 << 24) && is_aligned<uint32_t>(job.weight.codes);
   if (whole) return launch(gemv_kernel<WholeOctets>, grid, stream, job);
   return with_nibbles_of(job.weight.format,
                          [&](auto nibbles) { return launch(gemv_kernel<AnyOctets<nibbles>>, grid, stream, job); });

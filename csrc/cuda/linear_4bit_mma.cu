@@ -233,8 +233,7 @@ cudaError_t launch_tiles(const Linear4bitJob& job, cudaStream_t stream) {
 }
 
 bool has_long_segments(const Linear4bitJob& job) {
-  const bool aligned = reinterpret_cast<uintptr_t>(job.weight.codes) % sizeof(Words<2>) == 0;
-  return job.in_features % kLong == 0 && job.weight.blocksize >= kLong && aligned;
+  return job.in_features % kLong == 0 && job.weight.blocksize >= kLong && is_aligned<Words<2>>(job.weight.codes);
 }
 
 // As many tiles of rows as an expert has in the mean, since nobody knows more here.
@@ -259,10 +258,9 @@ cudaError_t launch_for_rows(const Linear4bitJob& job, cudaStream_t stream) {
 }  // namespace
 
 bool takes_tensor_cores(const Linear4bitJob& job) {
-  const bool aligned = reinterpret_cast<uintptr_t>(job.weight.codes) % sizeof(uint32_t) == 0;
   // The kernel counts the elements of a part with 32 bits.
-  return job.dtype != DType::kFloat32 && job.in_features % kShort == 0 && job.in_features < (1 << 24) && aligned &&
-         job.weight.blocksize >= kShort;
+  return job.dtype != DType::kFloat32 && job.in_features % kShort == 0 && job.in_features < (1 << 24) &&
+         is_aligned<uint32_t>(job.weight.codes) && job.weight.blocksize >= kShort;
 }
 
 cudaError_t linear_4bit_tensor_cores(const Linear4bitJob& job, cudaStream_t stream) {

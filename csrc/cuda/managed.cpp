@@ -1,7 +1,7 @@
 // Unified memory for torch's pluggable allocators (torch.cuda.memory.CUDAPluggableAllocator): the driver moves its
 // pages to the host where the GPU's memory runs short, and back when a kernel reads them.
 // bnbops/optim/paging/unified.py asks for it.
-#include "cuda/runtime.h"
+#include <cuda_runtime_api.h>
 
 // By their names: torch and Python look these functions up in the library.
 #define EXPORTED extern "C" __attribute__((visibility("default")))

@@ -2,7 +2,7 @@
 // neighbouring columns of the 256, or a thread has one.
 #include "cuda/elements.h"
 #include "cuda/many_tensors.h"
-#include "cuda/norm_kernels.h"
+#include "cuda/optimizer_kernels.h"
 #include "ops/norms/norm_math.h"
 
 namespace bnbops::cuda {

@@ -2,51 +2,16 @@
 // from libpthread, libdl and librt into libc.
 #include "core/older_glibc.h"
 
-FROM_FIRST_GLIBC(dlclose);
-FROM_FIRST_GLIBC(dlerror);
-FROM_FIRST_GLIBC(dlopen);
-FROM_FIRST_GLIBC(dlsym);
-FROM_FIRST_GLIBC(dlvsym);
-FROM_FIRST_GLIBC(pthread_condattr_setpshared);
-FROM_FIRST_GLIBC(pthread_create);
-FROM_FIRST_GLIBC(pthread_detach);
-FROM_FIRST_GLIBC(pthread_getspecific);
-FROM_FIRST_GLIBC(pthread_join);
-FROM_FIRST_GLIBC(pthread_key_create);
-FROM_FIRST_GLIBC(pthread_key_delete);
-FROM_FIRST_GLIBC(pthread_kill);
-FROM_FIRST_GLIBC(pthread_mutex_trylock);
-FROM_FIRST_GLIBC(pthread_mutexattr_destroy);
-FROM_FIRST_GLIBC(pthread_mutexattr_init);
-FROM_FIRST_GLIBC(pthread_mutexattr_setpshared);
-FROM_FIRST_GLIBC(pthread_mutexattr_settype);
-FROM_FIRST_GLIBC(pthread_once);
-FROM_FIRST_GLIBC(pthread_rwlock_destroy);
-FROM_FIRST_GLIBC(pthread_rwlock_init);
-FROM_FIRST_GLIBC(pthread_rwlock_rdlock);
-FROM_FIRST_GLIBC(pthread_rwlock_timedrdlock);
-FROM_FIRST_GLIBC(pthread_rwlock_timedwrlock);
-FROM_FIRST_GLIBC(pthread_rwlock_tryrdlock);
-FROM_FIRST_GLIBC(pthread_rwlock_trywrlock);
-FROM_FIRST_GLIBC(pthread_rwlock_unlock);
-FROM_FIRST_GLIBC(pthread_rwlock_wrlock);
-FROM_FIRST_GLIBC(pthread_rwlockattr_destroy);
-FROM_FIRST_GLIBC(pthread_rwlockattr_init);
-FROM_FIRST_GLIBC(pthread_rwlockattr_setpshared);
-FROM_FIRST_GLIBC(pthread_setspecific);
-FROM_FIRST_GLIBC(pthread_spin_destroy);
-FROM_FIRST_GLIBC(pthread_spin_init);
-FROM_FIRST_GLIBC(pthread_spin_lock);
-FROM_FIRST_GLIBC(pthread_spin_trylock);
-FROM_FIRST_GLIBC(pthread_spin_unlock);
-FROM_FIRST_GLIBC(sem_destroy);
-FROM_FIRST_GLIBC(sem_init);
-FROM_FIRST_GLIBC(sem_post);
-FROM_FIRST_GLIBC(sem_timedwait);
-FROM_FIRST_GLIBC(sem_trywait);
-FROM_FIRST_GLIBC(sem_wait);
-FROM_FIRST_GLIBC(shm_open);
-FROM_FIRST_GLIBC(shm_unlink);
+FROM_FIRST_GLIBC(dlclose, dlerror, dlopen, dlsym, dlvsym, pthread_condattr_setpshared, pthread_create, pthread_detach,
+                 pthread_getspecific, pthread_join, pthread_key_create, pthread_key_delete, pthread_kill,
+                 pthread_mutex_trylock, pthread_mutexattr_destroy, pthread_mutexattr_init, pthread_mutexattr_setpshared,
+                 pthread_mutexattr_settype, pthread_once, pthread_rwlock_destroy, pthread_rwlock_init,
+                 pthread_rwlock_rdlock, pthread_rwlock_timedrdlock, pthread_rwlock_timedwrlock,
+                 pthread_rwlock_tryrdlock, pthread_rwlock_trywrlock, pthread_rwlock_unlock, pthread_rwlock_wrlock,
+                 pthread_rwlockattr_destroy, pthread_rwlockattr_init, pthread_rwlockattr_setpshared,
+                 pthread_setspecific, pthread_spin_destroy, pthread_spin_init, pthread_spin_lock, pthread_spin_trylock,
+                 pthread_spin_unlock, sem_destroy, sem_init, sem_post, sem_timedwait, sem_trywait, sem_wait, shm_open,
+                 shm_unlink);
 #if defined(__x86_64__)
 FROM_GLIBC("GLIBC_2.3.4", dlmopen);
 #else

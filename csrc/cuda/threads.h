@@ -46,7 +46,6 @@ BNBOPS_DEVICE void copy_table(const T& from, T& to) {
   }
 }
 
-#ifndef CUSIM
 // Multiprocessors of the current device.
 inline int multiprocessors() {
   int device = 0, count = 0;
@@ -54,9 +53,6 @@ inline int multiprocessors() {
   cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   return count;
 }
-#else
-inline int multiprocessors() { return 2; }
-#endif
 
 // Thread blocks for so many units of work, each doing some after another: no more than the device can run at a time,
 // so that tables in shared memory are filled rarely.

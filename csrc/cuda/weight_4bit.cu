@@ -2,7 +2,7 @@
 #include "core/lanes_scalar.h"
 #include "cuda/blocks.h"
 #include "cuda/decode_4bit.h"
-#include "cuda/weight_4bit_kernels.h"
+#include "cuda/kernels.h"
 
 namespace bnbops::cuda {
 namespace {

@@ -7,8 +7,8 @@
 #include <tuple>
 #include <utility>
 
+#include "cuda_runtime_api.h"
 #include "cusim/memory.h"
-#include "cusim/runtime.h"
 #include "cusim/scheduler.h"
 
 namespace cusim {

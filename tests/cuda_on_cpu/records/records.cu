@@ -4,7 +4,6 @@
 #include <cstdio>
 #include <vector>
 
-#include "cuda/norm_kernels.h"
 #include "cuda/optimizer_kernels.h"
 #include "rules/all.h"
 

@@ -1,4 +1,4 @@
-// The CUDA runtime as host code calls it: errors, the device, memory.
+// In place of the CUDA toolkit's header, the runtime as host code calls it: errors, the device, memory.
 #pragma once
 
 #include <cstdlib>
@@ -32,7 +32,7 @@ inline cudaError_t cudaGetDevice(int* device) {
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (device != 0) return cusim::failed(cudaErrorInvalidDevice);
   switch (attribute) {
-    case cudaDevAttrMultiProcessorCount: *value = 3; return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount: *value = 2; return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor: *value = 9; return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor: *value = 0; return cudaSuccess;
     case cudaDevAttrManagedMemory: *value = 1; return cudaSuccess;
