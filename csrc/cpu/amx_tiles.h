@@ -25,4 +25,23 @@ class TileRegisters {
   TileRegisters& operator=(const TileRegisters&) = delete;
 };
 
+// Where the four tiles of sums, 0 to 3, are in memory, and how many bytes apart their rows.
+struct SumTiles {
+  void* at[4];
+  int stride;
+
+  void load() const {
+    _tile_loadd(0, at[0], stride);
+    _tile_loadd(1, at[1], stride);
+    _tile_loadd(2, at[2], stride);
+    _tile_loadd(3, at[3], stride);
+  }
+  void store() const {
+    _tile_stored(0, at[0], stride);
+    _tile_stored(1, at[1], stride);
+    _tile_stored(2, at[2], stride);
+    _tile_stored(3, at[3], stride);
+  }
+};
+
 BNBOPS_NAMESPACE_END

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "cpu/tile_kernels.h"
+#include "cpu/kernels.h"
 #include "cpu/weight_4bit_kernels.h"
 
 BNBOPS_NAMESPACE_BEGIN

@@ -16,9 +16,7 @@
 #include <unistd.h>
 #endif
 
-#include "cpu/int8_kernels_table.h"
 #include "cpu/kernels.h"
-#include "cpu/tile_kernels.h"
 
 namespace bnbops::cpu {
 namespace {

@@ -2,7 +2,6 @@
 #include <memory>
 
 #include "cpu/binding.h"
-#include "cpu/int8_kernels_table.h"
 #include "cpu/scratch.h"
 #include "ops/int8/int8_binding.h"
 

@@ -46,10 +46,8 @@ struct AmxDots : Avx512Dots {  // whose way is as good for a few rows
 
   static void add_2x2(const Activation* a, int64_t stride, const int8_t* left, const int8_t* right, int64_t depth,
                       int32_t* sums) {
-    _tile_loadd(0, sums, kSumsStride);
-    _tile_loadd(1, sums + 16, kSumsStride);
-    _tile_loadd(2, sums + 16 * 64, kSumsStride);
-    _tile_loadd(3, sums + 16 * 64 + 16, kSumsStride);
+    const SumTiles tiles{{sums, sums + 16, sums + 16 * 64, sums + 16 * 64 + 16}, kSumsStride};
+    tiles.load();
     for (int64_t k = 0; k < depth; k += 64) {
       _tile_loadd(4, a + k, stride);
       _tile_loadd(6, left + 16 * k, kTileStride);
@@ -60,18 +58,13 @@ struct AmxDots : Avx512Dots {  // whose way is as good for a few rows
       _tile_dpbssd(2, 5, 6);
       _tile_dpbssd(3, 5, 7);
     }
-    _tile_stored(0, sums, kSumsStride);
-    _tile_stored(1, sums + 16, kSumsStride);
-    _tile_stored(2, sums + 16 * 64, kSumsStride);
-    _tile_stored(3, sums + 16 * 64 + 16, kSumsStride);
+    tiles.store();
   }
 
   // One tile of rows (4), four groups of columns.
   static void tiles_1x4(const Activation* a, int64_t stride, const int8_t* packed, int64_t depth, int32_t* sums) {
-    _tile_loadd(0, sums, kSumsStride);
-    _tile_loadd(1, sums + 16, kSumsStride);
-    _tile_loadd(2, sums + 32, kSumsStride);
-    _tile_loadd(3, sums + 48, kSumsStride);
+    const SumTiles tiles{{sums, sums + 16, sums + 32, sums + 48}, kSumsStride};
+    tiles.load();
     for (int64_t k = 0; k < depth; k += 64) {
       _tile_loadd(4, a + k, stride);
       _tile_loadd(5, packed + 16 * k, kTileStride);
@@ -83,10 +76,7 @@ struct AmxDots : Avx512Dots {  // whose way is as good for a few rows
       _tile_loadd(5, packed + 16 * (3 * depth + k), kTileStride);
       _tile_dpbssd(3, 4, 5);
     }
-    _tile_stored(0, sums, kSumsStride);
-    _tile_stored(1, sums + 16, kSumsStride);
-    _tile_stored(2, sums + 32, kSumsStride);
-    _tile_stored(3, sums + 48, kSumsStride);
+    tiles.store();
   }
 };
 

@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "cpu/blocks.h"
-#include "cpu/int8_kernels_table.h"
+#include "cpu/kernels.h"
 #include "cpu/scratch.h"
 #include "formats/int8.h"
 

@@ -25,6 +25,90 @@ struct Linear4bitJob {
   DType dtype;
 };
 
+// ---- int8 --------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kInt8Panel = 64;   // rows of a weight that are multiplied together
+constexpr int64_t kInt8Piece = 256;  // elements converted to fp32 at a time
+
+// For codes of rows: also the outlier columns, and a form for products.
+struct Int8EncodeJob : Int8QuantJob {
+  const int64_t* outliers = nullptr;  // the columns that have any
+  int64_t outlier_count = 0;
+  float* outlier_values = nullptr;  // what x has there, [rows, outlier_count]; or null
+  // Or instead of `codes`, for a product with them: rows as `prepare` makes them, and their sums.
+  void* activations = nullptr;
+  int32_t* activation_sums = nullptr;
+};
+
+// The columns of x that stay in floating point.
+struct Int8Outliers {
+  const int64_t* columns = nullptr;
+  int64_t count = 0;
+  const float* values = nullptr;  // [rows, count]
+};
+
+// a [rows, inner] times the transpose of b [columns, inner].
+struct Int8MatmulJob {
+  const void* activations;         // a, as `prepare` made it: [rows, stride]
+  const int32_t* activation_sums;  // of its rows
+  const int8_t* weight;            // b
+  int64_t rows, columns, inner;
+  int32_t* sums;                 // [rows, columns], or null, and then
+  const Int8Epilogue* epilogue;  // tells what to make of the sums
+  Int8Outliers outliers;
+};
+
+struct Int8Kernels {
+  // On ranges of rows.
+  void (*scan_rows)(const Int8QuantJob&, int64_t first, int64_t last);     // row_stats, is_outlier
+  void (*encode_rows)(const Int8EncodeJob&, int64_t first, int64_t last);  // codes or activations, outlier_values
+  void (*dequantize)(const Int8DequantJob&, int64_t first, int64_t last);
+  // On ranges of pieces of columns: col_stats and codes.
+  void (*quantize_columns)(const Int8QuantJob&, int64_t first, int64_t last);
+
+  // A matrix product. `prepare` brings one row of a into the form that `multiply` wants, `row_bytes(inner)` long, and
+  // returns its sum. `multiply` works on a range of tiles, of kInt8Panel columns by `row_block` rows.
+  int64_t (*row_bytes)(int64_t inner);
+  int32_t (*prepare)(const int8_t* codes, int64_t inner, void* row);
+  int64_t row_block;
+  void (*multiply)(const Int8MatmulJob&, int64_t first, int64_t last);
+
+  // The epilogue alone, on sums of a range of rows.
+  void (*dequantize_sums)(const int32_t* sums, const Int8Epilogue&, int64_t first, int64_t last);
+};
+
+// ---- tiles -------------------------------------------------------------------------------------------------------
+// Products of bfloat16 activations with 4-bit weights, for processors with instructions for them. They multiply the
+// very weights that dequantize_4bit gives in bfloat16 (denormal ones count as 0) and add in fp32.
+
+constexpr int64_t kChunk32 = 32;  // elements decoded at a time: of one block
+
+// The weight is a matrix [out_features, in_features], whose rows consist of whole blocks of whole chunks.
+struct TileJob {
+  Weight4bit weight;  // with fp32 scales
+  int64_t out_features, in_features, rows;
+  const uint16_t* activations;  // [rows, in_features], for input_grad [rows, out_features]
+  uint16_t* packed;             // as large, for tiles with rows and columns rounded up to kTilePair
+  const uint16_t* bias;         // [out_features] or null
+  uint16_t* out;                // [rows, out_features], for input_grad [rows, in_features]
+};
+
+constexpr int64_t kTile = 16;  // rows of a tile, and its columns in pairs of bfloat16
+constexpr int64_t kTilePair = 2 * kTile;
+
+// `pack` works on tiles of the activations, `multiply` on pairs of weight tiles.
+struct TileProduct {
+  void (*pack)(const TileJob&, int64_t first, int64_t last);
+  void (*multiply)(const TileJob&, int64_t first, int64_t last);
+};
+
+// AMX: x @ W.T + bias, and gradient @ W.
+struct TileKernels {
+  TileProduct linear, input_grad;
+};
+
+// ---- the tables --------------------------------------------------------------------------------------------------
+
 using StateKernel = void (*)(const StateJob&, int64_t first, int64_t last);
 // `hyper` is the rule's Hyper.
 using StepKernel = void (*)(const StepJob&, const void* hyper, int64_t first, int64_t last);
@@ -48,12 +132,12 @@ struct Kernels {
 };
 
 extern const Kernels kBaselineKernels;
+extern const Int8Kernels kInt8BaselineKernels;
 #ifdef BNBOPS_X86
 extern const Kernels kAvx2Kernels, kAvx512Kernels;
+extern const Int8Kernels kInt8Avx2Kernels, kInt8Avx512Kernels, kInt8AmxKernels;
+extern const TileKernels kAmxKernels;
 #endif
-
-struct Int8Kernels;
-struct TileKernels;
 
 // The kernels for an instruction set.
 struct Isa {

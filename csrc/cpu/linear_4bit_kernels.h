@@ -2,9 +2,8 @@
 // and forgotten.
 #pragma once
 
-#include <utility>
-
 #include "core/lanes_scalar.h"
+#include "cpu/unrolled.h"
 #include "cpu/weight_4bit_kernels.h"
 
 BNBOPS_NAMESPACE_BEGIN
@@ -38,24 +37,6 @@ inline void store_output(const Linear4bitJob& job, int64_t row, int64_t feature,
   store_as<ScalarLanes>(job.out, job.dtype, row * job.out_features + feature, sum + bias);
 }
 
-// Adds the products of the codes at one position of a group's dwords with kRows rows of the group's activations.
-template <class Lanes, int kRows, int kPosition>
-BNBOPS_HD void multiply_position(const typename Lanes::Codebook4bit& codebook, typename Lanes::Int dwords,
-                                 const float* x, int64_t x_stride, typename Lanes::Float (&sums)[2][kRows]) {
-  const auto weights = codebook.lookup(Lanes::template shift_right<4 * kPosition>(dwords));
-  for (int row = 0; row < kRows; ++row) {
-    auto& sum = sums[kPosition % 2][row];  // two, that do not wait for each other
-    sum = Lanes::fma(weights, Lanes::load(x + row * x_stride + kPosition * Lanes::kWidth), sum);
-  }
-}
-
-template <class Lanes, int kRows, int... kPositions>
-BNBOPS_HD void multiply_group(const typename Lanes::Codebook4bit& codebook, typename Lanes::Int dwords, const float* x,
-                              int64_t x_stride, typename Lanes::Float (&sums)[2][kRows],
-                              std::integer_sequence<int, kPositions...> /*all of them*/) {
-  (multiply_position<Lanes, kRows, kPositions>(codebook, dwords, x, x_stride, sums), ...);
-}
-
 // Features are taken in blocks and in_features in pieces, so that activations are read from the first cache.
 constexpr int64_t kFeatureBlock = 16;
 constexpr int64_t kAhead = 4096;  // bytes: processors do not prefetch across a page's end
@@ -72,8 +53,14 @@ BNBOPS_HD void multiply_piece(const typename Lanes::Codebook4bit& codebook, cons
   const auto add_group = [&](const uint8_t* from, int64_t k) {
     typename Lanes::Float parts[2][kRows];
     for (auto& part : parts) std::fill_n(part, kRows, Lanes::splat(0.0F));
-    multiply_group<Lanes, kRows>(codebook, Lanes::load_int(from), x + k, x_stride, parts,
-                                 std::make_integer_sequence<int, kCodesPerDword>{});
+    const auto dwords = Lanes::load_int(from);
+    unrolled<kCodesPerDword>([&](auto position) BNBOPS_INLINE_LAMBDA {
+      const auto weights = codebook.lookup(Lanes::template shift_right<4 * position>(dwords));
+      for (int row = 0; row < kRows; ++row) {
+        auto& sum = parts[position % 2][row];  // two, that do not wait for each other
+        sum = Lanes::fma(weights, Lanes::load(x + k + row * x_stride + position * Lanes::kWidth), sum);
+      }
+    });
     const auto scale = spread(scales + (k >> log2_blocksize));
     for (int row = 0; row < kRows; ++row) {
       sums[row] = Lanes::fma(parts[0][row], scale, sums[row]);

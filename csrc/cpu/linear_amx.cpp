@@ -31,16 +31,14 @@ struct alignas(64) Sums {
 template <bool kWeightIsLeft>
 void multiply_tiles(const uint16_t (&weights)[kSteps][2][kTileElements], const uint16_t* activations, int64_t apart,
                     int64_t steps, bool first, Sums& sums) {
+  const SumTiles tiles{{sums.tile[0][0], sums.tile[0][1], sums.tile[1][0], sums.tile[1][1]}, kTileStride};
   if (first) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
   } else {
-    _tile_loadd(0, sums.tile[0][0], kTileStride);
-    _tile_loadd(1, sums.tile[0][1], kTileStride);
-    _tile_loadd(2, sums.tile[1][0], kTileStride);
-    _tile_loadd(3, sums.tile[1][1], kTileStride);
+    tiles.load();
   }
   for (int64_t s = 0; s < steps; ++s) {
     _tile_loadd(4, weights[s][0], kTileStride);
@@ -59,10 +57,7 @@ void multiply_tiles(const uint16_t (&weights)[kSteps][2][kTileElements], const u
       _tile_dpbf16ps(3, 7, 5);
     }
   }
-  _tile_stored(0, sums.tile[0][0], kTileStride);
-  _tile_stored(1, sums.tile[0][1], kTileStride);
-  _tile_stored(2, sums.tile[1][0], kTileStride);
-  _tile_stored(3, sums.tile[1][1], kTileStride);
+  tiles.store();
 }
 
 // 32 columns of 16 rows of a matrix [rows, columns]; zeros beyond its edges.

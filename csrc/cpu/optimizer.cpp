@@ -1,7 +1,7 @@
 // The optimizer operators on the CPU.
 #include "cpu/binding.h"
 #include "cpu/schedule.h"
-#include "ops/optimizer/optimizer_binding.h"
+#include "ops/optimizer/optimizer.h"
 
 namespace bnbops::cpu {
 namespace {

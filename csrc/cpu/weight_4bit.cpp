@@ -2,7 +2,6 @@
 // many are worth decoding it once, for torch's own matrix product.
 #include "cpu/binding.h"
 #include "cpu/scratch.h"
-#include "cpu/tile_kernels.h"
 #include "ops/weight_4bit/linear_4bit_binding.h"
 #include "ops/weight_4bit/weight_4bit_binding.h"
 

@@ -1,9 +1,9 @@
 // The operators of optimizers on CUDA devices: steps, states outside a step, and norms.
+#include "ops/optimizer/optimizer.h"
 #include "core/layout.h"
 #include "cuda/binding.h"
 #include "cuda/optimizer_kernels.h"
 #include "ops/norms/norms.h"
-#include "ops/optimizer/optimizer_binding.h"
 #include "ops/optimizer/state_codes.h"
 
 namespace bnbops::cuda {
