@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "codecs/codec.h"
-
 namespace bnbops {
 
 std::string dtype_name(ScalarType dtype) {
@@ -84,8 +82,6 @@ const Argument& Argument::one_element() const {
   BNBOPS_CHECK(tensor.numel() == 1, *this, " must have one element, got shape ", shape_of(tensor));
   return *this;
 }
-
-const Argument& Argument::codebook_shape() const { return shape({kCodebookSize}); }
 
 const Argument& Argument::shape(std::initializer_list<int64_t> sizes, const char* meaning) const {
   BNBOPS_CHECK(same_sizes(tensor.sizes(), sizes), *this, " must have shape ", text_of(sizes), meaning ? ", " : "",

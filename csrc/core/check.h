@@ -51,7 +51,6 @@ struct Argument {
   const Argument& contiguous() const;
   const Argument& not_expanded() const;
   const Argument& one_element() const;
-  const Argument& codebook_shape() const;
   // `meaning` tells what the sizes are, if that is to be said: "one end for each expert".
   const Argument& shape(std::initializer_list<int64_t> sizes, const char* meaning = nullptr) const;
 };

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #ifdef BNBOPS_X86
@@ -20,11 +21,6 @@
 
 namespace bnbops::cpu {
 namespace {
-
-struct Candidate {
-  Isa isa;
-  bool supported;
-};
 
 #ifdef BNBOPS_X86
 // Whether the processor has tiles of bfloat16 and int8, and the system lets this process use them: it saves their large
@@ -42,7 +38,6 @@ bool may_use_amx() {
 }
 #endif
 
-// Those that this build and this machine have, the best one first.
 std::vector<Isa> find() {
 #ifdef BNBOPS_X86
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -51,7 +46,7 @@ std::vector<Isa> find() {
                       __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
   const bool amx = avx512 && __builtin_cpu_supports("avx512bf16") && may_use_amx();
 #endif
-  const Candidate candidates[] = {
+  const std::pair<Isa, bool> candidates[] = {
 #ifdef BNBOPS_X86
       {{"amx", &kAvx512Kernels, &kInt8AmxKernels, &kAmxKernels}, amx},
       {{"avx512", &kAvx512Kernels, &kInt8Avx512Kernels, nullptr}, avx512},
@@ -60,8 +55,8 @@ std::vector<Isa> find() {
       {{"baseline", &kBaselineKernels, &kInt8BaselineKernels, nullptr}, true},
   };
   std::vector<Isa> found;
-  for (const Candidate& candidate : candidates) {
-    if (candidate.supported) found.push_back(candidate.isa);
+  for (const auto& [isa, supported] : candidates) {
+    if (supported) found.push_back(isa);
   }
   return found;
 }

@@ -1,7 +1,7 @@
 // The optimizer operators on the CPU.
+#include "ops/optimizer/optimizer.h"
 #include "cpu/binding.h"
 #include "cpu/schedule.h"
-#include "ops/optimizer/optimizer.h"
 
 namespace bnbops::cpu {
 namespace {

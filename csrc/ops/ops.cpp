@@ -4,7 +4,6 @@
 #include <string>
 
 #include "ops/optimizer/optimizer.h"
-#include "ops/weight_4bit/weight_4bit.h"
 #include "rules/all.h"
 
 namespace bnbops {
@@ -21,22 +20,20 @@ void define_rules(torch::stable::detail::StableLibrary& m) {
 
 // Operators on 4-bit weights: weight_4bit/weight_4bit.h tells what the arguments mean.
 void define_4bit(torch::stable::detail::StableLibrary& m) {
-  const std::string type = "int[] shape, int blocksize, str quant_type, ";
-  const std::string typed_result = "int blocksize, str quant_type, int[] shape, ScalarType dtype, ";
-  const std::string nested = kNestedSchema;
+  const std::string nested =
+      "*, Tensor? nested_absmax=None, Tensor? nested_code=None, Tensor? nested_offset=None, int nested_blocksize=256";
+  const std::string weight = "Tensor weight, Tensor absmax, ", type = "int[] shape, int blocksize, str quant_type, ";
+  const std::string rest = type + nested + ") -> Tensor";
+  const std::string codes = "(Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, ScalarType dtype, ";
   const auto def = [&](const std::string& schema) { m.def(schema.c_str()); };
   def("quantize_4bit(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) -> (Tensor, Tensor)");
-  def("dequantize_4bit(Tensor A, Tensor absmax, " + typed_result + nested + ") -> Tensor");
-  def("dequantize_4bit.out(Tensor A, Tensor absmax, " + typed_result + nested + ", Tensor(a!) out) -> ()");
-  def("embedding_4bit(Tensor indices, Tensor weight, Tensor absmax, int[] shape, int blocksize, str quant_type, "
-      "ScalarType dtype, " +
-      nested + ") -> Tensor");
-  def("linear_4bit(Tensor x, Tensor weight, Tensor absmax, Tensor? bias, " + type + nested + ") -> Tensor");
-  def("linear_4bit_input_grad(Tensor grad, Tensor weight, Tensor absmax, " + type + nested + ") -> Tensor");
-  def("grouped_linear_4bit(Tensor x, Tensor weight, Tensor absmax, Tensor? bias, Tensor offsets, " + type + nested +
-      ") -> Tensor");
-  def("grouped_linear_4bit_input_grad(Tensor grad, Tensor weight, Tensor absmax, Tensor offsets, " + type + nested +
-      ") -> Tensor");
+  def("dequantize_4bit" + codes + nested + ") -> Tensor");
+  def("dequantize_4bit.out" + codes + nested + ", Tensor(a!) out) -> ()");
+  def("embedding_4bit(Tensor indices, " + weight + type + "ScalarType dtype, " + nested + ") -> Tensor");
+  def("linear_4bit(Tensor x, " + weight + "Tensor? bias, " + rest);
+  def("linear_4bit_input_grad(Tensor grad, " + weight + rest);
+  def("grouped_linear_4bit(Tensor x, " + weight + "Tensor? bias, Tensor offsets, " + rest);
+  def("grouped_linear_4bit_input_grad(Tensor grad, " + weight + "Tensor offsets, " + rest);
 }
 
 void define_int8(torch::stable::detail::StableLibrary& m) {

@@ -10,6 +10,7 @@
 
 #include <tuple>
 
+#include "codecs/codec.h"
 #include "core/layout.h"
 #include "core/tensors.h"
 #include "ops/jobs.h"
@@ -59,7 +60,7 @@ struct BlockwiseOperators {
   static constexpr Operator kDequantize{"dequantize_blockwise"};
 
   static void check_blocks(const Operator& op, const Tensor& A, const Tensor& code, int64_t blocksize) {
-    op(code, "code").dtype(ScalarType::Float).device_of(A).contiguous().codebook_shape();
+    op(code, "code").dtype(ScalarType::Float).device_of(A).contiguous().shape({kCodebookSize});
     BNBOPS_CHECK(blocksize > 0, op, "blocksize must be positive, got ", blocksize);
   }
 

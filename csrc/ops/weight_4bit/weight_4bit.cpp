@@ -55,7 +55,7 @@ void Weight4bitArguments::check(size_t dims) const {
   if (!nested) return;
   BNBOPS_CHECK(nested_blocksize > 0, op, "nested_blocksize must be positive, got ", nested_blocksize);
   const Argument outer = op(*nested_absmax, "nested_absmax");
-  op(*nested_code, "nested_code").scales().device_of(weight).contiguous().codebook_shape();
+  op(*nested_code, "nested_code").scales().device_of(weight).contiguous().shape({kCodebookSize});
   outer.scales().device_of(weight).contiguous();
   op(*nested_offset, "nested_offset").scales().device_of(weight).contiguous().one_element();
   const int64_t nested_blocks = divide_up(blocks, nested_blocksize);

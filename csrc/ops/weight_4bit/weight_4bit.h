@@ -7,9 +7,6 @@
 
 namespace bnbops {
 
-constexpr const char* kNestedSchema =
-    "*, Tensor? nested_absmax=None, Tensor? nested_code=None, Tensor? nested_offset=None, int nested_blocksize=256";
-
 // What describes a weight: what quantize_4bit gives, and the scales' own scales if they are quantized.
 struct Weight4bitArguments {
   Operator op;
