@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 from collections.abc import Callable, Collection, Mapping
-from functools import wraps
 from numbers import Real
-from typing import Any, TypedDict, TypeVar, cast
+from typing import Any, TypedDict
 
 from torch import Tensor
 
 from bnbops.facts import CODECS, DEFAULT_CODEC, UNCODED, Option, Rule
 
-Init = TypeVar("Init", bound=Callable[..., None])
 Check = Callable[[str, Any], None]  # (name, value); raises ValueError
 
 
@@ -178,35 +175,3 @@ class CommonAndPaged(CommonKeywords, total=False):
     """Those of the classes whose bitsandbytes namesakes cannot be paged."""
 
     is_paged: bool
-
-
-_DEFAULTS = {
-    "is_paged": False,
-    "percentile_clipping": 100,
-    "state_codec": DEFAULT_CODEC,
-    "block_wise": True,
-    "maximize": False,
-    "paged_directory": None,
-}
-
-
-def takes_common_keywords(init: Init) -> Init:
-    """Makes `**keywords: Unpack[CommonKeywords]` just these: `help()` shows them, and others are refused."""
-    signature = inspect.signature(init)
-    *named, keywords = signature.parameters.values()
-    annotations = {name: ref.__forward_arg__ for name, ref in CommonAndPaged.__annotations__.items()}
-    spelled_out = [
-        keywords.replace(name=name, kind=keywords.KEYWORD_ONLY, default=default, annotation=annotations[name])
-        for name, default in _DEFAULTS.items()
-        if name not in signature.parameters
-    ]
-    signature = signature.replace(parameters=[*named, *spelled_out])
-
-    @wraps(init)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        for name in kwargs.keys() - signature.parameters.keys():
-            raise TypeError(f"{init.__qualname__}() got an unexpected keyword argument '{name}'")
-        init(self, *args, **kwargs)
-
-    checked.__signature__ = signature  # type: ignore[attr-defined]  # what inspect looks for
-    return cast(Init, checked)

@@ -4,37 +4,50 @@ from their family's own."""
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar, cast
 
 from bnbops.optim.core.optimizer import Optimizer
-from bnbops.optim.core.options import Init, check_unsupported, takes_common_keywords
+from bnbops.optim.core.options import CommonAndPaged, check_unsupported
 
 T = TypeVar("T", bound=Optimizer)
 
-_COMMON = frozenset(inspect.signature(Optimizer.__init__).parameters)
-_FLAGS = frozenset({"amsgrad", "centered"})  # in bitsandbytes' signatures only to say that they are off
+Init = TypeVar("Init", bound=Callable[..., None])
+
+_COMMON = inspect.signature(Optimizer.__init__).parameters
+_FLAGS = ("amsgrad", "centered")  # in bitsandbytes' signatures only to say that they are off
 
 
 def declared(init: Init) -> Init:
     """A constructor whose signature says all: what `Optimizer` does not take are the family's options.
 
+    Its last argument, `**keywords: Unpack[CommonKeywords]`, becomes just these: `help()` shows them, and others are
+    refused.
+
     Args:
-        init: an `__init__` without a body, whose last argument is `**keywords: Unpack[CommonKeywords]`.
+        init: an `__init__` without a body.
     """
     signature = inspect.signature(init)
+    *own, _ = signature.parameters.values()
+    further = [_COMMON[name] for name in _COMMON if name in CommonAndPaged.__annotations__]
+    further = [x.replace(kind=x.KEYWORD_ONLY) for x in further if x.name not in signature.parameters]
+    signature = signature.replace(parameters=[*own, *further])
 
     @wraps(init)
     def construct(self: Optimizer, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)  # refuses what is not in the signature
+        for name in kwargs.keys() - signature.parameters.keys():
+            raise TypeError(f"{init.__qualname__}() got an unexpected keyword argument '{name}'")
+        init(self, *args, **kwargs)  # says what is missing
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
-        given: dict[str, Any] = {**bound.arguments, **bound.arguments["keywords"]}
-        check_unsupported(type(self).__name__, **{name: given[name] for name in given if name in _FLAGS})
-        options = {name: given[name] for name in bound.arguments if name not in _COMMON | _FLAGS | {"keywords"}}
-        Optimizer.__init__(defaults=options, **{name: given[name] for name in given if name in _COMMON})
+        given = bound.arguments
+        check_unsupported(type(self).__name__, **{name: given[name] for name in _FLAGS if name in given})
+        options = {name: value for name, value in given.items() if name not in (*_COMMON, *_FLAGS)}
+        Optimizer.__init__(defaults=options, **{name: value for name, value in given.items() if name in _COMMON})
 
-    return takes_common_keywords(cast(Init, construct))
+    construct.__signature__ = signature  # type: ignore[attr-defined]  # what inspect looks for
+    return cast(Init, construct)
 
 
 def variant(

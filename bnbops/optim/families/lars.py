@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from bnbops.dtensors import is_dtensor
 from bnbops.facts import FLOATS, RULES
@@ -15,15 +17,11 @@ from bnbops.optim.core.batch import option
 from bnbops.optim.core.call import Call
 from bnbops.optim.core.norms import trust_ratio, whole_squared_norms
 from bnbops.optim.core.optimizer import Optimizer
-from bnbops.optim.core.options import MIN_8BIT_SIZE, CommonAndPaged, non_negative, require, takes_common_keywords
-from bnbops.optim.core.precision import variant
+from bnbops.optim.core.options import MIN_8BIT_SIZE, CommonAndPaged, non_negative, require
+from bnbops.optim.core.precision import declared, variant
 from bnbops.optim.core.state import Plan
 from bnbops.optim.families.sgd import check_nesterov, undampened
 from bnbops.tracing import is_compiling
-
-if TYPE_CHECKING:
-    from torch.optim.optimizer import ParamsT
-    from typing_extensions import Unpack
 
 
 class LARS(Optimizer):
@@ -34,25 +32,19 @@ class LARS(Optimizer):
     LARS scales momentum's whole step, and only by ratios below 1.
 
     Args:
-        params: parameters or param groups; float32, bfloat16 or float16. Gradients may also be float32.
-        lr: learning rate, a float or a 0-dim tensor.
+        params, lr, optim_bits, args, min_8bit_size, keywords: see `Optimizer`.
         momentum: what remains of the buffer in a step.
         dampening: `1 - dampening` of the gradient goes into the buffer, all of it in the first step.
         weight_decay: times the parameter is added to the gradient.
         nesterov: step along the gradient plus `momentum` times the new buffer.
-        optim_bits, args, min_8bit_size: see `Optimizer`.
         max_unorm: see above; 0 switches the ratio off.
         trust_clip: let the ratio be 1 at most.
-        keywords: is_paged, percentile_clipping, block_wise, maximize and paged_directory; see `Optimizer`.
-
-    Raises:
-        ValueError: a value out of range, or one that is not supported.
     """
 
     _rules = (RULES["lars"],)
     _checks: ClassVar = {"max_unorm": non_negative}
 
-    @takes_common_keywords
+    @declared
     def __init__(
         self,
         params: ParamsT,
@@ -68,10 +60,7 @@ class LARS(Optimizer):
         *,
         trust_clip: bool = False,
         **keywords: Unpack[CommonAndPaged],
-    ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
-        defaults |= {"nesterov": nesterov, "max_unorm": max_unorm, "trust_clip": trust_clip}
-        super().__init__(params, defaults, optim_bits=optim_bits, args=args, min_8bit_size=min_8bit_size, **keywords)
+    ) -> None: ...
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         super()._check_options(options)
@@ -105,14 +94,12 @@ class PytorchLARS(Optimizer):
     only, and not for sharded parameters; it is there for comparisons.
 
     Args:
-        params: parameters or param groups; float32, bfloat16 or float16. Gradients may also be float32.
-        lr: learning rate, a float or a 0-dim tensor.
+        params, lr, keywords: see `Optimizer`.
         momentum: what remains of the buffer in a step. (bitsandbytes fails without.)
         dampening: `1 - dampening` of the gradient goes into the buffer, all of it in the first step.
         weight_decay: times the parameter is added to the gradient.
         nesterov: step along the gradient plus `momentum` times the new buffer.
         max_unorm: see above; 0 switches it off.
-        keywords: is_paged, percentile_clipping, block_wise, maximize and paged_directory; see `Optimizer`.
 
     Raises:
         ValueError: a value out of range, or sharded parameters (DTensors).
@@ -121,7 +108,7 @@ class PytorchLARS(Optimizer):
     _rules = (replace(RULES["lars"], name="pytorch_lars"),)
     _checks: ClassVar = {"max_unorm": non_negative}
 
-    @takes_common_keywords
+    @declared
     def __init__(
         self,
         params: ParamsT,
@@ -132,9 +119,7 @@ class PytorchLARS(Optimizer):
         nesterov: bool = False,
         max_unorm: float = 0.02,
         **keywords: Unpack[CommonAndPaged],
-    ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "nesterov": nesterov, "max_unorm": max_unorm}, **keywords)
+    ) -> None: ...
 
     def _check_params(self, group: dict[str, Any]) -> None:
         super()._check_params(group)
