@@ -47,11 +47,14 @@ BNBOPS_DEVICE Octet load_octet(const void* values, DType dtype, int64_t at, int6
 
 BNBOPS_DEVICE void to_floats(const Octet& octet, DType dtype, float (&x)[kOctet]) {
   if (dtype == DType::kFloat32) {
-    unrolled<kOctet>([&](int i) { x[i] = float_from_bits(octet.word[i]); });
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) x[i] = float_from_bits(octet.word[i]);
   } else if (dtype == DType::kBFloat16) {
-    unrolled<kOctet>([&](int i) { x[i] = from_bfloat16(octet.word[i / 2] >> (i % 2 * 16) & 0xFFFFU); });
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) x[i] = from_bfloat16(octet.word[i / 2] >> (i % 2 * 16) & 0xFFFFU);
   } else {
-    unrolled<kOctet>([&](int i) { x[i] = from_float16(octet.word[i / 2] >> (i % 2 * 16) & 0xFFFFU); });
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) x[i] = from_float16(octet.word[i / 2] >> (i % 2 * 16) & 0xFFFFU);
   }
 }
 
