@@ -75,6 +75,7 @@ class Problem:
 def contenders() -> list[Contender]:
     return [
         Contender("bnbops AdamW8bit", lambda params: bnbops.optim.AdamW8bit(params, **HYPER), "8-bit"),
+        Contender("bnbops AdamW8bit, e4m3", lambda p: bnbops.optim.AdamW8bit(p, **HYPER, state_codec="e4m3"), "fp8"),
         Contender("bnbops AdamW32bit", lambda params: bnbops.optim.AdamW32bit(params, **HYPER), "32-bit"),
         Contender(BASELINE, lambda params: torch.optim.AdamW(params, fused=True, **HYPER), "parameter's"),
     ]

@@ -15,7 +15,7 @@ struct CodecList {
 using AllCodecs = CodecList<Dynamic8, E4m3>;
 
 // Those whose kernels are compiled together with every rule. The others' decode and encode whole blocks, apart from it.
-using FusedCodecs = CodecList<Dynamic8>;
+using FusedCodecs = AllCodecs;
 
 constexpr const char* kDefaultCodec = Dynamic8::kName;
 constexpr int kUncoded = -1;  // in place of a codec's number: fp32

@@ -2,9 +2,14 @@
 //
 // A codec is a struct:
 //   kName, kCodes                            what users call it; the dtype of its codes
-//   static constexpr const float* values(bool is_signed);  256 values within [-1, 1], 0 and 1 among them
+//   static constexpr const float* values(bool is_signed);  what codes mean: 256 values, 0 and 1 among them
+//   template <class Lanes, bool kSigned> struct Decoder {   the same by arithmetic, 4 vectors of codes at a time
+//     auto open(const uint8_t* codes) const;                what decode takes of them
+//     Float decode(opened, int v) const;                    the values of the v-th vector
+//   };
 //   template <class Lanes, bool kSigned, bool kKeepPositive> struct Encoder {
-//     void encode(const Float (&x)[4], Float inverse, uint8_t* codes) const;  the codes of x * inverse; x is encodable
+//     Int number(Float x, Float inverse) const;             the codes of x * inverse, counted as `store` has it; x is
+//     encodable static void store(const Int (&numbers)[4], uint8_t* codes);
 //   };
 //   What devices make a table of, for one look-up an element. The bits are those of |x| * inverse + 2^-31, which is
 //   rounded once and counts as 1 beyond:
@@ -22,7 +27,7 @@
 // counts as 0 and an infinity as the largest finite float: then nothing that was not NaN can become NaN.
 #pragma once
 
-#include "core/portable.h"
+#include "core/lines.h"
 
 BNBOPS_NAMESPACE_BEGIN
 
@@ -71,9 +76,5 @@ BNBOPS_HD float decodable(float absmax) { return with_one_nan(without_infinity(a
 
 // The factor that normalises a block: 1 / absmax, 0 for a block of zeros. A denormal absmax has no finite inverse.
 BNBOPS_HD float inverse_scale(float absmax) { return absmax > 0 ? decodable(1.0F / absmax) : 0.0F; }
-
-// Encoders see |x| + 2^-31, which makes the exponents of all magnitudes up to 1 neighbours, 32 of them.
-constexpr int kSmallestOctave = 96;  // exponent field of 2^-31, far below half of the smallest magnitude
-constexpr float kShift = 4.656612873077392578125e-10F;  // 2^-31
 
 BNBOPS_NAMESPACE_END

@@ -5,14 +5,13 @@
 // units of 2^20 apart are the bits of a float32, and the subnormal ones are those of an octave that begins at 2^-6.
 #pragma once
 
-#include <limits>
-
 #include "codecs/codec.h"
 #include "core/lanes_constant.h"
 
 BNBOPS_NAMESPACE_BEGIN
 
 constexpr float kLargestE4m3 = 448;
+constexpr float kInverseE4m3 = 1 / kLargestE4m3;  // times 448, this is 1
 constexpr float kShiftE4m3 = kLargestE4m3 * kShift;
 constexpr float kSmallestNormalE4m3 = 0.015625F;  // 2^-6
 constexpr float kFirstTieE4m3 = 0.0009765625F;    // 2^-10: from there on, a magnitude is nearer to 2^-9 than to 0
@@ -26,8 +25,7 @@ constexpr E4m3Values make_e4m3_values() {
   for (int k = 0; k < 128; ++k) {
     double value = k < 8 ? k / 512.0 : (8 + k % 8) / 512.0;
     for (int octave = 1; octave < k / 8; ++octave) value *= 2;
-    const auto scaled = static_cast<float>(value / kLargestE4m3);
-    values.value[k] = k < 127 ? scaled : std::numeric_limits<float>::quiet_NaN();
+    values.value[k] = static_cast<float>(value * kInverseE4m3);
     values.value[k + 128] = -values.value[k];
   }
   return values;
@@ -57,15 +55,21 @@ struct E4m3 {
   static constexpr CodeType kCodes = CodeType::kFloat8;
   static constexpr const float* values(bool /*is_signed*/) { return kE4m3.value; }
 
+  template <class Lanes, bool kSigned>
+  struct Decoder {
+    BNBOPS_HD auto open(const uint8_t* codes) const { return Lanes::open_float8(codes); }
+    template <class Codes>
+    BNBOPS_HD typename Lanes::Float decode(const Codes& codes, int v) const {
+      return Lanes::mul(Lanes::float8(codes, v), Lanes::splat(kInverseE4m3 * kFloat8Unit));
+    }
+  };
+
   template <class Lanes, bool kSigned, bool kKeepPositive = false>
   struct Encoder {
-    BNBOPS_HD void encode(const typename Lanes::Float (&x)[4], typename Lanes::Float inverse, uint8_t* codes) const {
-      typename Lanes::Int k[4];
-      for (int i = 0; i < 4; ++i) k[i] = code(x[i], inverse);
-      Lanes::store_codes(k, codes);
+    BNBOPS_HD static void store(const typename Lanes::Int (&numbers)[4], uint8_t* codes) {
+      Lanes::store_codes(numbers, codes);
     }
-
-    BNBOPS_HD static typename Lanes::Int code(typename Lanes::Float x, typename Lanes::Float inverse) {
+    BNBOPS_HD static typename Lanes::Int number(typename Lanes::Float x, typename Lanes::Float inverse) {
       const auto zero = Lanes::splat(0.0F);
       if constexpr (kKeepPositive) x = Lanes::select_if_less(zero, x, x, zero);
       const auto a = Lanes::fma(kSigned ? Lanes::abs(x) : x, inverse, Lanes::splat(kShift));

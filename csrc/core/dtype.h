@@ -11,6 +11,6 @@ enum class DType : uint8_t { kFloat32, kBFloat16, kFloat16 };
 
 BNBOPS_NAMESPACE_BEGIN
 
-BNBOPS_HD int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+BNBOPS_HD constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 BNBOPS_NAMESPACE_END

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "core/portable.h"
+#include "core/lines.h"
 
 BNBOPS_NAMESPACE_BEGIN
 
@@ -21,15 +21,16 @@ struct ConstantLanes {
     return {x, bits};
   }
 
-  struct Table32 {
-    const uint32_t* bits;
-    constexpr explicit Table32(const uint32_t* table) : bits(table) {}
-    constexpr Float operator[](Int i) const { return of_normal_bits(bits[i % 32]); }
+  struct Place {
+    Float value, offset;
   };
-  struct Table16 {
-    const float* values;
-    constexpr explicit Table16(const float* table) : values(table) {}
-    constexpr Float operator[](Int i) const { return {values[i % 16], 0}; }
+  struct Pieces {
+    const PieceLines& lines;
+    constexpr explicit Pieces(const PieceLines& all) : lines(all) {}
+    constexpr Place operator()(Float a) const {
+      const uint32_t i = lines.piece(as_int(a));
+      return {fma(a, splat(lines.slope[i]), splat(lines.offset[i])), splat(lines.offset[i])};
+    }
   };
 
   static constexpr Float splat(float x) { return {x, 0}; }
@@ -52,7 +53,6 @@ struct ConstantLanes {
   static constexpr Int shift_right(Int i) {
     return i >> kBits;
   }
-  static constexpr Int increment_if_not_less(Int i, Float a, Float b) { return i + (a.value >= b.value); }
   // To nearest, ties to even.
   static constexpr int round(Float x) {
     const int below = static_cast<int>(x.value);

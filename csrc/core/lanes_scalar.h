@@ -1,8 +1,8 @@
 // One lane: plain C++ for any machine, and the meaning of every operation that the SIMD lanes have.
 #pragma once
 
+#include "core/lines.h"
 #include "core/nibbles.h"
-#include "core/portable.h"
 
 BNBOPS_NAMESPACE_BEGIN
 
@@ -17,10 +17,17 @@ struct ScalarLanes {
     BNBOPS_HD explicit Table32(const uint32_t* table) : bits(table) {}
     BNBOPS_HD Float operator[](Int i) const { return float_from_bits(bits[i & 31]); }
   };
-  struct Table16 {
-    const float* values;
-    BNBOPS_HD explicit Table16(const float* table) : values(table) {}
-    BNBOPS_HD Float operator[](Int i) const { return values[i & 15]; }
+  // What lines say of a magnitude.
+  struct Place {
+    Float value, offset;
+  };
+  struct Pieces {
+    const PieceLines& lines;
+    BNBOPS_HD explicit Pieces(const PieceLines& all) : lines(all) {}
+    BNBOPS_HD Place operator()(Float a) const {
+      const uint32_t i = (bits_of(a) + lines.carry[bits_of(a) >> 23 & (kOctaves - 1)]) >> 23;
+      return {fused_multiply_add(a, lines.slope[i], lines.offset[i]), lines.offset[i]};
+    }
   };
 
   BNBOPS_HD static Float splat(float x) { return x; }
@@ -38,26 +45,19 @@ struct ScalarLanes {
   BNBOPS_HD static Int shift_right(Int i) {
     return static_cast<Int>(static_cast<uint32_t>(i) >> kBits);
   }
-  BNBOPS_HD static Int increment_if_not_less(Int i, Float a, Float b) { return a >= b ? i + 1 : i; }
   BNBOPS_HD static Int add_if_less(Int i, int step, Float a, Float b) { return a < b ? i + step : i; }
   BNBOPS_HD static Float gather(const float* table, Int i) { return table[i]; }
   BNBOPS_HD static Int gather(const uint8_t* table, Int i) { return table[i]; }  // may read 3 bytes more
   // To nearest, ties to even, by the float adder: 0 <= x < 2^22.
   BNBOPS_HD static Int round(Float x) { return as_int(x + 12582912.0F) - 0x4B400000; }
-  BNBOPS_HD static Int round_with_sign(Float x, Float sign) { return (bits_of(sign) >> 31) ? -round(x) : round(x); }
+  // -x where `sign` is positive, else x.
+  BNBOPS_HD static Int round_against_sign(Float x, Float sign) { return (bits_of(sign) >> 31) ? round(x) : -round(x); }
+  // 0 where a is not less than b.
+  BNBOPS_HD static Int round_if_less(Float a, Float b, Float x) { return a < b ? (x < 0 ? -round(-x) : round(x)) : 0; }
 
-  // A magnitude's number to its code; numbers beyond the map saturate.
-  template <bool kSigned>
-  BNBOPS_HD static Int code_of_magnitude(Int k) {
-    if (kSigned) return (k < -127 ? -128 : k > 128 ? 127 : k - 1) + 128;
-    return k > 256 ? 255 : k - 1;
-  }
-  // Four vectors of them.
+  // Four vectors of codes: 127 - k, saturated.
   BNBOPS_HD static void store_signed(const Int (&k)[4], uint8_t* codes) {
-    for (int i = 0; i < 4; ++i) codes[i] = static_cast<uint8_t>(code_of_magnitude<true>(k[i]));
-  }
-  BNBOPS_HD static void store_unsigned(const Int (&k)[4], uint8_t* codes) {
-    for (int i = 0; i < 4; ++i) codes[i] = static_cast<uint8_t>(code_of_magnitude<false>(k[i]));
+    for (int i = 0; i < 4; ++i) codes[i] = static_cast<uint8_t>(127 - (k[i] > 127 ? 127 : k[i]));
   }
   BNBOPS_HD static void store_codes(const Int (&k)[4], uint8_t* codes) {
     for (int i = 0; i < 4; ++i) codes[i] = static_cast<uint8_t>(k[i]);
@@ -69,6 +69,36 @@ struct ScalarLanes {
   }
 
 #if !defined(__CUDACC__)
+  // The values of 4 * kWidth codes' numbers by lines, a vector at a time.
+  template <bool kSigned>
+  struct Octaves {
+    const OctaveLines& lines;
+    explicit Octaves(const OctaveLines& all) : lines(all) {}
+    BNBOPS_HD static const uint8_t* open(const uint8_t* codes) { return codes; }
+    BNBOPS_HD Float operator()(const uint8_t* codes, int v) const {
+      const int number = kSigned ? codes[v] - 127 : codes[v] + 1, n = number < 0 ? -number : number;
+      if (n == 0) return 0;
+      const int i = 31 - __builtin_clz(n);
+      const Float value = fused_multiply_add(static_cast<Float>(n), lines.slope[i], lines.base[i]);
+      return number < 0 ? -value : value;
+    }
+  };
+
+  // Likewise numbers of float8_e4m3fn, in units of kFloat8Unit.
+  BNBOPS_HD static const uint8_t* open_float8(const uint8_t* codes) { return codes; }
+  BNBOPS_HD static Float float8(const uint8_t* codes, int v) {
+    const auto half = static_cast<uint16_t>((codes[v] & 0x80) << 8 | (codes[v] & 0x7F) << 7);
+    return load_float16(&half);
+  }
+
+  BNBOPS_HD static bool all_finite(Float x) { return is_finite(x); }
+  // The larger one of m >= 0 and |x|, or x itself where it is not negative; m where x is NaN.
+  template <bool kSigned>
+  BNBOPS_HD static Float larger(Float m, Float x) {
+    const Float magnitude = kSigned ? abs(x) : x;
+    return magnitude > m ? magnitude : m;
+  }
+
   // Copies a tail, of at most a group's elements.
   BNBOPS_HD static void copy(void* to, const void* from, int64_t bytes) { memcpy(to, from, bytes); }
 
@@ -139,6 +169,10 @@ struct ScalarLanes {
     const auto half = static_cast<_Float16>(with_one_nan(x));
     memcpy(out, &half, sizeof(half));
   }
+
+  // The lanes for bfloat16 elements of coded states: others where its pairs are better taken apart.
+  static constexpr bool kPairs = false;
+  using Paired = ScalarLanes;
 
   // These lanes with stores past the caches, where there are such: `store` and `store_int` to whole aligned cache
   // lines, one after the other. `fence` orders them before whatever follows.

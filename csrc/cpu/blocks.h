@@ -34,6 +34,29 @@ BNBOPS_HD void store_as(void* tensor, DType dtype, int64_t i, typename Lanes::Fl
   }
 }
 
+// Vector v of a group of four.
+template <class Lanes, DType kDType>
+BNBOPS_HD typename Lanes::Float load_of_group(const uint8_t* group, int v) {
+  if constexpr (kDType == DType::kBFloat16 && Lanes::kPairs) {
+    return Lanes::load_bfloat16(reinterpret_cast<const uint16_t*>(group), v);
+  } else {
+    return load_as<Lanes>(group, kDType, v * Lanes::kWidth);
+  }
+}
+
+// x changes. Of finite numbers, where kFinite says so.
+template <class Lanes, DType kDType, bool kFinite>
+BNBOPS_HD void store_group(uint8_t* to, typename Lanes::Float (&x)[4]) {
+  if constexpr (kDType == DType::kBFloat16 && Lanes::kPairs) {
+    auto* halves = reinterpret_cast<uint16_t*>(to);
+    kFinite ? Lanes::store_bfloat16_group(halves, x) : Lanes::store_bfloat16_group_with_nan(halves, x);
+  } else if constexpr (kDType == DType::kFloat32 && kFinite) {
+    for (int v = 0; v < 4; ++v) Lanes::store(reinterpret_cast<float*>(to) + v * Lanes::kWidth, x[v]);
+  } else {
+    for (int v = 0; v < 4; ++v) store_as<Lanes>(to, kDType, v * Lanes::kWidth, x[v]);
+  }
+}
+
 // Calls full(i) for each whole chunk of n elements, then tail(i, rest) for what is left.
 template <int kSize, class Full, class Tail>
 BNBOPS_HD void for_chunks(int64_t n, const Full& full, const Tail& tail) {
@@ -97,9 +120,9 @@ BNBOPS_HD void encode(const float* x, int64_t n, float inverse_absmax, uint8_t* 
   const Encoder encoder;
   const auto inverse = Lanes::splat(inverse_absmax);
   encode_groups<Lanes>(x, n, codes, [&](const float* from, uint8_t* to) {
-    typename Lanes::Float values[4];
-    for (int i = 0; i < 4; ++i) values[i] = Lanes::load(from + i * Lanes::kWidth);
-    encoder.encode(values, inverse, to);
+    typename Lanes::Int numbers[4];
+    for (int v = 0; v < 4; ++v) numbers[v] = encoder.number(Lanes::load(from + v * Lanes::kWidth), inverse);
+    Encoder::store(numbers, to);
   });
 }
 

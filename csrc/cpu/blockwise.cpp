@@ -24,8 +24,8 @@ struct BlocksOnCpu : OnCpu {
   static void dequantize(const DequantizeJob& job) {
     in_parallel(divide_up(job.numel, kChunk), kChunk, isa().kernels->dequantize, job);
   }
-  static void encode(const StateJob& job) { in_parallel(job.blocks, kStateBlock, isa().kernels->encode_states, job); }
-  static void decode(const StateJob& job) { in_parallel(job.blocks, kStateBlock, isa().kernels->decode_states, job); }
+  static void encode(const StateJob& job) { in_parallel(job.blocks, kStateBlock, isa().steps->encode, job); }
+  static void decode(const StateJob& job) { in_parallel(job.blocks, kStateBlock, isa().steps->decode, job); }
 };
 
 }  // namespace

@@ -48,11 +48,11 @@ std::vector<Isa> find() {
 #endif
   const std::pair<Isa, bool> candidates[] = {
 #ifdef BNBOPS_X86
-      {{"amx", &kAvx512Kernels, &kInt8AmxKernels, &kAmxKernels}, amx},
-      {{"avx512", &kAvx512Kernels, &kInt8Avx512Kernels, nullptr}, avx512},
-      {{"avx2", &kAvx2Kernels, &kInt8Avx2Kernels, nullptr}, avx2},
+      {{"amx", &kAvx512Kernels, &kAvx512Steps, &kInt8AmxKernels, &kAmxKernels}, amx},
+      {{"avx512", &kAvx512Kernels, &kAvx512Steps, &kInt8Avx512Kernels, nullptr}, avx512},
+      {{"avx2", &kAvx2Kernels, &kAvx2Steps, &kInt8Avx2Kernels, nullptr}, avx2},
 #endif
-      {{"baseline", &kBaselineKernels, &kInt8BaselineKernels, nullptr}, true},
+      {{"baseline", &kBaselineKernels, &kBaselineSteps, &kInt8BaselineKernels, nullptr}, true},
   };
   std::vector<Isa> found;
   for (const auto& [isa, supported] : candidates) {

@@ -6,8 +6,6 @@
 #include "cpu/blockwise_kernels.h"
 #include "cpu/linear_4bit_kernels.h"
 #include "cpu/norm_kernels.h"
-#include "cpu/step_kernels.h"
-#include "rules/all.h"
 
 namespace bnbops {
 inline namespace BNBOPS_ISA {
@@ -15,7 +13,6 @@ namespace {
 
 template <class Lanes>
 constexpr cpu::Kernels make_kernels() {
-  static_assert(AllRules::kSize <= cpu::kMaxRules);
   cpu::Kernels kernels{};
   kernels.quantize = quantize<Lanes>;
   kernels.dequantize = dequantize<Lanes>;
@@ -25,15 +22,6 @@ constexpr cpu::Kernels make_kernels() {
   kernels.order_for_codes = order_for_codes<Lanes>;
   kernels.linear_4bit = linear_4bit<Lanes>;
   kernels.squares = squares<Lanes>;
-  kernels.encode_states = encode_states<Lanes>;
-  kernels.decode_states = decode_states<Lanes>;
-  for_each_rule(AllRules{}, [&](auto rule, int index) {
-    using Rule = decltype(rule);
-    static_assert(Rule::kStates <= kMaxStates);
-    kernels.parts[0][index] = step<Lanes, Rule>;
-    kernels.parts[1][index] = direction<Lanes, Rule>;
-    kernels.parts[2][index] = apply<Lanes, Rule>;
-  });
   return kernels;
 }
 

@@ -125,16 +125,20 @@ struct Kernels {
   void (*linear_4bit)(const Linear4bitJob&, int64_t first_feature, int64_t last_feature);
   // Sums of squares, one for each piece (norm_math.h).
   void (*squares)(const void* values, DType dtype, int64_t numel, int64_t first, int64_t last, double* sums);
-  // By the part of a step, and by position in AllRules:
-  StepKernel parts[3][kMaxRules];
-  // Codes of states, by number in AllCodecs. Works on blocks.
-  StateKernel encode_states, decode_states;
+};
+
+// Of optimizers; all work on blocks.
+struct StepKernels {
+  StepKernel parts[3][kMaxRules];  // by the part of a step, and by position in AllRules
+  StateKernel encode, decode;      // codes of states
 };
 
 extern const Kernels kBaselineKernels;
+extern const StepKernels kBaselineSteps;
 extern const Int8Kernels kInt8BaselineKernels;
 #ifdef BNBOPS_X86
 extern const Kernels kAvx2Kernels, kAvx512Kernels;
+extern const StepKernels kAvx2Steps, kAvx512Steps;
 extern const Int8Kernels kInt8Avx2Kernels, kInt8Avx512Kernels, kInt8AmxKernels;
 extern const TileKernels kAmxKernels;
 #endif
@@ -143,6 +147,7 @@ extern const TileKernels kAmxKernels;
 struct Isa {
   const char* name;
   const Kernels* kernels;
+  const StepKernels* steps;
   const Int8Kernels* int8;
   const TileKernels* tiles;  // or null
 };

@@ -3,8 +3,8 @@
 
 #include <immintrin.h>
 
+#include "core/lines.h"
 #include "core/nibbles.h"
-#include "core/portable.h"
 
 BNBOPS_NAMESPACE_BEGIN
 
@@ -49,11 +49,65 @@ struct Avx2Lanes {
     BNBOPS_HD explicit Table32(const uint32_t* table) : values(reinterpret_cast<const float*>(table)) {}
     BNBOPS_HD Float operator[](Int i) const { return gather(values, _mm256_and_si256(i, splat_int(31))); }
   };
-  struct Table16 {
-    const float* values;
-    BNBOPS_HD explicit Table16(const float* table) : values(table) {}
-    BNBOPS_HD Float operator[](Int i) const { return gather(values, _mm256_and_si256(i, splat_int(15))); }
+  // vpermps takes the low 3 bits of an index.
+  struct Place {
+    Float value, offset;
   };
+  struct Pieces {
+    Float next, slope, offset;  // by line; where the next one begins
+    Int first;
+    BNBOPS_HD explicit Pieces(const PieceLines& lines)
+        : next(_mm256_loadu_ps(reinterpret_cast<const float*>(lines.begin + 1))),
+          slope(of_last_8(lines.slope)),
+          offset(of_last_8(lines.offset)),
+          first(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(lines.first)))) {}
+    BNBOPS_HD Place operator()(Float x) const {
+      const Float a = _mm256_max_ps(x, _mm256_castsi256_ps(splat_int(kTwoToMinus22)));
+      const Int below = _mm256_shuffle_epi8(first, shift_right<24>(as_int(a)));
+      const Float passed = _mm256_cmp_ps(a, _mm256_permutevar8x32_ps(next, below), _CMP_GE_OQ);
+      const Int line = _mm256_sub_epi32(below, as_int(passed));
+      const Float start = _mm256_permutevar8x32_ps(offset, line);
+      return {fma(a, _mm256_permutevar8x32_ps(slope, line), start), start};
+    }
+
+   private:
+    BNBOPS_HD static Float of_last_8(const float (&x)[kPieces]) {  // of line 8 first
+      return _mm256_setr_ps(x[8], x[1], x[2], x[3], x[4], x[5], x[6], x[7]);
+    }
+  };
+  // The lowest bits of the exponent are 7 where e is 0. That is also line 8 of a map without signs, where the only
+  // other number is 1: its line passes 0 there and is far above all at 256.
+  template <bool kSigned>
+  struct Octaves {
+    Float slope, base, largest;
+    BNBOPS_HD explicit Octaves(const OctaveLines& lines)
+        : slope(rotated(lines.slope, kSigned ? lines.slope[0] : 1)),
+          base(rotated(lines.base, kSigned ? lines.base[0] : -1)),
+          largest(_mm256_set1_ps(lines.base[8])) {}
+    BNBOPS_HD static const uint8_t* open(const uint8_t* codes) { return codes; }
+    BNBOPS_HD Float operator()(const uint8_t* codes, int v) const {
+      const Int bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + 8 * v)));
+      const Float n = _mm256_cvtepi32_ps(add(bytes, kSigned ? -127 : 1));
+      const Int octave = shift_right<23>(as_int(n));
+      const Float by = _mm256_permutevar8x32_ps(slope, octave), from = _mm256_permutevar8x32_ps(base, octave);
+      if constexpr (!kSigned) return _mm256_min_ps(fma(n, by, from), largest);
+      const Float value = fma(n, by, _mm256_xor_ps(from, _mm256_and_ps(n, splat(-0.0F))));
+      return _mm256_and_ps(value, _mm256_cmp_ps(n, _mm256_setzero_ps(), _CMP_NEQ_UQ));
+    }
+
+   private:
+    BNBOPS_HD static Float rotated(const float (&x)[kOctaveLines], float seventh) {
+      return _mm256_setr_ps(x[1], x[2], x[3], x[4], x[5], x[6], x[7], seventh);
+    }
+  };
+
+  // As 16-bit floats: the exponent's bias is larger there, by 8.
+  BNBOPS_HD static const uint8_t* open_float8(const uint8_t* codes) { return codes; }
+  BNBOPS_HD static Float float8(const uint8_t* codes, int v) {
+    const __m128i words = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + 8 * v)));
+    const __m128i shifted = _mm_srai_epi16(_mm_slli_epi16(words, 8), 1);  // the sign twice
+    return _mm256_cvtph_ps(_mm_and_si128(shifted, _mm_set1_epi16(static_cast<short>(0xBFFF))));
+  }
 
   BNBOPS_HD static Float splat(float x) { return _mm256_set1_ps(x); }
   BNBOPS_HD static Int splat_int(int x) { return _mm256_set1_epi32(x); }
@@ -74,9 +128,6 @@ struct Avx2Lanes {
   BNBOPS_HD static Int shift_right(Int i) {
     return _mm256_srli_epi32(i, kBits);
   }
-  BNBOPS_HD static Int increment_if_not_less(Int i, Float a, Float b) {
-    return _mm256_sub_epi32(i, as_int(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
-  }
   BNBOPS_HD static Int add_if_less(Int i, int step, Float a, Float b) {
     return _mm256_add_epi32(i, _mm256_and_si256(as_int(_mm256_cmp_ps(a, b, _CMP_LT_OQ)), splat_int(step)));
   }
@@ -85,8 +136,19 @@ struct Avx2Lanes {
     return _mm256_and_si256(_mm256_i32gather_epi32(reinterpret_cast<const int*>(table), i, 1), splat_int(0xFF));
   }
   BNBOPS_HD static Int round(Float x) { return _mm256_cvtps_epi32(x); }
-  BNBOPS_HD static Int round_with_sign(Float x, Float sign) {
-    return round(_mm256_or_ps(x, _mm256_and_ps(sign, splat(-0.0F))));
+  BNBOPS_HD static Int round_against_sign(Float x, Float sign) {
+    return round(_mm256_or_ps(x, _mm256_andnot_ps(sign, splat(-0.0F))));
+  }
+  BNBOPS_HD static Int round_if_less(Float a, Float b, Float x) {
+    return round(_mm256_and_ps(x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)));
+  }
+  BNBOPS_HD static bool all_finite(Float x) {
+    const Float zero = _mm256_setzero_ps();
+    return _mm256_movemask_ps(_mm256_cmp_ps(_mm256_sub_ps(x, x), zero, _CMP_NEQ_UQ)) == 0;
+  }
+  template <bool kSigned>
+  BNBOPS_HD static Float larger(Float m, Float x) {
+    return _mm256_max_ps(kSigned ? abs(x) : x, m);
   }
 
   // Packing works within 128-bit halves: quarter r of half j comes out at dword 4 * j + r and belongs at 2 * r + j.
@@ -94,17 +156,8 @@ struct Avx2Lanes {
     return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
   }
   BNBOPS_HD static void store_signed(const Int (&k)[4], uint8_t* codes) {
-    const Int one = _mm256_set1_epi16(1);
-    const Int low = _mm256_sub_epi16(_mm256_packs_epi32(k[0], k[1]), one);
-    const Int high = _mm256_sub_epi16(_mm256_packs_epi32(k[2], k[3]), one);
-    const Int bytes = _mm256_xor_si256(_mm256_packs_epi16(low, high), _mm256_set1_epi8(-128));
-    _mm256_storeu_si256(reinterpret_cast<Int*>(codes), in_order(bytes));
-  }
-  BNBOPS_HD static void store_unsigned(const Int (&k)[4], uint8_t* codes) {
-    const Int one = _mm256_set1_epi16(1);
-    const Int low = _mm256_sub_epi16(_mm256_packs_epi32(k[0], k[1]), one);
-    const Int high = _mm256_sub_epi16(_mm256_packs_epi32(k[2], k[3]), one);
-    _mm256_storeu_si256(reinterpret_cast<Int*>(codes), in_order(_mm256_packus_epi16(low, high)));
+    const Int bytes = _mm256_packs_epi16(_mm256_packs_epi32(k[0], k[1]), _mm256_packs_epi32(k[2], k[3]));
+    _mm256_storeu_si256(reinterpret_cast<Int*>(codes), in_order(_mm256_xor_si256(bytes, _mm256_set1_epi8(127))));
   }
   BNBOPS_HD static void store_codes(const Int (&k)[4], uint8_t* codes) {
     const Int bytes = _mm256_packus_epi16(_mm256_packs_epi32(k[0], k[1]), _mm256_packs_epi32(k[2], k[3]));
@@ -222,6 +275,9 @@ struct Avx2Lanes {
   BNBOPS_HD static void store_float16(uint16_t* out, Float x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph(with_one_nan(x), _MM_FROUND_TO_NEAREST_INT));
   }
+
+  static constexpr bool kPairs = false;
+  using Paired = Avx2Lanes;
 
   struct PastCaches;
 };

@@ -3,8 +3,8 @@
 
 #include <immintrin.h>
 
+#include "core/lines.h"
 #include "core/nibbles.h"
-#include "core/portable.h"
 
 BNBOPS_NAMESPACE_BEGIN
 
@@ -21,10 +21,8 @@ BNBOPS_HD Avx512Number fused_multiply_add(Avx512Number a, Avx512Number b, Avx512
   return _mm512_fmadd_ps(a.v, b.v, c.v);
 }
 BNBOPS_HD Avx512Number square_root(Avx512Number x) { return _mm512_sqrt_ps(x.v); }
-BNBOPS_HD __mmask16 is_finite(Avx512Number x) {
-  constexpr int kNanOrInfinity = 0x99;
-  return _knot_mask16(_mm512_fpclass_ps_mask(x.v, kNanOrInfinity));
-}
+constexpr int kNanOrInfinity = 0x99;  // what vfpclassps calls them
+BNBOPS_HD __mmask16 is_finite(Avx512Number x) { return _knot_mask16(_mm512_fpclass_ps_mask(x.v, kNanOrInfinity)); }
 BNBOPS_HD __mmask16 is_number(Avx512Number x) { return _mm512_cmp_ps_mask(x.v, x.v, _CMP_ORD_Q); }
 BNBOPS_HD Avx512Number divide_by_positive(Avx512Number a, Avx512Number b) {
   return _mm512_maskz_div_ps(_mm512_cmp_ps_mask(b.v, _mm512_setzero_ps(), _CMP_GT_OQ), a.v, b.v);
@@ -50,11 +48,46 @@ struct Avx512Lanes {
         : low(_mm512_loadu_ps(table)), high(_mm512_loadu_ps(table + 16)) {}
     BNBOPS_HD Float operator[](Int i) const { return _mm512_permutex2var_ps(low, i, high); }
   };
-  struct Table16 {  // in one register: vpermps takes the low 4 bits
-    __m512 values;
-    BNBOPS_HD explicit Table16(const float* table) : values(_mm512_loadu_ps(table)) {}
-    BNBOPS_HD Float operator[](Int i) const { return _mm512_permutexvar_ps(i, values); }
+  struct Place {
+    Float value, offset;
   };
+  struct Pieces {  // carries in two registers: vpermi2d takes the low 5 bits of an index, vpermps the low 4
+    Int low, high;
+    Float slope, offset;
+    BNBOPS_HD explicit Pieces(const PieceLines& lines)
+        : low(_mm512_loadu_si512(lines.carry)),
+          high(_mm512_loadu_si512(lines.carry + 16)),
+          slope(_mm512_maskz_loadu_ps((1 << kPieces) - 1, lines.slope)),
+          offset(_mm512_maskz_loadu_ps((1 << kPieces) - 1, lines.offset)) {}
+    BNBOPS_HD Place operator()(Float a) const {
+      const Int carry = _mm512_permutex2var_epi32(low, shift_right<23>(as_int(a)), high);
+      const Int line = shift_right<23>(_mm512_add_epi32(as_int(a), carry));
+      const Float start = _mm512_permutexvar_ps(line, offset);
+      return {fma(a, _mm512_permutexvar_ps(line, slope), start), start};
+    }
+  };
+  template <bool kSigned>
+  struct Octaves;
+
+  // As 16-bit floats: the exponent's bias is larger there, by 8.
+  struct Float8 {
+    Int halves[2];
+  };
+  BNBOPS_HD static Float8 open_float8(const uint8_t* codes) { return open_float8(_mm512_loadu_si512(codes)); }
+  BNBOPS_HD static Float8 open_float8(Int codes) {
+    Float8 opened;
+    for (int i = 0; i < 2; ++i) {
+      const Int words =
+          _mm512_cvtepu8_epi16(i == 0 ? _mm512_castsi512_si256(codes) : _mm512_extracti64x4_epi64(codes, 1));
+      const Int shifted = _mm512_srai_epi16(_mm512_slli_epi16(words, 8), 1);  // the sign twice
+      opened.halves[i] = _mm512_and_si512(shifted, _mm512_set1_epi16(static_cast<short>(0xBFFF)));
+    }
+    return opened;
+  }
+  BNBOPS_HD static Float float8(const Float8& codes, int v) {
+    const Int pair = codes.halves[v / 2];
+    return _mm512_cvtph_ps(v % 2 == 0 ? _mm512_castsi512_si256(pair) : _mm512_extracti64x4_epi64(pair, 1));
+  }
 
   BNBOPS_HD static Float splat(float x) { return _mm512_set1_ps(x); }
   BNBOPS_HD static Int splat_int(int x) { return _mm512_set1_epi32(x); }
@@ -76,9 +109,6 @@ struct Avx512Lanes {
   BNBOPS_HD static Int shift_right(Int i) {
     return _mm512_srli_epi32(i, kBits);
   }
-  BNBOPS_HD static Int increment_if_not_less(Int i, Float a, Float b) {
-    return _mm512_mask_add_epi32(i, _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), i, splat_int(1));
-  }
   BNBOPS_HD static Int add_if_less(Int i, int step, Float a, Float b) {
     return _mm512_mask_add_epi32(i, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), i, splat_int(step));
   }
@@ -87,10 +117,18 @@ struct Avx512Lanes {
     return _mm512_and_si512(_mm512_i32gather_epi32(i, table, 1), splat_int(0xFF));
   }
   BNBOPS_HD static Int round(Float x) { return _mm512_cvtps_epi32(x); }
-  BNBOPS_HD static Int round_with_sign(Float x, Float sign) {
-    constexpr int kSelect = 0xB8;  // the bit of `sign` where the mask is set, the bit of x elsewhere
+  BNBOPS_HD static Int round_against_sign(Float x, Float sign) {
+    constexpr int kSelect = 0x74;  // the opposite of the bit of `sign` where the mask is set, the bit of x elsewhere
     return round(
         _mm512_castsi512_ps(_mm512_ternarylogic_epi32(as_int(x), splat_int(INT32_MIN), as_int(sign), kSelect)));
+  }
+  BNBOPS_HD static Int round_if_less(Float a, Float b, Float x) {
+    return _mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x);
+  }
+  BNBOPS_HD static bool all_finite(Float x) { return _mm512_fpclass_ps_mask(x, kNanOrInfinity) == 0; }
+  template <bool kSigned>
+  BNBOPS_HD static Float larger(Float m, Float x) {
+    return kSigned ? _mm512_range_ps(m, x, 0xB) : _mm512_max_ps(x, m);  // of magnitudes, the larger one
   }
 
   // Packing and unpacking work within 128-bit quarters: dword 4 * j + r of one order is dword 4 * r + j of the other.
@@ -98,22 +136,18 @@ struct Avx512Lanes {
     const Int index = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return _mm512_permutexvar_epi32(index, dwords);
   }
-  BNBOPS_HD static void store_signed(const Int (&k)[4], uint8_t* codes) {
-    const Int one = _mm512_set1_epi16(1);
-    const Int low = _mm512_sub_epi16(_mm512_packs_epi32(k[0], k[1]), one);
-    const Int high = _mm512_sub_epi16(_mm512_packs_epi32(k[2], k[3]), one);
-    const Int bytes = _mm512_xor_si512(_mm512_packs_epi16(low, high), _mm512_set1_epi8(-128));
-    _mm512_storeu_si512(codes, transposed(bytes));
+  BNBOPS_HD static Int packed_signed(const Int (&k)[4]) {
+    const Int bytes = _mm512_packs_epi16(_mm512_packs_epi32(k[0], k[1]), _mm512_packs_epi32(k[2], k[3]));
+    return _mm512_xor_si512(bytes, _mm512_set1_epi8(127));
   }
-  BNBOPS_HD static void store_unsigned(const Int (&k)[4], uint8_t* codes) {
-    const Int one = _mm512_set1_epi16(1);
-    const Int low = _mm512_sub_epi16(_mm512_packs_epi32(k[0], k[1]), one);
-    const Int high = _mm512_sub_epi16(_mm512_packs_epi32(k[2], k[3]), one);
-    _mm512_storeu_si512(codes, transposed(_mm512_packus_epi16(low, high)));
+  BNBOPS_HD static Int packed_codes(const Int (&k)[4]) {
+    return _mm512_packus_epi16(_mm512_packs_epi32(k[0], k[1]), _mm512_packs_epi32(k[2], k[3]));
+  }
+  BNBOPS_HD static void store_signed(const Int (&k)[4], uint8_t* codes) {
+    _mm512_storeu_si512(codes, transposed(packed_signed(k)));
   }
   BNBOPS_HD static void store_codes(const Int (&k)[4], uint8_t* codes) {
-    const Int bytes = _mm512_packus_epi16(_mm512_packs_epi32(k[0], k[1]), _mm512_packs_epi32(k[2], k[3]));
-    _mm512_storeu_si512(codes, transposed(bytes));
+    _mm512_storeu_si512(codes, transposed(packed_codes(k)));
   }
   BNBOPS_HD static void store_nibbles(const Int (&k)[4], Nibbles nibbles, uint8_t* bytes) {
     const Int codes = _mm512_packus_epi16(_mm512_packs_epi32(k[0], k[1]), _mm512_packs_epi32(k[2], k[3]));
@@ -225,11 +259,14 @@ struct Avx512Lanes {
     return _mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))), 16));
   }
-  BNBOPS_HD static void store_bfloat16(uint16_t* out, Float x) {
+  // In the upper halves; the lower ones are of no use.
+  BNBOPS_HD static Int rounded_to_bfloat16(Float x) {
     const Int bits = as_int(x), top = _mm512_srli_epi32(bits, 16);
-    const Int bias = _mm512_add_epi32(_mm512_and_si512(top, splat_int(1)), splat_int(0x7FFF));
-    const Int rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
-    const Int result = _mm512_mask_mov_epi32(rounded, is_nan(x), splat_int(kNanHalfBits));
+    return _mm512_add_epi32(bits, _mm512_add_epi32(_mm512_and_si512(top, splat_int(1)), splat_int(0x7FFF)));
+  }
+  BNBOPS_HD static void store_bfloat16(uint16_t* out, Float x) {
+    const Int result =
+        _mm512_mask_mov_epi32(shift_right<16>(rounded_to_bfloat16(x)), is_nan(x), splat_int(kNanHalfBits));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(result));
   }
   BNBOPS_HD static Float load_float16(const uint16_t* x) {
@@ -241,6 +278,8 @@ struct Avx512Lanes {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), halves);
   }
 
+  static constexpr bool kPairs = false;
+  struct Paired;
   struct PastCaches;
 };
 
@@ -251,3 +290,5 @@ struct Avx512Lanes::PastCaches : Avx512Lanes {
 };
 
 BNBOPS_NAMESPACE_END
+
+#include "cpu/lanes_avx512_codes.h"

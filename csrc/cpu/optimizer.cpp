@@ -58,7 +58,7 @@ struct OptimizerOnCpu {
     if (names.part != Part::kApply) {
       for (const Tensor& count : a.steps) *mutable_data<float>(count) += 1;
     }
-    const StepKernel kernel = isa().kernels->parts[static_cast<int>(names.part)][kIndex];
+    const StepKernel kernel = isa().steps->parts[static_cast<int>(names.part)][kIndex];
     work.schedule.run(
         kGrain, [&](size_t job, int64_t first, int64_t last) { kernel(work.jobs[job], work.hyper(job), first, last); });
   }

@@ -9,66 +9,67 @@
 
 BNBOPS_NAMESPACE_BEGIN
 
-// What a codec's codes of a role decode to.
-template <class Lanes, class Codec>
-const typename Lanes::Codebook& codebook_of(Role role) {
-  static const typename Lanes::Codebook codebooks[2] = {typename Lanes::Codebook(Codec::values(false)),
-                                                        typename Lanes::Codebook(Codec::values(true))};
-  return codebooks[has_sign(role)];
-}
-
-// Encodes one block of a state and returns its scale; `largest` are the bits of its largest magnitude. Elements of x
-// that have no encoding as they are change.
-template <class Lanes, class Codec, bool kSigned, bool kDivisor>
-float encode_block(float* x, int64_t n, uint32_t largest, uint8_t* codes) {
+// One block of a state on its way to codes. `largest` are the bits of its largest magnitude; returns its scale.
+// Elements of x that have no encoding as they are change.
+template <class Lanes, bool kSigned>
+float scale_of(float* x, int64_t n, uint32_t largest) {
   if (largest >= kInfinityBits) {
     make_encodable(x, n, kSigned, x);
     largest = largest_magnitude_bits<Lanes, kSigned>(x, n);
   }
-  const float absmax = float_from_bits(largest);
-  encode<Lanes, typename Codec::template Encoder<Lanes, kSigned, kDivisor>>(x, n, inverse_scale(absmax), codes);
-  return absmax;
+  return float_from_bits(largest);
 }
 
-using BlockEncoder = float (*)(float* x, int64_t n, uint32_t largest, uint8_t* codes);
+// How a state of a role is coded.
+template <class Lanes, class Codec, Role kRole>
+struct Coding {
+  static constexpr bool kSigned = has_sign(kRole);
+  using Decoder = typename Codec::template Decoder<Lanes, kSigned>;
+  using Encoder = typename Codec::template Encoder<Lanes, kSigned, is_divisor(kRole)>;
 
-template <class Lanes, class Codec>
-BlockEncoder encoder_of(Role role) {
-  if (is_divisor(role)) {
-    return has_sign(role) ? encode_block<Lanes, Codec, true, true> : encode_block<Lanes, Codec, false, true>;
+  static void decode(const uint8_t* codes, int64_t n, float absmax, float* out) {
+    const Decoder decoder;
+    const auto scale = Lanes::splat(decodable(absmax));
+    map_chunks<Lanes, kGroup<Lanes>>(codes, 8, out, kFloatBits, n, [&](const uint8_t* from, uint8_t* to) {
+      const auto opened = decoder.open(from);
+      for (int v = 0; v < 4; ++v) {
+        const auto x = Lanes::mul(decoder.decode(opened, v), scale);
+        store_as<Lanes>(to, DType::kFloat32, v * Lanes::kWidth, x);
+      }
+    });
   }
-  return has_sign(role) ? encode_block<Lanes, Codec, true, false> : encode_block<Lanes, Codec, false, false>;
-}
 
-// A codec that is known at run time only.
-template <class Lanes>
+  // Returns the scale. x changes where it has no encoding as it is.
+  static float encode(float* x, int64_t n, uint8_t* codes) {
+    const float absmax = scale_of<Lanes, kSigned>(x, n, largest_magnitude_bits<Lanes, kSigned>(x, n));
+    bnbops::encode<Lanes, Encoder>(x, n, inverse_scale(absmax), codes);
+    return absmax;
+  }
+};
+
+// A codec that is known at run time only, by role.
 struct AnyCodec {
-  const typename Lanes::Codebook& (*codebook)(Role);
-  BlockEncoder (*encoder)(Role);
+  struct {
+    void (*decode)(const uint8_t* codes, int64_t n, float absmax, float* out);
+    float (*encode)(float* x, int64_t n, uint8_t* codes);
+  } coding[std::size(kCodedRoles)];
 
-  void decode(Role role, const uint8_t* codes, int64_t n, float absmax, float* out) const {
-    bnbops::decode<Lanes>(codebook(role), codes, n, decodable(absmax), out, DType::kFloat32);
-  }
-
-  // x changes where it has no encoding as it is.
-  float encode(Role role, float* x, int64_t n, uint8_t* codes) const {
-    const uint32_t largest =
-        has_sign(role) ? largest_magnitude_bits<Lanes, true>(x, n) : largest_magnitude_bits<Lanes, false>(x, n);
-    return encoder(role)(x, n, largest, codes);
+  template <class Lanes, class Codec, Role... kRoles>
+  static AnyCodec of() {
+    return {{{Coding<Lanes, Codec, kRoles>::decode, Coding<Lanes, Codec, kRoles>::encode}...}};
   }
 };
 
 template <class Lanes>
-const AnyCodec<Lanes>& codec_numbered(int number) {
+const auto& coding_of(int codec, Role role) {
   static const auto codecs = [] {
-    std::array<AnyCodec<Lanes>, AllCodecs::kSize> all{};
+    std::array<AnyCodec, AllCodecs::kSize> all{};
     for_each_codec(AllCodecs{}, [&](auto codec, int i) {
-      using Codec = decltype(codec);
-      all[i] = {codebook_of<Lanes, Codec>, encoder_of<Lanes, Codec>};
+      all[i] = AnyCodec::of<Lanes, decltype(codec), Role::kSigned, Role::kSquare, Role::kSignedSquare>();
     });
     return all;
   }();
-  return codecs[number];
+  return codecs[codec].coding[static_cast<int>(role)];
 }
 
 // ---- states outside a step -------------------------------------------------------------------------------------
@@ -80,7 +81,7 @@ void encode_states(const StateJob& job, int64_t first, int64_t last) {
     const Span span = span_of(job, block);
     make_encodable(static_cast<const float*>(job.from) + span.begin, span.n, has_sign(job.role), x);
     auto* codes = static_cast<uint8_t*>(job.to) + span.begin;
-    job.absmax[block] = codec_numbered<Lanes>(job.codec).encode(job.role, x, span.n, codes);
+    job.absmax[block] = coding_of<Lanes>(job.codec, job.role).encode(x, span.n, codes);
   }
 }
 
@@ -89,8 +90,8 @@ void decode_states(const StateJob& job, int64_t first, int64_t last) {
   for (int64_t block = first; block < last; ++block) {
     const Span span = span_of(job, block);
     const auto* codes = static_cast<const uint8_t*>(job.from) + span.begin;
-    codec_numbered<Lanes>(job.codec).decode(job.role, codes, span.n, job.absmax[block],
-                                            static_cast<float*>(job.to) + span.begin);
+    coding_of<Lanes>(job.codec, job.role)
+        .decode(codes, span.n, job.absmax[block], static_cast<float*>(job.to) + span.begin);
   }
 }
 

@@ -1,150 +1,14 @@
 // Optimizer steps over blocks: they decode, update by a rule, and encode, and know nothing of Adam or of bytes.
 //
-// Two ways lead through a block. Where all states are fp32, or all have a codec that ships compiled together with every
-// rule (FusedCodecs), elements stay in registers from decoding to the largest magnitude. Any other mixture, and
-// whatever is not a whole step, goes through fp32 scratch.
+// Where all states have a codec that ships compiled together with every rule (FusedCodecs), there is a fast way. Fp32
+// states stay where they are. Any other mixture, and whatever is not a whole step, goes through fp32 scratch.
 #pragma once
 
 #include <type_traits>
 
-#include "cpu/state_codecs.h"
-#include "rules/rule.h"
+#include "cpu/coded_step.h"
 
 BNBOPS_NAMESPACE_BEGIN
-
-// The lanes of a rule's number.
-[[maybe_unused]] BNBOPS_HD float vector_of(float x) { return x; }
-template <class Number>
-BNBOPS_HD auto vector_of(const Number& x) {
-  return x.v;
-}
-
-// Some consecutive elements: of gradient, parameter and states (codes, or fp32).
-template <class Rule>
-struct Elements {
-  const uint8_t* grad;
-  uint8_t* param;
-  uint8_t* state[kSlots<Rule>];
-};
-
-template <bool kQuantized>
-constexpr int64_t kStateSize = kQuantized ? 1 : sizeof(float);
-
-template <class Rule, bool kQuantized>
-BNBOPS_HD Elements<Rule> elements_at(const StepJob& job, int64_t i) {
-  Elements<Rule> at{};
-  at.grad = static_cast<const uint8_t*>(job.grad) + i * size_of(job.grad_dtype);
-  at.param = static_cast<uint8_t*>(job.param) + i * size_of(job.param_dtype);
-  for (int k = 0; k < Rule::kStates; ++k) {
-    at.state[k] = static_cast<uint8_t*>(job.state[k].data) + i * kStateSize<kQuantized>;
-  }
-  return at;
-}
-
-// How fp32 states are encoded: not at all.
-struct Uncoded {};
-
-// Calls body(elements, i) for every kSize elements i ... of a block. The rest is moved into padded arrays: zeros, which
-// change nothing, neither an element nor a largest magnitude.
-template <class Lanes, class Rule, class Codec, int kSize, class Body>
-BNBOPS_HD void for_elements(const StepJob& job, const Span& span, const Body& body) {
-  constexpr bool kQuantized = !std::is_same_v<Codec, Uncoded>;
-  for_chunks<kSize>(
-      span.n, [&](int64_t i) { body(elements_at<Rule, kQuantized>(job, span.begin + i), i); },
-      [&](int64_t i, int64_t rest) {
-        alignas(64) uint8_t grad[kSize * sizeof(float)] = {}, param[kSize * sizeof(float)] = {};
-        alignas(64) uint8_t state[kSlots<Rule>][kSize * kStateSize<kQuantized>] = {};
-        const auto at = elements_at<Rule, kQuantized>(job, span.begin + i);
-        Elements<Rule> padded{grad, param, {}};
-        Lanes::copy(grad, at.grad, rest * size_of(job.grad_dtype));
-        Lanes::copy(param, at.param, rest * size_of(job.param_dtype));
-        for (int k = 0; k < Rule::kStates; ++k) {
-          if constexpr (kQuantized)
-            memset(state[k], code_of<Codec>(0, has_sign(Rule::kStateSpecs[k].role)), sizeof(state[k]));
-          Lanes::copy(state[k], at.state[k], rest * kStateSize<kQuantized>);
-          padded.state[k] = state[k];
-        }
-        body(padded, i);
-        Lanes::copy(at.param, param, rest * size_of(job.param_dtype));
-        if (kQuantized) return;  // codes are written once the block's scale is known
-        for (int k = 0; k < Rule::kStates; ++k) Lanes::copy(at.state[k], state[k], rest * sizeof(float));
-      });
-}
-
-// Updates kWidth elements from the i-th on, their states in registers.
-template <class Lanes, class Rule>
-BNBOPS_HD void update_vector(const StepJob& job, const Elements<Rule>& at, int64_t i,
-                             StatesOf<typename Lanes::Number, Rule>& state, const typename Rule::Hyper& hyper) {
-  using Number = typename Lanes::Number;
-  Number p(load_as<Lanes>(at.param, job.param_dtype, i));
-  guarded_update<Rule>(Number(load_as<Lanes>(at.grad, job.grad_dtype, i)), p, state, hyper);
-  store_as<Lanes>(at.param, job.param_dtype, i, vector_of(p));
-}
-
-template <class Lanes, class Rule>
-void step_float32(const StepJob& job, const typename Rule::Hyper hyper, int64_t first, int64_t last) {
-  using Number = typename Lanes::Number;
-  for (int64_t block = first; block < last; ++block) {
-    for_elements<Lanes, Rule, Uncoded, Lanes::kWidth>(job, span_of(job, block), [&](const Elements<Rule>& at, int64_t) {
-      StatesOf<Number, Rule> s;
-      for (int k = 0; k < Rule::kStates; ++k) s[k] = Number(Lanes::load(reinterpret_cast<float*>(at.state[k])));
-      update_vector<Lanes>(job, at, 0, s, hyper);
-      for (int k = 0; k < Rule::kStates; ++k) store_as<Lanes>(at.state[k], DType::kFloat32, 0, vector_of(s[k]));
-    });
-  }
-}
-
-// One block of coded states on its way through a step: decoded and updated in registers, group by group, into fp32
-// scratch; encoded once the whole block's largest magnitude is known.
-template <class Lanes, class Rule, class Codec>
-struct CodedBlock {
-  alignas(64) float state[kSlots<Rule>][kStateBlock];
-  typename Lanes::Int largest[kSlots<Rule>];
-  float absmax[kSlots<Rule>];
-  const typename Lanes::Codebook* codebooks[2];  // by has_sign: states that have the same one share its registers
-
-  BNBOPS_HD void update_group(const StepJob& job, const Elements<Rule>& at, int64_t i,
-                              const typename Rule::Hyper& hyper) {
-    typename Lanes::Float decoded[kSlots<Rule>][4];
-    for (int k = 0; k < Rule::kStates; ++k) {
-      codebooks[has_sign(Rule::kStateSpecs[k].role)]->decode(at.state[k], absmax[k], decoded[k]);
-    }
-#pragma GCC unroll 4  // or the vectors live in memory
-    for (int v = 0; v < 4; ++v) {
-      const int64_t offset = v * Lanes::kWidth;
-      StatesOf<typename Lanes::Number, Rule> s;
-      for (int k = 0; k < Rule::kStates; ++k) s[k] = typename Lanes::Number(decoded[k][v]);
-      update_vector<Lanes>(job, at, offset, s, hyper);
-      for (int k = 0; k < Rule::kStates; ++k) {
-        const auto x = vector_of(s[k]);
-        Lanes::store(state[k] + i + offset, x);
-        largest[k] = Lanes::max(largest[k], Lanes::as_int(has_sign(Rule::kStateSpecs[k].role) ? Lanes::abs(x) : x));
-      }
-    }
-  }
-};
-
-template <class Lanes, class Rule, class Codec>
-void step_coded(const StepJob& job, const typename Rule::Hyper hyper, int64_t first, int64_t last) {
-  CodedBlock<Lanes, Rule, Codec> work;
-  work.codebooks[has_sign(Role::kSquare)] = &codebook_of<Lanes, Codec>(Role::kSquare);
-  work.codebooks[has_sign(Role::kSigned)] = &codebook_of<Lanes, Codec>(Role::kSigned);
-  for (int64_t block = first; block < last; ++block) {
-    const Span span = span_of(job, block);
-    for (int k = 0; k < Rule::kStates; ++k) {
-      work.absmax[k] = decodable(job.state[k].absmax[block]);
-      work.largest[k] = Lanes::splat_int(0);
-    }
-    for_elements<Lanes, Rule, Codec, kGroup<Lanes>>(
-        job, span, [&](const Elements<Rule>& at, int64_t i) { work.update_group(job, at, i, hyper); });
-    for (int k = 0; k < Rule::kStates; ++k) {
-      const auto encode = encoder_of<Lanes, Codec>(Rule::kStateSpecs[k].role);
-      const auto largest = static_cast<uint32_t>(Lanes::reduce_max(work.largest[k]));
-      uint8_t* codes = static_cast<uint8_t*>(job.state[k].data) + span.begin;
-      job.state[k].absmax[block] = encode(work.state[k], span.n, largest, codes);
-    }
-  }
-}
 
 // A block of elements in fp32, whatever their states' codecs: in place where memory has a whole block of them, else in
 // scratch. What is beyond a short block does not matter.
@@ -166,7 +30,7 @@ struct Block {
       } else {
         s[k] = scratch_s[k];
         const auto* codes = static_cast<const uint8_t*>(state.data) + span.begin;
-        codec_numbered<Lanes>(state.codec).decode(Rule::kStateSpecs[k].role, codes, span.n, state.absmax[block], s[k]);
+        coding_of<Lanes>(state.codec, Rule::kStateSpecs[k].role).decode(codes, span.n, state.absmax[block], s[k]);
       }
     }
   }
@@ -176,7 +40,7 @@ struct Block {
       const StateSlot& state = job.state[k];
       if (state.codec != kUncoded) {
         auto* codes = static_cast<uint8_t*>(state.data) + span.begin;
-        state.absmax[block] = codec_numbered<Lanes>(state.codec).encode(Rule::kStateSpecs[k].role, s[k], span.n, codes);
+        state.absmax[block] = coding_of<Lanes>(state.codec, Rule::kStateSpecs[k].role).encode(s[k], span.n, codes);
       } else if (s[k] == scratch_s[k]) {
         Lanes::copy(static_cast<float*>(state.data) + span.begin, s[k], span.n * sizeof(float));
       }
@@ -228,11 +92,52 @@ void step_any(const StepJob& job, const typename Rule::Hyper hyper, int64_t firs
       [&](Number g, Number& p, StatesOf<Number, Rule>& s) { guarded_update<Rule>(g, p, s, hyper); });
 }
 
-// Moves the states on and writes the directions, of elements that no step would touch as NaN.
+// States in fp32, in place; a block that vectors do not fill goes through scratch.
+template <class Lanes, class Rule>
+void step_float32(const StepJob& job, const typename Rule::Hyper hyper, int64_t first, int64_t last) {
+  using Number = typename Lanes::Number;
+  for (int64_t block = first; block < last; ++block) {
+    const Span span = span_of(job, block);
+    if (span.n % Lanes::kWidth != 0) {
+      step_any<Lanes, Rule>(job, hyper, block, block + 1);
+      continue;
+    }
+    for (int64_t i = span.begin; i < span.begin + span.n; i += Lanes::kWidth) {
+      StatesOf<Number, Rule> s;
+      for (int k = 0; k < Rule::kStates; ++k) s[k] = Number(Lanes::load(static_cast<float*>(job.state[k].data) + i));
+      Number p(load_as<Lanes>(job.param, job.param_dtype, i));
+      guarded_update<Rule>(Number(load_as<Lanes>(job.grad, job.grad_dtype, i)), p, s, hyper);
+      store_as<Lanes>(job.param, job.param_dtype, i, vector_of(p));
+      for (int k = 0; k < Rule::kStates; ++k) store_as<Lanes>(job.state[k].data, DType::kFloat32, i, vector_of(s[k]));
+    }
+  }
+}
+
+// The fast way, if it leads there.
+template <class Lanes, class Rule, Part kPart>
+bool take_coded(const StepJob& job, const typename Rule::Hyper& hyper, int64_t first, int64_t last) {
+  bool done = false;
+  if constexpr (Rule::kStates > 0) {
+    const int common = common_codec(job, Rule::kStates);
+    for_each_codec(FusedCodecs{}, [&](auto codec, int) {
+      using Codec = decltype(codec);
+      if (common != number_of<Codec>()) return;
+      CodedStep<Lanes, Rule, Codec, kPart>(job, hyper).run(first, last);
+      done = true;
+    });
+  }
+  return done;
+}
+
+// Moves the states on and writes the directions, of elements that no step would touch as NaN. The rules whose own step
+// consists of halves have the fast way.
 template <class Lanes, class Rule>
 void direction(const StepJob& job, const void* opaque, int64_t first, int64_t last) {
   using Number = typename Lanes::Number;
   const auto hyper = *static_cast<const typename Rule::Hyper*>(opaque);
+  if constexpr (Rule::kTrust == Trust::kDirection) {
+    if (take_coded<Lanes, Rule, Part::kDirection>(job, hyper, first, last)) return;
+  }
   through_scratch<Lanes, Rule>(
       job, first, last, job.direction, DType::kFloat32,
       [&](Number g, Number& p, StatesOf<Number, Rule>& s) { p = guarded_direction<Rule>(g, p, s, hyper); });
@@ -261,18 +166,8 @@ void apply(const StepJob& job, const void* opaque, int64_t first, int64_t last) 
 template <class Lanes, class Rule>
 void step(const StepJob& job, const void* opaque, int64_t first, int64_t last) {
   const auto& hyper = *static_cast<const typename Rule::Hyper*>(opaque);
-  const int codec = common_codec(job, Rule::kStates);
-  if (codec == kUncoded) return step_float32<Lanes, Rule>(job, hyper, first, last);
-  if constexpr (Rule::kStates > 0) {
-    bool done = false;
-    for_each_codec(FusedCodecs{}, [&](auto fused, int) {
-      using Codec = decltype(fused);
-      if (codec != number_of<Codec>()) return;
-      step_coded<Lanes, Rule, Codec>(job, hyper, first, last);
-      done = true;
-    });
-    if (!done) step_any<Lanes, Rule>(job, hyper, first, last);
-  }
+  if (common_codec(job, Rule::kStates) == kUncoded) return step_float32<Lanes, Rule>(job, hyper, first, last);
+  if (!take_coded<Lanes, Rule, Part::kStep>(job, hyper, first, last)) step_any<Lanes, Rule>(job, hyper, first, last);
 }
 
 BNBOPS_NAMESPACE_END

@@ -17,13 +17,23 @@ union QuantizeTables {
   NearestEncoder nearest;
 };
 
+struct Values {
+  float value[kCodebookSize];
+};
+constexpr Values copy_of(const float* table) {
+  Values values{};
+  for (int i = 0; i < kCodebookSize; ++i) values.value[i] = table[i];
+  return values;
+}
+static __device__ const Values kSignedMap = copy_of(kDynamicSigned), kUnsignedMap = copy_of(kDynamicUnsigned);
+
 // Fills in the table that the codebook needs, and tells which.
 BNBOPS_DEVICE Codebook prepare_tables(const float* codebook, QuantizeTables& tables) {
   static_assert(kThreads == kCodebookSize, "one thread for each entry");
   const int i = threadIdx.x;
   const uint32_t entry = bits_of(codebook[i]);
-  const bool is_signed = __syncthreads_and(entry == bits_of(kMap<Dynamic8, true>.value[i]));
-  const bool is_unsigned = __syncthreads_and(entry == bits_of(kMap<Dynamic8, false>.value[i]));
+  const bool is_signed = __syncthreads_and(entry == bits_of(kSignedMap.value[i]));
+  const bool is_unsigned = __syncthreads_and(entry == bits_of(kUnsignedMap.value[i]));
   if (is_signed) {
     copy_table(kMap<Dynamic8, true>.code, tables.signed_map);
   } else if (is_unsigned) {

@@ -5,10 +5,11 @@ import copy
 import torch
 
 import bnbops
+from bnbops.functional import create_dynamic_map
 from cases.optimizers import params
 from reference import states as ref
-from reference.group import CODEBOOKS
 
+MAPS = {signed: create_dynamic_map(signed) for signed in (True, False)}
 NESTED = "__bnb_optimizer_quant_state__"
 SHAPES = [(64, 64), (16, 256), (4, 389), (10,)]  # of the golden runs: short rows, whole rows, awkward rows, fp32
 
@@ -75,8 +76,8 @@ def bitsandbytes_state(shape: tuple[int, ...], seed: int = 0) -> dict:
     saved = {}
     for number, signed in ((1, True), (2, False)):
         x = torch.randn(shape, generator=generator)
-        codes, absmax = ref.encode(x if signed else x.square(), ref.flat_absmax(torch.Size(shape)), CODEBOOKS[signed])
-        saved |= {f"state{number}": codes, f"absmax{number}": absmax, f"qmap{number}": CODEBOOKS[signed]}
+        codes, absmax = ref.encode(x if signed else x.square(), ref.flat_absmax(torch.Size(shape)), MAPS[signed])
+        saved |= {f"state{number}": codes, f"absmax{number}": absmax, f"qmap{number}": MAPS[signed]}
     return {"step": 7, NESTED: saved}
 
 

@@ -14,6 +14,7 @@ from cases.interchange import (
     FAMILIES,
     FAMILIES_8BIT,
     GOLDEN,
+    MAPS,
     NESTED,
     SHAPES,
     STATES,
@@ -25,7 +26,6 @@ from cases.interchange import (
     fresh,
 )
 from cases.optimizers import assert_same, assert_same_state, params, set_grads, train
-from reference.group import CODEBOOKS
 
 
 @pytest.mark.every_torch
@@ -249,7 +249,7 @@ def nested(i: int, key: str, **change: object) -> Callable[[dict], None]:
 
 REFUSED = {
     "another codebook": (nested(0, "qmap1", to=lambda x: x * 1.01), "qmap1.*dynamic map"),
-    "maps swapped": (nested(1, "qmap2", to=lambda x: CODEBOOKS[True]), "qmap2"),
+    "maps swapped": (nested(1, "qmap2", to=lambda x: MAPS[True]), "qmap2"),
     "no codebook": (nested(0, "qmap2"), "qmap2"),
     "short codebook": (nested(0, "qmap1", to=lambda x: x[:16]), "qmap1"),
     "no state2": (nested(3, "state2"), "state2"),

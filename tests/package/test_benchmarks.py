@@ -50,7 +50,7 @@ def test_optim_step(peers, capsys, tmp_path):
     sections = optim_step.main([*ALONE, *peers, "--json", str(tmp_path / "figures.json")])
     out = capsys.readouterr().out
 
-    own = ["bnbops AdamW8bit", "bnbops AdamW32bit", "torch AdamW, fused"]
+    own = ["bnbops AdamW8bit", "bnbops AdamW8bit, e4m3", "bnbops AdamW32bit", "torch AdamW, fused"]
     large = [*own, *(["bitsandbytes AdamW8bit"] if peers else [])]
     assert [names(table)[1:] for table in tables(out)] == [large, large, own, own]
     for name in own[:2]:

@@ -27,8 +27,8 @@ FAULTS = (
     Fault(
         "what divides becomes 0 where it is small",
         "csrc/codecs/dynamic8.h",
-        "if constexpr (!kKeepPositive) return k;",
-        "return k;",
+        "return Lanes::round_if_less(zero, x, place);",
+        "return Lanes::round_if_less(Lanes::splat(kLargestZero), a, place);",
         ("ops/test_rules.py", "ops/test_rules_edges.py"),
     ),
     Fault(
@@ -44,6 +44,27 @@ FAULTS = (
         "as_bytes(tensor).masked_fill_(mask, code(name, codec, 0.0))",
         "as_bytes(tensor).masked_fill_(mask, 0)",
         ("optim/test_edit_state.py",),
+    ),
+    Fault(
+        "a block waits for its codes while the next one has another order",
+        "csrc/cpu/coded_step.h",
+        "if (pending_.paired != L::kPairs) encode_pending();",
+        "",
+        ("ops/test_isa.py", "ops/test_rules.py"),
+    ),
+    Fault(
+        "states that a careful look left out of the largest magnitude",
+        "csrc/cpu/coded_step.h",
+        "    careful_ = true;\n    const Coders",
+        "    const Coders",
+        ("ops/test_rules_edges.py",),
+    ),
+    Fault(
+        "a group has a NaN in its parameters alone",
+        "csrc/cpu/coded_step.h",
+        "witness = witness + Rule::witness(s, u) + result;",
+        "witness = witness + Rule::witness(s, u);",
+        ("ops/test_nan_bits.py", "ops/test_rules_edges.py"),
     ),
     # ---- rules ----
     Fault(

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from bnbops import facts
-from bnbops.functional import create_dynamic_map
 from reference.rules import RULES
-from reference.states import decode, encode, flat_absmax, row_absmax
+from reference.states import CODEBOOKS, decode, encode, flat_absmax, row_absmax
 
-CODEBOOKS = {signed: create_dynamic_map(signed) for signed in (True, False)}  # test_codebooks holds their bits
 CODEBOOK_OF = {name: CODEBOOKS[state.role.signed] for name, state in facts.STATES.items()}
 NOT_NEGATIVE = {"exp_avg_sq", "square_avg", "sum"}  # states that are sums of squares
 

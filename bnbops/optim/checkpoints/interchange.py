@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from bnbops.codebooks import create_dynamic_map
 from bnbops.dtensors import is_dtensor
-from bnbops.facts import RULES, STATE_BLOCK, UNCODED, Rule
+from bnbops.facts import RULES, STATE_BLOCK, STATES, UNCODED, Rule
 from bnbops.optim.checkpoints.loading import check_complete
 from bnbops.optim.core import codec
 
@@ -226,9 +227,14 @@ def _state_problem(storage: _Storage, slots: _Slots, param: Tensor, group: _Grou
     return next(filter(None, (_slot_problem(number, ours, param, state) for number, ours in slots)), None)
 
 
+def _map(name: str) -> Tensor:
+    """What bitsandbytes takes the codes of a state for; our decoding leaves it by 4 ulp at most."""
+    return create_dynamic_map(STATES[name].role.signed)
+
+
 def _slot_problem(number: int, ours: tuple[str, ...], param: Tensor, state: dict[str, Any]) -> str | None:
     quantized, stack = f"absmax{number}" in state, (len(ours),) if len(ours) > 1 else ()
-    qmap = codec.code_map(ours[0], codec.BITSANDBYTES, torch.device("cpu"))
+    qmap = _map(ours[0])
     wanted = {f"state{number}": (codec.dtype_of(codec.BITSANDBYTES if quantized else UNCODED), (*stack, *param.shape))}
     if quantized:
         wanted[f"absmax{number}"] = (torch.float32, (*stack, *codec.flat_absmax_shape(param.shape)))
@@ -275,7 +281,7 @@ def _write_state(storage: _Storage, slots: _Slots, state: dict[str, Tensor]) -> 
     for number, ours in slots:
         if quantized:
             codes, scales = zip(*(_flat(state, name) for name in ours), strict=True)
-            qmap = codec.code_map(ours[0], codec.BITSANDBYTES, device)
+            qmap = _map(ours[0]).to(device)
             written |= {f"state{number}": joined(codes), f"qmap{number}": qmap, f"absmax{number}": joined(scales)}
         else:
             written[f"state{number}"] = joined([codec.decoded(state, name) for name in ours])

@@ -112,11 +112,6 @@ def _viewed(codes: Tensor, dtype: torch.dtype) -> Tensor:
 # ---- values ----------------------------------------------------------------------------------------------------------
 
 
-def code_map(name: str, codec: str, device: torch.device) -> Tensor:
-    """The values of a state's codes, fp32 [256]."""
-    return torch.tensor(CODECS[codec].values(STATES[name].role), dtype=torch.float32, device=device)
-
-
 def code(name: str, codec: str, value: float) -> int:
     """The number of a state's code for a value that is among them, such as 0 and 1."""
     return CODECS[codec].code(value, STATES[name].role)
