@@ -86,7 +86,7 @@ bool takes_tiles(const Tensor& activations, const Matrix4bit& matrix) {
 // x is contiguous.
 void few_rows_linear(const Tensor& x, const Matrix4bit& matrix, const void* bias, Tensor& out) {
   const Kernels& kernels = *isa().kernels;
-  const int64_t rows = x.size(0), features = matrix.in_features, stride = divide_up(features, kXPadding) * kXPadding;
+  const int64_t rows = rows_of(x), features = matrix.in_features, stride = divide_up(features, kXPadding) * kXPadding;
   const Scratch<float> ordered = make_scratch<float>(rows * stride);
   for (int64_t row = 0; row < rows; ++row) {
     const auto* from = data_of<uint8_t>(x) + row * features * static_cast<int64_t>(x.element_size());
@@ -120,7 +120,7 @@ Weight4bit alone(const Matrix4bit& matrix, Tensor& scales) {
 // `summed` is the activations' dimension, `kept` the result's.
 void tile_product(const TileProduct& kernels, const Tensor& activations, const Matrix4bit& matrix, const void* bias,
                   int64_t summed, int64_t kept, Tensor& out) {
-  const int64_t rows = activations.size(0);
+  const int64_t rows = rows_of(activations);
   const int64_t tiles = 2 * divide_up(rows, kTilePair) * divide_up(summed, kTilePair);
   Tensor packed = torch::stable::new_empty(activations, {tiles, kTile * kTilePair});
   Tensor scales = packed;
@@ -136,13 +136,14 @@ void tile_product(const TileProduct& kernels, const Tensor& activations, const M
   in_parallel(divide_up(kept, kTilePair), kTilePair * summed, kernels.multiply, job, kThreadWeights);
 }
 
-// x [rows, in_features] to out [rows, out_features], contiguous.
+// x [..., in_features] to out [..., out_features], contiguous.
 void linear_into(const Tensor& x, const Matrix4bit& matrix, const OptionalTensor& bias, Tensor& out) {
-  const int64_t rows = x.size(0);
+  const int64_t rows = rows_of(x);
   const bool tiles = takes_tiles(x, matrix);
   const bool few = has_whole_blocks(matrix) && rows <= (tiles ? kFewRows : kFewRowsWithoutTiles);
   if (!few && !tiles) {
-    torch::stable::copy_(out, dense_linear(x, dense(matrix, x), bias));
+    Tensor out_rows = as_matrix(out);
+    torch::stable::copy_(out_rows, dense_linear(as_matrix(x), dense(matrix, x), bias));
     return;
   }
   const OptionalTensor own_bias = in_logical_order(bias);
@@ -152,13 +153,13 @@ void linear_into(const Tensor& x, const Matrix4bit& matrix, const OptionalTensor
   tile_product(isa().tiles->linear, contiguous, matrix, bias_data, matrix.in_features, matrix.out_features, out);
 }
 
-// gradient [rows, out_features] to out [rows, in_features], contiguous.
+// gradient [..., out_features] to out [..., in_features], contiguous.
 void input_grad_into(const Tensor& gradient, const Matrix4bit& matrix, Tensor& out) {
   if (takes_tiles(gradient, matrix)) {
     tile_product(isa().tiles->input_grad, in_logical_order(gradient), matrix, nullptr, matrix.out_features,
                  matrix.in_features, out);
   } else {
-    matrix_product(gradient, dense(matrix, gradient), out);
+    matrix_product(as_matrix(gradient), dense(matrix, gradient), as_matrix(out));
   }
 }
 
@@ -179,8 +180,8 @@ std::vector<int64_t> ends_of(const Operator& op, const Tensor& offsets, int64_t 
 struct Linear4bitOnCpu {
   static Tensor multiply(const Product4bit& product) {
     if (product.offsets) return multiply_by_experts(product);
-    return by_rows(product.x, product.kept(), [&](const Tensor& rows, Tensor& out) {
-      multiply_into(product, rows, matrix_of(product, 0), product.bias, out);
+    return by_rows(product.x, product.kept(), [&](const Tensor& x, Tensor& out) {
+      multiply_into(product, x, matrix_of(product, 0), product.bias, out);
     });
   }
 
@@ -190,9 +191,9 @@ struct Linear4bitOnCpu {
     return {kernel_view(product.weight), expert * out_features * in_features, out_features, in_features};
   }
 
-  static void multiply_into(const Product4bit& product, const Tensor& rows, const Matrix4bit& matrix,
+  static void multiply_into(const Product4bit& product, const Tensor& x, const Matrix4bit& matrix,
                             const OptionalTensor& bias, Tensor& out) {
-    product.is_gradient ? input_grad_into(rows, matrix, out) : linear_into(rows, matrix, bias, out);
+    product.is_gradient ? input_grad_into(x, matrix, out) : linear_into(x, matrix, bias, out);
   }
 
   static Tensor multiply_by_experts(const Product4bit& product) {

@@ -96,8 +96,9 @@ struct Linear4bitOnCuda {
   static Tensor input_grad(const OnDevice& device, const Product4bit& product) {
     const Tensor& grad = product.x;
     if (!product.offsets) {
-      return by_rows(grad, product.kept(),
-                     [&](const Tensor& rows, Tensor& out) { matrix_product(rows, dense(device, product), out); });
+      return by_rows(grad, product.kept(), [&](const Tensor& x, Tensor& out) {
+        matrix_product(as_matrix(x), dense(device, product), as_matrix(out));
+      });
     }
     const Tensor ordered = in_logical_order(grad), weight = dense(device, product);
     Tensor out = torch::stable::new_empty(grad, {grad.size(0), product.kept()});

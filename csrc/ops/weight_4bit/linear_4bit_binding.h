@@ -8,15 +8,16 @@
 
 namespace bnbops {
 
-inline Tensor as_matrix(const Tensor& x) { return torch::stable::reshape(x, {rows_of(x), columns_of(x)}); }
+inline Tensor as_matrix(const Tensor& x) {
+  return x.dim() == 2 ? x : torch::stable::reshape(x, {rows_of(x), columns_of(x)});
+}
 
-// Calls product(rows of x, rows of the result), and returns the result: x's shape, but for the last dimension.
+// Calls product(x, the result), unless there are no rows, and returns the result: x's shape, but for the last
+// dimension.
 template <class Product>
 Tensor by_rows(const Tensor& x, int64_t features, const Product& product) {
-  const Tensor out = torch::stable::new_empty(x, with_last(x, features));
-  if (rows_of(x) == 0) return out;
-  Tensor out_rows = torch::stable::view(out, {rows_of(x), features});
-  product(as_matrix(x), out_rows);
+  Tensor out = torch::stable::new_empty(x, with_last(x, features));
+  if (rows_of(x) > 0) product(x, out);
   return out;
 }
 
