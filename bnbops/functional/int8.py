@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bnbops.eager import call
 from bnbops.lasting import is_autocast, to_autocast_dtype
 
 
@@ -211,8 +212,8 @@ def _product(
 ) -> Tensor:
     """bitsandbytes rounds activations to codes, but in training on a CPU, where it has no fast product of codes."""
     if training and x.device.type == "cpu":
-        return torch.ops.bnbops.linear_int8_weight_only(x, weight, scales, bias)
-    return torch.ops.bnbops.linear_int8(x, weight, scales, bias, threshold)
+        return call(torch.ops.bnbops.linear_int8_weight_only.default, x, weight, scales, bias)
+    return call(torch.ops.bnbops.linear_int8.default, x, weight, scales, bias, threshold)
 
 
 def linear(
@@ -224,7 +225,8 @@ def linear(
         raise ValueError(f"threshold must be positive, or 0 for none, got {threshold}")
     if is_autocast(x.device.type):
         x = to_autocast_dtype(x, x.device.type)
-    bias = None if bias is None else bias.to(x.dtype)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
     if scales is not None:
         return _product(x, weight, scales, bias, threshold, training)
     return _LinearOfFloatWeight.apply(x, weight, bias, threshold, training)  # type: ignore[no-untyped-call]  # torch's

@@ -60,8 +60,20 @@ class Format(NamedTuple):
 
     def arguments(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """What the operators take beside the codes."""
-        described = {"shape": self.shape, "blocksize": self.blocksize, "quant_type": self.quant_type, **tensors}
-        return described | ({"nested_blocksize": self.nested_blocksize} if _BUFFER in tensors else {})
+        shape, blocksize, quant_type = self.described
+        described = {"absmax": tensors["absmax"], "shape": shape, "blocksize": blocksize, "quant_type": quant_type}
+        return described | self.nested(tensors)
+
+    @property
+    def described(self) -> tuple[tuple[int, ...], int, str]:
+        """`shape`, `blocksize` and `quant_type`, as the operators take them."""
+        return self.shape, self.blocksize, self.quant_type
+
+    def nested(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """What the operators take of scales that are quantized; nothing if they are not."""
+        if _BUFFER not in tensors:
+            return {}
+        return {name: tensors[name] for name in NAMES[1:]} | {"nested_blocksize": self.nested_blocksize}
 
     def dequantize(self, packed: Tensor, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """The weight in its shape, and in `dtype` or its own."""

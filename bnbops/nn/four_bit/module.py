@@ -85,20 +85,27 @@ class Module4bit(QuantizedModule):
         return new
 
     def _arguments(self) -> dict[str, Any]:
-        """What an operator takes to know the weight."""
+        """What an operator takes to know the weight, by name."""
+        weight, format, scales = self._quantized_weight()
+        return {"weight": weight, **format.arguments(scales)}
+
+    def _quantized_weight(self) -> tuple[Tensor, Format, dict[str, Tensor]]:
+        """The codes, what they mean, and the scales, which `NAMES` name; RuntimeError if no operator can take them."""
         if self._format is None:
             raise RuntimeError(
                 f"the weight of this {type(self).__name__} is not quantized yet: load its float weights, then call "
                 f'.to(device) on it (for example .to("cpu")), and shard it, if at all, only then'
             )
-        weight = traceable_weight(self.weight)  # read once: data_parallel gathers it at each read
+        weight, *scales = self._held()
+        weight = traceable_weight(weight)
         if weight.dtype != self.quant_storage:
             raise RuntimeError(
                 f"the packed weight of this {type(self).__name__} has been cast from {self.quant_storage} to "
                 f"{weight.dtype}: choose quant_storage=torch.uint8, which neither casts of a sharded model nor "
                 "FSDP's mixed precision touch, or their dtype"
             )
-        return {"weight": weight, **self._format.arguments(scales_of(self, _PREFIX))}
+        named = {name: tensor for name, tensor in zip(NAMES, scales, strict=True) if tensor is not None}
+        return weight, self._format, named
 
     def extra_repr(self) -> str:
         """As in torch, with the format."""

@@ -51,11 +51,12 @@ class Int8Module(QuantizedModule):
     def _requantized(self, weight: Tensor) -> Int8Params:
         return Int8Params(weight, requires_grad=False).to(self.weight.device)
 
-    def _scales_of(self, weight: Tensor) -> Tensor | None:
-        """Of the weight that this module holds, in the form that the operators take; None before quantization."""
+    @staticmethod
+    def _scales_of(weight: Tensor, scale: Tensor | None) -> Tensor | None:
+        """Of the weight that this module holds beside `scale`, in the form that the operators take; None before
+        quantization."""
         if weight.dtype != torch.int8:
             return None
-        scale = self.weight_scale
         carried = getattr(weight, "_scales", scale)  # plain tensors carry none
         if scale is None or carried is None or carried.dtype != torch.int32:
             return carried  # of a weight that was put into `_parameters`, past this module
@@ -64,7 +65,8 @@ class Int8Module(QuantizedModule):
     @property
     def SCB(self) -> Tensor | None:
         """The fp32 scales `[rows]`; None before quantization."""
-        scales = self._scales_of(traceable_weight(self.weight))
+        weight, scale = self._held()
+        scales = self._scales_of(traceable_weight(weight), scale)
         return None if scales is None else from_bits(scales.detach())
 
     @property
@@ -74,8 +76,9 @@ class Int8Module(QuantizedModule):
 
     def _quantized_weight(self) -> tuple[Tensor, Tensor]:
         """The int8 codes and their scales, fp32 or its bits; RuntimeError if the weight is not quantized."""
-        weight = traceable_weight(self.weight)  # read once: data_parallel gathers it at each read
-        scales = self._scales_of(weight)
+        weight, scale = self._held()
+        weight = traceable_weight(weight)
+        scales = self._scales_of(weight, scale)
         if weight.dtype != torch.int8:
             raise RuntimeError(
                 f"the weight of this {type(self).__name__} is not quantized: load it, then move the module with "

@@ -8,6 +8,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from bnbops.eager import call
 from bnbops.facts import FLOATS
 from bnbops.functional.four_bit import of_type
 from bnbops.nn.four_bit.module import Module4bit
@@ -73,14 +74,16 @@ class Linear4bit(Module4bit, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """`x @ weight.T + bias`, the weight dequantized on the fly. Changes nothing of the module."""
         with codes_as_they_are():
-            weight = self._arguments()
+            weight, format, scales = self._quantized_weight()
             if x.is_nested:
                 return self._over_nested(x)
             if x.dtype == torch.float16 and self.compute_dtype is None:
                 _warn_of_float16(self, x)
             values = x if self.compute_dtype is None else x.to(self.compute_dtype)
-            bias = None if self.bias is None else self.bias.to(values.dtype)
-            out = torch.ops.bnbops.linear_4bit(values, bias=bias, **weight)
+            if (bias := self.bias) is not None and bias.dtype != values.dtype:
+                bias = bias.to(values.dtype)
+            described = (scales["absmax"], bias, *format.described)
+            out = call(torch.ops.bnbops.linear_4bit.default, values, weight, *described, **format.nested(scales))
             return out if self.compute_dtype is None else out.to(x.dtype)
 
 

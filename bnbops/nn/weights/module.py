@@ -15,6 +15,7 @@ from bnbops.nn.weights.codes import check_name
 from bnbops.nn.weights.numbers import is_finite
 from bnbops.nn.weights.parameter import QuantizedParameter, sparing_integers
 from bnbops.nn.weights.tied import saved_as
+from bnbops.tracing import is_compiling
 
 LOADING_ERRORS = (AttributeError, KeyError, TypeError, ValueError, RuntimeError)  # of entries that do not fit
 
@@ -110,15 +111,30 @@ class QuantizedModule(QuantizedWeight, nn.Module):
     """
 
     _scale_names: ClassVar[tuple[str, ...]]
+    _has_properties: ClassVar[bool]  # the class, in the place of what is registered, as those of parametrizations have
     _shape: tuple[int, ...]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._has_properties = any(hasattr(cls, name) for name in ("weight", *getattr(cls, "_scale_names", ())))
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
         return self._shape
 
     def tensors(self) -> dict[str, Tensor]:
-        named = {name: getattr(self, name) for name in ("weight", *self._scale_names)}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        names = ("weight", *self._scale_names)
+        return {name: tensor for name, tensor in zip(names, self._held(), strict=True) if tensor is not None}
+
+    def _held(self) -> list[Tensor | None]:
+        """`weight`, and what `_scale_names` name, each read once: data_parallel gathers it at each read. From where
+        torch keeps them, if they are there: its `__getattr__`, name by name, takes as long as a small product."""
+        names = ("weight", *self._scale_names)
+        if not (self._has_properties or is_compiling()):
+            registered = {**self._parameters, **self._buffers}
+            if all(map(registered.__contains__, names)):
+                return [registered[name] for name in names]
+        return [getattr(self, name) for name in names]
 
     def held(self) -> QuantizedParameter:
         return self.weight
