@@ -158,8 +158,9 @@ def whole(param: Tensor) -> Tensor:
     return param.detach().full_tensor() if hasattr(param, "full_tensor") else param.detach()
 
 
-def overhead(count: int, rounds: int, mesh: Any) -> list[dict[str, Any]]:
-    """Microseconds of a step over `count` tiny tensors, per step and per tensor.
+def overhead(count: int, rounds: int, mesh: Any = None, compiled: int = COMPILED) -> list[dict[str, Any]]:
+    """Microseconds of a step over `count` tiny tensors, per step and per tensor; also over DTensors if there is a mesh,
+    and compiled for at most so many of them.
 
     Raises:
         VerificationError: the candidates do not agree.
@@ -167,12 +168,12 @@ def overhead(count: int, rounds: int, mesh: Any) -> list[dict[str, Any]]:
     plain = {"bnbops AdamW8bit": eight_bit, "torch AdamW, fused": fused}
     made: dict[str, tuple[Callable[[], object], list[nn.Parameter]]] = {}
     for name, make in plain.items():
-        for suffix, on in (("", None), (", DTensors", mesh)):
+        for suffix, on in (("", None), (", DTensors", mesh))[: 1 if mesh is None else 2]:
             if on is not None and make is fused and count > FUSED_DTENSORS:
                 continue
             tensors = params(count, on)
             made[name + suffix] = step_of(make, tensors), tensors
-    if count <= COMPILED:
+    if count <= compiled:
         tensors = params(count)
         made["bnbops AdamW8bit, compiled"] = step_of(eight_bit, tensors, compiled=True), tensors
     expected = torch.cat([whole(param) for param in made["torch AdamW, fused"][1]])

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))  # where Python looks when it runs 
 gpu = importlib.import_module("gpu")
 linear = importlib.import_module("linear")
 measure = importlib.import_module("measure")
+overhead = importlib.import_module("overhead")
 optim_step = importlib.import_module("optim_step")
 quantize = importlib.import_module("quantize")
 scaling = importlib.import_module("scaling")
@@ -333,6 +334,18 @@ def test_scaling(capsys, tmp_path):
     parameters = 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 2 * 32000 * 4096 + 4096
     assert eighth["ranks"] == 8 and eighth["weights"] == pytest.approx(2 * parameters / 8 / 1e9, rel=1e-6)
     assert {row["tensors"] for row in sections[1]["rows"]} == {10} and len(sections[1]["rows"]) == 5
+
+
+def test_overhead(capsys, tmp_path):
+    sections = overhead.main(["--quick", "--json", str(tmp_path / "figures.json")])
+    out = capsys.readouterr().out
+    forward, both, steps = tables(out)
+    layers = ["torch Linear", "bnbops Linear4bit", "bnbops Linear4bit, nested", "bnbops Linear8bitLt"]
+    assert [row[0] for row in forward[2:]] == [row[0] for row in both[2:]] == layers
+    assert [row[:2] for row in steps[2:]] == [["bnbops AdamW8bit", "10"], ["torch AdamW, fused", "10"]]
+    assert out.count(" off (tolerance ") == 2 * len(layers)
+    assert json.loads((tmp_path / "figures.json").read_text())["sections"] == sections
+    assert sections[0]["rows"][0]["vs torch"] == 1
 
 
 def test_gpu_says_that_there_is_none(monkeypatch, capsys, tmp_path):
