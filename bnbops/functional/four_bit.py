@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from bnbops.eager import call
 from bnbops.facts import FLOATS, FORMATS, in_words
 from bnbops.functional.blockwise import returned
 from bnbops.functional.quant_state import QuantState
@@ -253,9 +254,9 @@ def matmul_4bit(
                 DeprecationWarning,
                 stacklevel=2,
             )
-        result = torch.ops.bnbops.linear_4bit_input_grad(A, **weight)
+        result = call(torch.ops.bnbops.linear_4bit_input_grad.default, A, **weight)
         return _written(result if bias is None else result + bias, out)
-    return _written(torch.ops.bnbops.linear_4bit(A, bias=bias, **weight), out)
+    return _written(call(torch.ops.bnbops.linear_4bit.default, A, bias=bias, **weight), out)
 
 
 def gemv_4bit(
@@ -271,4 +272,5 @@ def gemv_4bit(
     Args, results and errors are as there, but for `transposed_A` and `transposed_B`, which are unused, and for a W that
     was quantized as `[K, N]`, which does not fit.
     """
-    return _written(torch.ops.bnbops.linear_4bit(A, bias=None, **_weight_arguments("gemv_4bit", B, state)), out)
+    weight = _weight_arguments("gemv_4bit", B, state)
+    return _written(call(torch.ops.bnbops.linear_4bit.default, A, bias=None, **weight), out)

@@ -11,6 +11,7 @@ from torch.autograd.forward_ad import dual_level, make_dual
 from torch.autograd.profiler import profile
 
 import bnbops
+import bnbops.functional as F
 from cases.layers_4bit import inputs, linear
 
 pytestmark = pytest.mark.every_torch
@@ -70,6 +71,20 @@ def test_a_forward_is_its_operator_alone(kind, shape, frozen):
         assert frames(lambda: layer(x), "meta_kernels/autograd.py") == 0
     layer.bias.requires_grad_()
     assert frames(lambda: layer(x), "meta_kernels/autograd.py") > 0  # what is counted exists
+
+
+@pytest.mark.filterwarnings("ignore:matmul_4bit")
+@torch.no_grad()
+def test_functions_pass_autograd_by_too():
+    x = inputs(2)
+    codes, state = F.quantize_4bit(torch.randn(96, 128), quant_type="nf4")
+    transposed = F.quantize_4bit(torch.randn(128, 96), quant_type="nf4")
+    for call in (
+        lambda: bnbops.matmul_4bit(x, codes, state),
+        lambda: bnbops.matmul_4bit(x, *transposed),
+        lambda: F.gemv_4bit(x, codes, state=state),
+    ):
+        assert call().shape == (2, 96) and frames(call, "meta_kernels/autograd.py") == 0
 
 
 @kinds
