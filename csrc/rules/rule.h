@@ -2,9 +2,10 @@
 //
 // A rule is code for one element that knows nothing of blocks, bytes or devices. It names its states and options
 // (operator schemas are made of them), turns the options into scalars once a step and parameter (`prepare`), and
-// updates one element in fp32. `update` returns its witness: a number that is finite exactly if the result is fit to
-// be kept, which it is not where the gradient is not finite. The number type F is float or, on a CPU with SIMD, a
-// vector of floats: whatever has the operations of portable.h.
+// updates one element in fp32: `direction` moves the states on and gives the step u, `apply` takes it. `witness` is a
+// number that is finite exactly if the result is fit to be kept, which it is not where the gradient is not finite; a
+// state that is NaN shows in it or in u. The number type F is float or, on a CPU with SIMD, a vector of floats:
+// whatever has the operations of portable.h.
 //
 // New optimizer: a struct, its row in AllRules (all.h), a class in bnbops/optim, a reference in tests/reference.
 #pragma once
