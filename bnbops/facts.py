@@ -75,9 +75,21 @@ class Rule:
     states: tuple[State, ...]
     options: tuple[Option, ...]
     trust: str  # what a ratio for each parameter scales: the "gradient", the "direction", or there is "none"
-    step: str  # the operator that takes a step
-    direction: str  # that of its first half, which moves the states on and gives the direction
-    apply: str  # that of its second half, along a direction
+
+    @property
+    def step(self) -> str:
+        """The operator that takes a step."""
+        return f"{self.name}_step_"
+
+    @property
+    def direction(self) -> str:
+        """That of its first half, which moves the states on and gives the direction."""
+        return f"{self.name}_direction_"
+
+    @property
+    def apply(self) -> str:
+        """That of its second half, along a direction."""
+        return f"{self.name}_apply_"
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -112,8 +124,7 @@ def _option(name: str, type: str, below: float | None, range: str, **low: float 
 def _rule(name: str, facts: Mapping[str, Any]) -> Rule:
     states = tuple(State(state["name"], ROLES[state["role"]]) for state in facts["states"])
     options = tuple(_option(**option) for option in facts["options"])
-    operators = (f"{name}_{what}_" for what in ("step", "direction", "apply"))
-    return Rule(name, states, options, facts["trust"], *operators)
+    return Rule(name, states, options, facts["trust"])
 
 
 _facts = json.loads(torch.ops.bnbops.facts())
