@@ -59,6 +59,7 @@ class CodedStep {
     uint8_t* out;  // the parameter, or where its directions go
     const uint8_t* codes[kStates];
     float absmax[kStates];
+    int64_t n;  // elements to update, of which the last group's may be padding
   };
   struct Pending {  // what is updated but not encoded
     uint8_t* codes[kStates];
@@ -107,7 +108,7 @@ class CodedStep {
     auto* param = static_cast<uint8_t*>(job_.param) + span.begin * size_of(job_.param_dtype);
     auto* directions = reinterpret_cast<uint8_t*>(job_.direction + span.begin);
     const auto* grad = static_cast<const uint8_t*>(job_.grad) + span.begin * size_of(job_.grad_dtype);
-    Block block{grad, param, kPart == Part::kStep ? param : directions, {}, {}};
+    Block block{grad, param, kPart == Part::kStep ? param : directions, {}, {}, span.n};
     uint8_t* codes[kStates];
     for (int k = 0; k < kStates; ++k) {
       block.codes[k] = codes[k] = static_cast<uint8_t*>(job_.state[k].data) + span.begin;
@@ -163,7 +164,7 @@ class CodedStep {
   template <DType kDType>
   BNBOPS_HD void update(const Block& block) {
     using L = LanesOf<kDType>;
-    if (pending_.paired != L::kPairs) encode_pending();
+    if (pending_.paired != L::kPairs || block.n < kStateBlock) encode_pending();
     pending_.n > 0 ? run_block<L, kDType, true>(block) : run_block<L, kDType, false>(block);
     pending_.paired = L::kPairs;
   }
@@ -180,7 +181,7 @@ class CodedStep {
       absmax[k] = L::splat(block.absmax[k]);
       inverse[k] = L::splat(kEncode ? pending_.inverse[k] : 0);
     }
-    for (int64_t i = 0; i < kStateBlock; i += kGroup<L>) {
+    for (int64_t i = 0; i < (kEncode ? kStateBlock : block.n); i += kGroup<L>) {
       fetch<kDType>(block, i);
       typename L::Int numbers[kStates][4];
       Float out[4];

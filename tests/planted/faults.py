@@ -48,7 +48,7 @@ FAULTS = (
     Fault(
         "a block waits for its codes while the next one has another order",
         "csrc/cpu/coded_step.h",
-        "if (pending_.paired != L::kPairs) encode_pending();",
+        "if (pending_.paired != L::kPairs || block.n < kStateBlock) encode_pending();",
         "",
         ("ops/test_isa.py", "ops/test_rules.py"),
     ),
